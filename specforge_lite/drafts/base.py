@@ -1,0 +1,210 @@
+"""The shape of a draft, as its config.json says it, and what every draft network offers to training and inference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from specforge_lite.errors import ConfigError, suggest
+
+# attend(q [B, heads, T, d], k [B, kv_heads, T, d], v, both after RoPE) -> [B, heads, T, d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle1": "LlamaForCausalLMEagle"}
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape of a draft network. `hidden_size` is D, `target_hidden_size` H, `vocab_size` V, `draft_vocab_size` Vd.
+
+    aux_layer_ids: 0-based target layers whose OUTPUT feeds `fc` (our convention everywhere; `export` converts).
+    norm_output, fc_norm: the two changes of EAGLE-3.1.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    draft_vocab_size: int
+    algorithm: str = "eagle3"
+    target_hidden_size: int = 0  # 0: the same as hidden_size
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    aux_layer_ids: tuple[int, ...] | None = None
+    num_aux_layers: int = 3
+    norm_output: bool = False
+    fc_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
+        set_field("target_hidden_size", self.target_hidden_size or self.hidden_size)
+        if self.algorithm not in ARCHITECTURES:
+            raise ConfigError(f"algorithm: unknown value '{self.algorithm}'{suggest(self.algorithm, ARCHITECTURES)}")
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        set_field("head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads"
+                f" {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim}: RoPE needs an even number")
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ConfigError(f"draft_vocab_size {self.draft_vocab_size} is not in 1..vocab_size {self.vocab_size}")
+        if self.aux_layer_ids is not None:
+            set_field("aux_layer_ids", tuple(self.aux_layer_ids))
+            set_field("num_aux_layers", len(self.aux_layer_ids))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "draft config") -> DraftConfig:
+        """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.
+
+        `eagle_config.eagle_aux_hidden_state_layer_ids` (layer INPUTS, vLLM's convention) becomes `aux_layer_ids`.
+        Raises ConfigError naming the key.
+        """
+        values = dict(values)
+        architecture = (values.get("architectures") or [""])[0]
+        by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
+        if "algorithm" not in values and architecture in by_name:
+            values["algorithm"] = by_name[architecture]
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        values["rope_scaling"] = None if kind == "default" else {**scaling, "rope_type": kind}
+        eagle = values.get("eagle_config") or {}
+        if values.get("aux_layer_ids") is None and eagle.get("eagle_aux_hidden_state_layer_ids"):
+            values["aux_layer_ids"] = [i - 1 for i in eagle["eagle_aux_hidden_state_layer_ids"]]
+        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        required = [n for n in required if values.get(n) is None]
+        if required:
+            raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
+        picked = {n: v for n, v in values.items() if n in fields and (v is not None or fields[n].default is None)}
+        for name, value in picked.items():
+            wanted = str(fields[name].type).split(" |")[0]
+            if wanted in ("int", "float") and value is not None and not _is_number(value, wanted):
+                raise ConfigError(f"{source}: {name}: expected {wanted}, found {value!r}")
+        try:
+            return cls(**picked)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> DraftConfig:
+        """Read a draft's config.json (a file, or a directory that holds one)."""
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values, source=str(file))
+
+    @classmethod
+    def from_target(cls, target: Any, draft_vocab_size: int | None = None, algorithm: str = "eagle3") -> DraftConfig:
+        """Derive a draft shape from a transformers config: one Llama layer as wide as the target.
+
+        Default draft vocabulary: 32000, or the whole vocabulary where that is smaller. Nested text configs
+        (Gemma 3, multimodal) are looked into.
+        """
+        target = target.get_text_config() if hasattr(target, "get_text_config") else target
+        heads = target.num_attention_heads
+        values = {
+            "algorithm": algorithm,
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(target, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": target.vocab_size
+            if algorithm == "eagle1"
+            else draft_vocab_size or min(32000, target.vocab_size),
+            "rms_norm_eps": getattr(target, "rms_norm_eps", 1e-5),
+            "max_position_embeddings": target.max_position_embeddings,
+            "rope_parameters": _plain_rope(target),
+            "bos_token_id": target.bos_token_id,
+            "eos_token_id": target.eos_token_id,
+            "pad_token_id": target.pad_token_id,
+        }
+        if values["head_dim"] * heads != target.hidden_size and getattr(target, "kv_lora_rank", None):
+            values["head_dim"] = target.hidden_size // heads  # MLA targets: the draft is a plain Llama layer
+        return cls.from_dict(values, source=f"derived from {target.model_type}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready, in our own convention (not the exported config.json)."""
+        values = dataclasses.asdict(self)
+        values["aux_layer_ids"] = list(self.aux_layer_ids) if self.aux_layer_ids is not None else None
+        return values
+
+    def replace(self, **changes: Any) -> DraftConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _is_number(value: Any, wanted: str) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (wanted == "float" and isinstance(value, float))
+
+
+def _plain_rope(target: Any) -> dict[str, Any]:
+    """One flat `rope_parameters`; models with several (Gemma 3: full and sliding) give that of full attention."""
+    rope = getattr(target, "rope_parameters", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, dict)]
+    if nested:
+        rope = rope.get("full_attention") or nested[0]
+    return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+
+
+class Draft(nn.Module):
+    """What training and inference need of a draft network. Parameters are the trained ones only; `embed_tokens` is
+    the target's and is passed in as embeddings."""
+
+    config: DraftConfig
+    d2t: Tensor  # [Vd] int64: target id = draft id + d2t[draft id]
+    t2d: Tensor  # [V] bool: target ids that are in the draft vocabulary
+
+    def first_state(self, features: Tensor) -> Tensor:
+        """Features captured from the target ([..., A*H] aux states; EAGLE-1: [..., H]) -> h_0 [..., D]."""
+        raise NotImplementedError
+
+    def step(
+        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """One layer. state h_k of row t and embedding of the token that follows -> (h_{k+1}, input of the head).
+
+        `attend` owns the keys: training masks, or a KV cache that the caller extends.
+        """
+        raise NotImplementedError
+
+    def logits(self, head_input: Tensor) -> Tensor:
+        """[..., D] (second result of `step`) -> draft logits [..., Vd]."""
+        raise NotImplementedError
+
+    def draft_to_target(self, draft_ids: Tensor) -> Tensor:
+        """Map draft vocabulary ids to target ids."""
+        return draft_ids + self.d2t[draft_ids]

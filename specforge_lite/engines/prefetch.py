@@ -1,0 +1,189 @@
+"""Capture of the next batches while this one trains: in order, bounded, and the same whatever the timing.
+
+batches  b0 b1 b2 b3 b4 ...          pulled in the consumer's thread, one for each batch handed out
+workers     [b1][b2][b3]             at most `depth` in flight, at most `engine.max_concurrency` running
+consumer  b0                         receives them in the order they were pulled
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+from specforge_lite.engines.base import TargetEngine, check_capture
+from specforge_lite.errors import CaptureError
+from specforge_lite.log import warn
+from specforge_lite.types import CapturedStates, TokenizedSample
+
+DEFAULT_SKIP_FRACTION = 0.001
+CLOSE_SECONDS = 30.0
+
+Captured = tuple[list[TokenizedSample], list[CapturedStates]]
+
+
+@dataclass
+class SkipBudget:
+    """How many samples the target may refuse as too long: `fraction` of `num_samples`, or of those seen so far
+    (and then at least one) where the total is not known."""
+
+    fraction: float = DEFAULT_SKIP_FRACTION
+    num_samples: int | None = None
+    seen: int = 0
+    skipped: int = 0
+
+    @property
+    def allowed(self) -> int:
+        if self.num_samples is None:
+            return max(1, math.floor(self.fraction * self.seen)) if self.fraction > 0 else 0
+        return math.floor(self.fraction * self.num_samples)
+
+    def admit(self, samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
+        """Return the samples of at most `max_length` tokens; count and report the others.
+
+        Raises CaptureError once more samples were refused than the budget allows.
+        """
+        kept: list[TokenizedSample] = []
+        for sample in samples:
+            self.seen += 1
+            if len(sample) > max_length:
+                self.skipped += 1
+                place = f"sample {sample.sample_id}: {len(sample)} tokens, the target accepts {max_length}"
+                if self.skipped > self.allowed:
+                    raise CaptureError(
+                        f"{place}; {self.skipped} skipped, the budget is {self.allowed} ({self.fraction:.2%})."
+                        " Lower --max-length or give the target a longer context"
+                    )
+                warn(f"{place}; skipped ({self.skipped} of at most {self.allowed})")
+            else:
+                kept.append(sample)
+        return kept
+
+
+class Prefetcher(Iterator[Captured]):
+    """The iterator `prefetch` returns.
+
+    wait_seconds: time the consumer was blocked so far. skips: the budget with its counts. Not thread-safe: one
+    consumer.
+    """
+
+    def __init__(
+        self,
+        engine: TargetEngine,
+        batches: Iterator[list[TokenizedSample]],
+        depth: int,
+        skips: SkipBudget | None = None,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"prefetch depth {depth}: expected at least 1")
+        self.wait_seconds = 0.0
+        self.skips = skips or SkipBudget()
+        self._engine = engine
+        self._batches = iter(batches)
+        self._depth = depth
+        self._in_order: deque[Future[Captured]] = deque()
+        self._work: queue.SimpleQueue[tuple[list[TokenizedSample], Future[Captured]] | None] = queue.SimpleQueue()
+        self._closed = False
+        # Daemon threads: a capture that hangs on a dead server must not keep the process from ending.
+        self._workers = [
+            threading.Thread(target=self._run, name=f"prefetch-{i}", daemon=True)
+            for i in range(max(1, min(depth, engine.max_concurrency)))
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __next__(self) -> Captured:
+        if self._closed:
+            raise StopIteration
+        try:
+            self._top_up()
+            if not self._in_order:
+                self.close()
+                raise StopIteration
+            future = self._in_order.popleft()
+            self._top_up()  # the place just freed is taken before the consumer goes off to train
+            start = time.perf_counter()
+            try:
+                return future.result()
+            finally:
+                self.wait_seconds += time.perf_counter() - start
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self, timeout_s: float = CLOSE_SECONDS) -> None:
+        """Drop what is queued and wait up to `timeout_s` for captures that are running; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for future in self._in_order:
+            future.cancel()
+        self._in_order.clear()
+        for _ in self._workers:
+            self._work.put(None)
+        deadline = time.monotonic() + timeout_s
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join(max(0.0, deadline - time.monotonic()))
+
+    def _top_up(self) -> None:
+        while len(self._in_order) < self._depth:
+            try:
+                samples = next(self._batches)
+            except StopIteration:
+                return
+            future: Future[Captured] = Future()
+            self._in_order.append(future)
+            try:  # counted here, in order, so that the batch at which the budget ends does not depend on timing
+                self._work.put((self.skips.admit(samples, self._engine.info.max_length), future))
+            except CaptureError as error:
+                future.set_exception(error)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            samples, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._capture(samples))
+            except BaseException as error:  # handed to the consumer, which raises it at this batch's place
+                future.set_exception(error)
+
+    def _capture(self, samples: list[TokenizedSample]) -> Captured:
+        states = self._engine.capture(samples) if samples else []
+        if len(states) != len(samples):
+            raise CaptureError(f"{self._engine.info.engine}: asked for {len(samples)} samples, got {len(states)}")
+        for sample, state in zip(samples, states, strict=True):
+            check_capture(sample, state, self._engine.info)
+        return samples, states
+
+
+def prefetch(
+    engine: TargetEngine,
+    batches: Iterator[list[TokenizedSample]],
+    depth: int,
+    skips: SkipBudget | None = None,
+) -> Prefetcher:
+    """Iterate over `(samples, states)` of `batches`, in order, with up to `depth` batches captured ahead.
+
+    A sample longer than `engine.info.max_length` is left out of its batch (which may become empty, so that ranks
+    stay in step) as long as `skips` allows. Every reply is checked with `check_capture`. What a worker raises is
+    raised here, at that batch's place. Use as a context manager, or call `close()`.
+    """
+    return Prefetcher(engine, batches, depth, skips)

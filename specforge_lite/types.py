@@ -70,6 +70,7 @@ class DraftBatch:
     aux_NG: Tensor
     last_NH: Tensor
     sample_ids: list[str] = field(default_factory=list)
+    host_mask_N: Tensor | None = None  # loss_mask_N on the CPU, so that planning a step never waits for a GPU
 
     def __len__(self) -> int:
         return int(self.input_ids_N.shape[0])
@@ -83,6 +84,7 @@ class DraftBatch:
             aux_NG=self.aux_NG.to(device, dtype, non_blocking=True),
             last_NH=self.last_NH.to(device, dtype, non_blocking=True),
             sample_ids=self.sample_ids,
+            host_mask_N=self.loss_mask_N.cpu() if self.host_mask_N is None else self.host_mask_N,
         )
 
 

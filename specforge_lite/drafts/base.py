@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from specforge_lite.errors import ConfigError, suggest
+from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.types import DraftBatch, StepOutput
 
 # attend(q [B, heads, T, d], k [B, kv_heads, T, d], v, both after RoPE) -> [B, heads, T, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -180,6 +183,35 @@ def _plain_rope(target: Any) -> dict[str, Any]:
     return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
 
 
+@dataclass(frozen=True)
+class TTTSettings:
+    """How a training pass unrolls and what it sums. `num_steps` K; step k weighs `step_decay**k`.
+
+    loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
+    compute_dtype: None for that of the weights. collect_rows: exact argmax, sampling acceptance and per-row results
+    (evaluation).
+    """
+
+    num_steps: int = 7
+    step_decay: float = 0.8
+    attention_backend: str = "auto"
+    loss_mask_alignment: str = "ours"
+    compute_dtype: torch.dtype | None = None
+    activation_checkpointing: bool = False
+    collect_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"ttt_length: expected at least 1 step, found {self.num_steps}")
+        if self.loss_mask_alignment not in ("ours", "eagle"):
+            hint = suggest(self.loss_mask_alignment, ("ours", "eagle"))
+            raise ConfigError(f"loss_mask_alignment: unknown value '{self.loss_mask_alignment}'{hint}")
+
+    @property
+    def eagle_mask(self) -> bool:
+        return self.loss_mask_alignment == "eagle"
+
+
 class Draft(nn.Module):
     """What training and inference need of a draft network. Parameters are the trained ones only; `embed_tokens` is
     the target's and is passed in as embeddings."""
@@ -204,6 +236,44 @@ class Draft(nn.Module):
     def logits(self, head_input: Tensor) -> Tensor:
         """[..., D] (second result of `step`) -> draft logits [..., Vd]."""
         raise NotImplementedError
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        """One training pass; `output.loss` is a SUM, to be divided by the global count of counted positions."""
+        raise NotImplementedError
+
+    def set_vocab(self, d2t: Tensor, t2d: Tensor) -> None:
+        """Register the vocabulary map as buffers. Raises ConfigError when its sizes are not those of the config."""
+        sizes = (self.config.draft_vocab_size, self.config.vocab_size)
+        if (len(d2t), len(t2d)) != sizes or int(t2d.sum()) != len(d2t):
+            raise ConfigError(
+                f"vocabulary map: d2t has {len(d2t)} entries and t2d marks {int(t2d.sum())} of {len(t2d)};"
+                f" the draft config says {sizes[0]} of {sizes[1]}"
+            )
+        self.register_buffer("d2t", d2t.to(torch.int64))
+        self.register_buffer("t2d", t2d.to(torch.bool))
+
+    @property
+    def target_ids(self) -> Tensor:
+        """[Vd] int64: target id of every draft id."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def draft_id_of(self, target_ids: Tensor) -> Tensor:
+        """Draft id of target ids; the next lower one (at least 0) for ids that are not in the draft vocabulary."""
+        return (torch.searchsorted(self.target_ids, target_ids, right=True) - 1).clamp_(min=0)
+
+    def make_own_embeddings(self) -> None:
+        """A draft of another width than its target cannot share the embedding table; it carries one, frozen [V, D]."""
+        if self.config.hidden_size != self.config.target_hidden_size:
+            table = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+            self.embed_tokens: nn.Embedding | None = table.requires_grad_(False)
+        else:
+            self.embed_tokens = None
+
+    def token_embeddings(self, token_ids: Tensor, target_head: TargetHead) -> Tensor:
+        """Token ids [...] -> embeddings [..., D]: the target's own rows, or the draft's frozen table."""
+        if self.embed_tokens is None:
+            return target_head.embed(token_ids)
+        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Map draft vocabulary ids to target ids."""

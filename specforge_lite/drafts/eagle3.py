@@ -1,0 +1,302 @@
+"""EAGLE-3 (and 3.1): one decoder layer trained by unrolling it K times on its own output (training-time test).
+
+    row t, step k:   token embedding  e(x_{t+1+k})      teacher  softmax(lm_head(y_{t+1+k}))      predicts x_{t+2+k}
+                     state h_k[t]:  h_0 = fc(g_t);  h_{k+1} = output of the layer at step k, same row
+                     RoPE position t+k
+
+In the code below a prediction is named by the token it predicts, u = t + 2 + k: its teacher is y_{u-1}, its embedding
+x_{u-1}, its RoPE position u - 2. So the teacher and the embedding's half of q, k, v are made once per token, not once
+per (row, step). `nn/rows.py` says which rows are computed at all.
+
+Letters: R needed rows of a step, N key rows, M predicted tokens, K steps, D draft width,
+E embedding width, G aux width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from specforge_lite.drafts.base import Attend, Draft, DraftConfig, TTTSettings
+from specforge_lite.nn.attention import TttAttention, get_attention
+from specforge_lite.nn.layers import Projections, RMSNorm, SwiGLU, gated
+from specforge_lite.nn.losses import Teacher, ask_teacher, judge_rows, ttt_cross_entropy
+from specforge_lite.nn.rope import RotaryEmbedding, apply_rope
+from specforge_lite.nn.rows import RowPlan, StepRows, plan_rows, predictable_tokens
+from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.types import DraftBatch, StepOutput
+
+
+class Eagle3Layer(nn.Module):
+    """x = [input_layernorm(e) ; hidden_norm(h)] -> attention, added to the un-normed h -> SwiGLU, added."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Projections(
+            2 * width, width, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )
+        self.mlp = SwiGLU(width, config.intermediate_size, config.hidden_act)
+        self.hidden_norm = RMSNorm(width, eps)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+
+
+@dataclass
+class PackedWeights:
+    """The layer's matrices in the compute dtype, fused where they read the same input; made once per forward pass.
+
+    qkv reads [embedding ; state]: `qkv_e` is its embedding half, `q_h` / `kv_h` its state half.
+    """
+
+    qkv_e: Tensor
+    q_h: Tensor
+    kv_h: Tensor
+    qkv_h: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Eagle3Draft(Draft):
+    """EAGLE-3 draft; parameter names are those of the exported checkpoint."""
+
+    def __init__(self, config: DraftConfig, d2t: Tensor, t2d: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(config.num_aux_layers * config.target_hidden_size, width, bias=False)
+        self.fc_norm = nn.ModuleList(
+            [RMSNorm(config.target_hidden_size, eps) for _ in range(config.num_aux_layers if config.fc_norm else 0)]
+        )
+        self.midlayer = Eagle3Layer(config)
+        self.norm = RMSNorm(width, eps)
+        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        self.rope = RotaryEmbedding(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+        )
+        self.set_vocab(d2t, t2d)
+        self.make_own_embeddings()
+
+    # ------------------------------------------------------------------------------------------------------ inference
+
+    def first_state(self, features: Tensor) -> Tensor:
+        if len(self.fc_norm):
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+        return linear(features.to(self.fc.weight.dtype), self.fc.weight)
+
+    def step(
+        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        layer, head_dim = self.midlayer, self.config.head_dim
+        x = torch.cat([layer.input_layernorm(embeds_BTD.to(state_BTD.dtype)), layer.hidden_norm(state_BTD)], -1)
+        split = lambda y: y.unflatten(-1, (-1, head_dim))  # noqa: E731
+        q, k, v = (split(p(x)) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
+        cos, sin = self.rope(position_ids_BT)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        state = state_BTD + layer.self_attn.o_proj(attended)
+        state = state + layer.mlp(layer.post_attention_layernorm(state))
+        head_input = self.norm(state)
+        return (head_input if self.config.norm_output else state), head_input
+
+    def logits(self, head_input: Tensor) -> Tensor:
+        return self.lm_head(head_input)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        """One training pass of K steps; sums and counts, see `StepOutput`."""
+        device = batch.input_ids_N.device
+        host_mask_N = batch.loss_mask_N if batch.host_mask_N is None else batch.host_mask_N
+        predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
+        tokens_M = predictable_N.nonzero().squeeze(1).to(device, non_blocking=True)
+        draft_ids = self.target_ids
+        teacher = ask_teacher(target_head, batch.last_NH[tokens_M - 1], draft_ids, want_lse=ttt.collect_rows)
+        in_vocab_M = self.t2d[teacher.argmax_M]
+        counted_N = predictable_N
+        if device.type == "cpu":  # on a GPU this would wait for the teacher; there the few others get weight 0
+            counted_N = torch.zeros_like(predictable_N).index_fill_(0, tokens_M[in_vocab_M], True)
+            teacher, in_vocab_M = select_tokens(teacher, in_vocab_M), in_vocab_M[in_vocab_M]
+        plan = plan_rows(counted_N, batch.doc_offsets, ttt.num_steps).to(device)
+
+        head_in_MKD = self._unroll(batch, target_head, plan, ttt)
+        exists_MK = plan.head_places_KM.T >= 0  # no row before the start of a document
+        counted_MK = exists_MK & in_vocab_M[:, None]
+        decay_K = torch.tensor([ttt.step_decay**k for k in range(ttt.num_steps)], dtype=torch.float64).to(device)
+        teacher_id_M = self.draft_id_of(teacher.argmax_M)
+        head = self.lm_head.weight.to(head_in_MKD.dtype)
+        loss, loss_MK, correct_MK = ttt_cross_entropy(
+            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, head
+        )
+        alpha_MK: Tensor | None = None
+        if ttt.collect_rows:
+            correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, teacher_id_M, head)
+        results = RowResults(loss_MK, correct_MK & counted_MK, counted_MK, alpha_MK)
+        return summarize(batch, predictable_N.to(device), plan, loss, results)
+
+    def _unroll(self, batch: DraftBatch, target_head: TargetHead, plan: RowPlan, ttt: TTTSettings) -> Tensor:
+        """Run the K steps; -> inputs of the head [M, K, D], zeros where a row does not exist."""
+        dtype = ttt.compute_dtype or self.fc.weight.dtype
+        attention = get_attention(ttt.attention_backend, batch.input_ids_N.device.type)
+        weights = self._pack(dtype)
+        embeds = self.token_embeddings(batch.input_ids_N[plan.embed_tokens], target_head).to(dtype)
+        embed_qkv = linear(self.midlayer.input_layernorm(embeds), weights.qkv_e)
+
+        state_ND = self._first_state_packed(batch.aux_NG[plan.key_tokens].to(dtype))
+        first = plan.steps[0]
+        kv_first = self._first_keys(state_ND, embed_qkv, plan, weights)
+        state_RD = state_ND if first.from_previous is None else state_ND[first.from_previous]
+        later: list[tuple[Tensor, Tensor]] = []
+        head_inputs = []
+        for k, rows in enumerate(plan.steps):
+            if k and rows.from_previous is not None:
+                state_RD = state_RD[rows.from_previous]
+                later = [(key[rows.from_previous], value[rows.from_previous]) for key, value in later]
+            arguments = (state_RD, embed_qkv, kv_first, later, rows, weights, attention, k == 0)
+            if ttt.activation_checkpointing:
+                state_RD, own = checkpoint(self._train_step, *arguments, use_reentrant=False)
+            else:
+                state_RD, own = self._train_step(*arguments)
+            later = [*later, own] if k else []
+            normed_RD = self.norm(state_RD)
+            head_inputs.append(pick_rows(normed_RD, plan.head_places_KM[k]))
+            if self.config.norm_output:
+                state_RD = normed_RD
+        return torch.stack(head_inputs, dim=1)
+
+    def _pack(self, dtype: torch.dtype) -> PackedWeights:
+        attention, mlp, width = self.midlayer.self_attn, self.midlayer.mlp, self.config.hidden_size
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(dtype)
+        qkv_e, qkv_h = (part.contiguous() for part in qkv.split(width, 1))
+        q_h, kv_h = qkv_h.split([attention.q_proj.weight.shape[0], len(qkv_h) - attention.q_proj.weight.shape[0]])
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype)
+        return PackedWeights(
+            qkv_e, q_h, kv_h, qkv_h, attention.o_proj.weight.to(dtype), gate_up, mlp.down_proj.weight.to(dtype)
+        )
+
+    def _first_state_packed(self, aux_NG: Tensor) -> Tensor:
+        if len(self.fc_norm):
+            return linear(self._norm_aux(aux_NG), self.fc.weight.to(aux_NG.dtype))
+        return linear(aux_NG, self.fc.weight.to(aux_NG.dtype))
+
+    def _norm_aux(self, aux_NG: Tensor) -> Tensor:
+        parts = aux_NG.chunk(len(self.fc_norm), -1)
+        return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+
+    def _first_keys(
+        self, state_ND: Tensor, embed_qkv: Tensor, plan: RowPlan, weights: PackedWeights
+    ) -> tuple[Tensor, Tensor]:
+        """Step-0 keys (after RoPE) and values of every key row, [N, G, d] each."""
+        num_q, head_dim = len(weights.q_h), self.config.head_dim
+        normed_ND = self.midlayer.hidden_norm(state_ND)
+        embed_half = embed_qkv[:, num_q:][plan.key_embed_places]
+        key, value = torch.addmm(embed_half, normed_ND, weights.kv_h.T).unflatten(-1, (2, -1, head_dim)).unbind(1)
+        return apply_rope(key, *self.rope(plan.key_positions)), value
+
+    def _train_step(
+        self,
+        state_RD: Tensor,
+        embed_qkv: Tensor,
+        kv_first: tuple[Tensor, Tensor],
+        later: list[tuple[Tensor, Tensor]],
+        rows: StepRows,
+        weights: PackedWeights,
+        attention: TttAttention,
+        first_step: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One layer over the needed rows of one step -> (h_{k+1} before any norm, this step's own key and value)."""
+        layer, head_dim = self.midlayer, self.config.head_dim
+        normed_RD = layer.hidden_norm(state_RD)
+        if first_step:  # keys and values of step 0 were made for all key rows
+            embed_half = embed_qkv[:, : len(weights.q_h)][rows.embed_places]
+            q_RHd = torch.addmm(embed_half, normed_RD, weights.q_h.T).unflatten(-1, (-1, head_dim))
+            own = kv_first
+            q_RHd = apply_rope(q_RHd, *self.rope(rows.position_ids))
+        else:
+            qkv = torch.addmm(embed_qkv[rows.embed_places], normed_RD, weights.qkv_h.T).unflatten(-1, (-1, head_dim))
+            groups = self.config.num_key_value_heads
+            cos, sin = self.rope(rows.position_ids)
+            qk = apply_rope(qkv[:, :-groups], cos, sin)
+            q_RHd, own = qk[:, :-groups], (qk[:, -groups:], qkv[:, -groups:])
+            later = [*later, own]
+        out_RHd = attention(q_RHd, *kv_first, [key for key, _ in later], [value for _, value in later], rows)
+        state_RD = torch.addmm(state_RD, out_RHd.flatten(1), weights.o.T)
+        gate_up = linear(layer.post_attention_layernorm(state_RD), weights.gate_up)
+        state_RD = torch.addmm(state_RD, gated(gate_up, layer.mlp.activation), weights.down.T)
+        return state_RD, own
+
+
+def pick_rows(x_RD: Tensor, places_M: Tensor) -> Tensor:
+    """Rows of x by place; zeros for place -1."""
+    if x_RD.shape[0] == 0:
+        return x_RD.new_zeros(len(places_M), x_RD.shape[1]) + x_RD.sum()
+    picked = x_RD[places_M.clamp(min=0)]
+    return torch.where((places_M >= 0)[:, None], picked, 0)
+
+
+def select_tokens(teacher: Teacher, keep_M: Tensor) -> Teacher:
+    """The teacher of some of its tokens."""
+    if bool(keep_M.all()):
+        return teacher
+    lse = None if teacher.lse_M is None else teacher.lse_M[keep_M]
+    return Teacher(teacher.draft_logits_MVd[keep_M], teacher.argmax_M[keep_M], lse)
+
+
+@dataclass
+class RowResults:
+    """Per predicted token and step [M, K]: cross-entropy, hit, whether the row exists and counts, alpha."""
+
+    loss_MK: Tensor
+    correct_MK: Tensor
+    counted_MK: Tensor
+    alpha_MK: Tensor | None
+
+
+@torch.no_grad()
+def summarize(
+    batch: DraftBatch,
+    predictable_N: Tensor,
+    plan: RowPlan,
+    loss: Tensor,
+    results: RowResults,
+) -> StepOutput:
+    """Sums per step, and the run of correct steps of each row t = u - 2 - k."""
+    correct_MK, counted_MK, alpha_MK = results.correct_MK, results.counted_MK, results.alpha_MK
+    collect_rows = alpha_MK is not None
+    num_tokens, num_steps = len(predictable_N), counted_MK.shape[1]
+    device = predictable_N.device
+    offsets = torch.tensor(batch.doc_offsets, device=device)
+    tokens = torch.arange(num_tokens, device=device)
+    start_N = offsets[torch.bucketize(tokens, offsets[1:], right=True).clamp(max=len(offsets) - 2)]
+    rows_KN = tokens[None] - 2 - torch.arange(num_steps, device=device)[:, None]  # [k, u] -> t
+    supervised_KN = predictable_N & (rows_KN >= start_N)
+
+    def by_row(values_KU: Tensor) -> Tensor:  # [k, u] -> [t, k]
+        out = torch.zeros(num_steps, num_tokens + num_steps + 2, dtype=torch.bool, device=device)
+        for k in range(num_steps):
+            out[k, : max(num_tokens - 2 - k, 0)] = values_KU[k, 2 + k :]
+        return out[:, :num_tokens].T
+
+    correct_KN = torch.zeros(num_steps, num_tokens, dtype=torch.bool, device=device)
+    correct_KN[:, plan.predicted_tokens] = correct_MK.T
+    correct_NK, supervised_NK = by_row(correct_KN & supervised_KN), by_row(supervised_KN)
+    runs_N = correct_NK.int().cumprod(1).sum(1)
+    starts = supervised_NK[:, 0]
+    return StepOutput(
+        loss=loss,
+        loss_sum_K=torch.where(counted_MK, results.loss_MK, 0).sum(0).float(),
+        counted_K=counted_MK.sum(0).float(),
+        supervised_K=supervised_KN.sum(1).float(),
+        correct_K=correct_MK.sum(0).float(),
+        run_sum=(runs_N * starts).sum().float(),
+        run_rows=starts.sum().float(),
+        alpha_sum_K=None if alpha_MK is None else torch.where(counted_MK, alpha_MK, 0).sum(0),
+        correct_NK=correct_NK if collect_rows else None,
+        supervised_NK=supervised_NK if collect_rows else None,
+    )

@@ -1,0 +1,193 @@
+"""vLLM: a KV connector, loaded by `--kv-transfer-config` (`kv_connector_module_path`), for the stock method
+`extract_hidden_states`, which keeps the hidden states of every token in a KV-cache layer of its own (vllm 0.32).
+
+A request opts in with `kv_transfer_params: {"specforge_capture": KEY}` and its reply carries
+`kv_transfer_params.specforge_capture`. The sample is read from the cache in the step that completes its prompt, after
+the cache was written and before the step's result is returned, so no block has to be held back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from specforge_capture.sinks import SWITCH
+from specforge_capture.writer import CaptureWriter
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+@dataclass
+class Save:
+    """A prompt that this step completes: its key, its tokens and the cache blocks that hold its states."""
+
+    key: str
+    token_ids: list[int]
+    block_ids: list[int]
+
+
+@dataclass
+class CaptureMetadata(KVConnectorMetadata):
+    """From the scheduler's connector to the workers', once a step."""
+
+    saves: list[Save] = field(default_factory=list)
+
+
+@dataclass
+class _Prompt:
+    key: str
+    token_ids: list[int]
+    block_ids: list[int]
+    saved: bool = False
+
+
+class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
+    """Store-only connector; the scheduler's and each worker's process hold one."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        spec = vllm_config.speculative_config
+        if spec is None or spec.method != "extract_hidden_states":
+            raise ValueError("SpecforgeConnector needs --speculative-config with method extract_hidden_states")
+        self._layer_ids = list(spec.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
+        self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self._group = _hidden_state_group(kv_cache_config)
+        if not os.environ.get(SWITCH):
+            raise ValueError("set SPECFORGE_CAPTURE=tmpfs:DIRECTORY or mooncake:tcp://HOST:PORT")
+        # The last captured "layer" is the residual stream after all layers, before the final norm.
+        self._writer = CaptureWriter(f"vllm {vllm.__version__}", self._layer_ids[:-1], last_is_normed=False)
+        self._prompts: dict[str, _Prompt] = {}  # scheduler side, by request id
+        self._cache: torch.Tensor | None = None  # worker side, [blocks, A + 1, block size, H]
+        self._cache_layer = ""
+        self._cached_this_step = False
+        self._writes = True
+
+    # ---------------------------------------------------------------- scheduler side
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False  # nothing is ever loaded
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Follow the block tables of the prompts that asked for capture; name those that this step completes."""
+        saves: list[Save] = []
+        scheduled = scheduler_output.num_scheduled_tokens
+        for new in scheduler_output.scheduled_new_reqs:
+            key = _key(new.sampling_params)
+            if key is None or new.prompt_token_ids is None:
+                continue
+            prompt = _Prompt(key, list(new.prompt_token_ids), list(new.block_ids[self._group]))
+            self._prompts[new.req_id] = prompt
+            self._note(prompt, new.num_computed_tokens + scheduled[new.req_id], saves)
+        cached = scheduler_output.scheduled_cached_reqs
+        for req_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
+            found = self._prompts.get(req_id)
+            if found is None:
+                continue
+            new_blocks = list(blocks[self._group]) if blocks is not None else []
+            # A request that was preempted and resumed starts again with a block table of its own.
+            found.block_ids = new_blocks if req_id in cached.resumed_req_ids else found.block_ids + new_blocks
+            self._note(found, computed + scheduled[req_id], saves)
+        return CaptureMetadata(saves)
+
+    @staticmethod
+    def _note(prompt: _Prompt, num_computed: int, saves: list[Save]) -> None:
+        if not prompt.saved and num_computed >= len(prompt.token_ids):
+            prompt.saved = True
+            saves.append(Save(prompt.key, prompt.token_ids, list(prompt.block_ids)))
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        prompt = self._prompts.pop(request.request_id, None)
+        if prompt is None:
+            return False, None
+        reply = self._writer.reply(prompt.key) if prompt.saved else {"error": "the request was aborted"}
+        return False, {"specforge_capture": reply}
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
+    # ---------------------------------------------------------------- worker side
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+
+        layers = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
+        (self._cache_layer,) = layers
+        self._cache = kv_caches[self._cache_layer]
+        self._writes = get_tensor_model_parallel_rank() == 0
+        if self._writes:
+            self._writer.open()
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        if layer_name == self._cache_layer:
+            self._cached_this_step = True
+
+    def wait_for_save(self) -> None:
+        """Called once a step, when the hidden-state layer has been written."""
+        cached, self._cached_this_step = self._cached_this_step, False
+        if not self._writes or not self.has_connector_metadata():
+            return
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, CaptureMetadata)
+        for save in metadata.saves:
+            if cached:
+                self._save(save)
+            else:  # vLLM skips the layer for a whole batch when one prompt comes within 1 token of --max-model-len
+                self._writer.fail(save.key, "vLLM kept no hidden states in this step; raise --max-model-len")
+
+    def _save(self, save: Save) -> None:
+        assert self._cache is not None
+        tokens, block_size = len(save.token_ids), self._cache.shape[2]
+        blocks = torch.tensor(save.block_ids[: -(-tokens // block_size)], device="cpu")
+        if self._cache.is_cuda:
+            blocks = blocks.pin_memory().to(self._cache.device, non_blocking=True)
+        # Indexing copies, on the stream the model runs on: the next step may overwrite these blocks.
+        pages = self._cache[blocks].transpose(1, 2).flatten(0, 1)[:tokens]
+        self._writer.submit(save.key, save.token_ids, pages[:, :-1].contiguous(), pages[:, -1].contiguous())
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return "LBNHC"  # all layers of a token side by side
+
+
+def _hidden_state_group(kv_cache_config: KVCacheConfig | None) -> int:
+    from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+
+    groups: Iterable[Any] = kv_cache_config.kv_cache_groups if kv_cache_config is not None else ()
+    found = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        return 0  # one group shared by all layers
+    raise ValueError(f"{len(found)} KV-cache groups hold hidden states, expected one")
+
+
+def _key(sampling_params: Any) -> str | None:
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    params = extra.get("kv_transfer_params") or {}
+    key = params.get("specforge_capture")
+    return key if isinstance(key, str) else None

@@ -1,0 +1,50 @@
+# make quickstart     environment + the whole pipeline on a small target, at most ten minutes on 2 cores
+# make test           the tests             make check         ruff, mypy, layering
+# make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
+# make test-engines   live tests against both engines
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+ENGINE ?= hf
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test check format test-engines test-browser stress engine-sglang engine-vllm clean
+
+quickstart: $(VENV)/.installed
+	$(PY) scripts/quickstart.py --engine $(ENGINE)
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser" -n 2 --dist worksteal
+
+check: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/test_layering.py -q
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm
+	$(PY) -m pytest -m engine tests
+
+test-browser: $(VENV)/.installed-dev
+	$(PY) -m pytest -m browser tests
+
+stress: $(VENV)/.installed-dev
+	$(PY) -m pytest -m stress tests
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf outputs cache .pytest_cache .mypy_cache .ruff_cache

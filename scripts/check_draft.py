@@ -1,0 +1,69 @@
+"""Check a draft directory against what SGLang and vLLM load: a table of findings, exit code 2 if one is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from specforge_lite.cli import Section, parse_config
+from specforge_lite.contract import Finding, check_draft
+from specforge_lite.errors import ConfigError
+from specforge_lite.inference.draft_files import draft_config_of, read_draft_files
+from specforge_lite.log import USER_ERROR_EXIT_CODE, run_script
+
+
+class CheckConfig(Section):
+    """Check a draft directory against what SGLang and vLLM load: a table of findings, exit code 2 if one is broken."""
+
+    draft_model_path: Path = Field(
+        description="draft directory", json_schema_extra={"flags": ["--speculative-draft-model-path"]}
+    )
+    target_model_path: str | None = Field(None, description="compare with this target: width, vocabulary, depth")
+    checkpoint: Path | None = Field(None, description="compare aux layers with this training checkpoint step_N")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the target")
+
+
+def main() -> int:
+    config = parse_config(CheckConfig)
+    path = config.target_model_path
+    target = load_target_config(path, config.trust_remote_code) if path else None
+    trained = draft_config_of(read_draft_files(config.checkpoint)).aux_layer_ids if config.checkpoint else None
+    findings = check_draft(config.draft_model_path, target, trained)
+    print_findings(str(config.draft_model_path), findings)
+    return USER_ERROR_EXIT_CODE if any(finding.is_broken for finding in findings) else 0
+
+
+def load_target_config(path: str, trust_remote_code: bool) -> object:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"target_model_path {path}: {str(error).splitlines()[0]}") from None
+
+
+def print_findings(title: str, findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"ok": "green", "warning": "yellow", "broken": "bold red"}
+    table = Table(title=title, title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("what was found")
+    for finding in findings:
+        colour = colours[finding.level]
+        level = "OK" if finding.level == "ok" else finding.level.upper()
+        table.add_row(finding.check, f"[{colour}]{level}[/]", escape(finding.message))
+    Console().print(table)
+    broken = [finding for finding in findings if finding.is_broken]
+    for finding in broken:
+        print(f"broken: {finding.check}: {finding.message}")
+    if not broken:
+        print("nothing found that an engine would refuse or serve wrong")
+
+
+if __name__ == "__main__":
+    run_script(main)

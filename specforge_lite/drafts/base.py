@@ -103,7 +103,7 @@ class DraftConfig:
             raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
         picked = {n: v for n, v in values.items() if n in fields and (v is not None or fields[n].default is None)}
         for name, value in picked.items():
-            wanted = str(fields[name].type).split(" |")[0]
+            wanted = str(fields[name].type).removesuffix(" | None")
             if wanted in ("int", "float") and value is not None and not _is_number(value, wanted):
                 raise ConfigError(f"{source}: {name}: expected {wanted}, found {value!r}")
         try:

@@ -1,0 +1,260 @@
+"""A row of any form people have -> the normal form `{"id", "conversations": [{"role", "content"}], "tools"?}`.
+
+Forms are recognised by content: ShareGPT (`from`/`value`), OpenAI (`role`/`content`), Alpaca, prompt/response and its
+relatives (GSM8K's question/answer), and lists of alternating strings (UltraChat). Tool calls, tool results, reasoning
+and system prompts are kept. What cannot be read is refused with a reason that can be counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from specforge_lite.data.encoding import clean
+from specforge_lite.errors import DataError
+from specforge_lite.types import Conversation
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user", "customer": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant", "ai": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "function_call", "tool_call": "function_call",
+}  # fmt: skip
+ID_KEYS = ("id", "conversation_id", "prompt_id", "question_id", "uuid", "seq_id", "task_id")
+PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction")
+ANSWER_KEYS = ("response", "completion", "answer", "solution", "output", "chosen")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+KNOWN_FORMS = (
+    "conversations/messages of role+content or from+value, instruction/input/output, prompt/response, question/answer"
+)
+
+
+class RowRejected(DataError):
+    """A row that cannot be used; `reason` is the short name it is counted under."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def to_conversation(row: Any) -> Conversation:
+    """Recognise and normalise one row. Raises RowRejected."""
+    if not isinstance(row, dict):
+        raise RowRejected("not-an-object", f"expected a JSON object per row, found {_kind(row)}")
+    try:
+        messages = check_messages(_messages_of(row))
+        tools = map_strings(_tools_of(row.get("tools")), clean_text)
+    except RecursionError:
+        raise RowRejected("nested-too-deeply", "more levels of nesting than a row can have") from None
+    return Conversation(_id_of(row, messages, tools), messages, tools)
+
+
+def to_row(conversation: Conversation) -> dict[str, Any]:
+    """The normal form of a conversation, ready for `json.dumps`."""
+    row: dict[str, Any] = {"id": conversation.id, "conversations": conversation.messages}
+    return {**row, "tools": conversation.tools} if conversation.tools else row
+
+
+def content_digest(conversation: Conversation) -> str:
+    """Hash of what is said (not of the id); equal conversations have equal digests."""
+    text = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    for key in ("conversations", "messages", "conversation", "dialog"):
+        if row.get(key) is not None:
+            return _turns(row[key], key, row)
+    if isinstance(row.get("data"), list) and all(isinstance(turn, str) for turn in row["data"]):
+        return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(row["data"])]
+    if any(key in row for key in PROMPT_KEYS):
+        return _prompt_and_answer(row)
+    found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
+    raise RowRejected("unknown-form", f"found keys {found}; expected {KNOWN_FORMS}")
+
+
+def _turns(turns: Any, key: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(turns, str):  # some parquet exports hold JSON text
+        turns = _from_json(turns, f"'{key}'")
+    if not isinstance(turns, list):
+        raise RowRejected("not-a-list", f"'{key}': expected a list of turns, found {_kind(turns)}")
+    if not turns:
+        raise RowRejected("no-turns", f"'{key}' is empty")
+    messages = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise RowRejected("turn-not-an-object", f"turn {number}: expected an object, found {_kind(turn)}")
+        messages.append(_turn(turn, number))
+    return messages
+
+
+def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    name = turn.get("role", turn.get("from"))
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        found = f"'{name}'" if isinstance(name, str) else _kind(name)
+        raise RowRejected("unknown-role", f"turn {number}: role {found}; expected one of {', '.join(sorted(ROLES))}")
+    role = ROLES[name.lower()]
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _sharegpt_calls(content, number)}
+    message: dict[str, Any] = {"role": role, "content": _text(content, number, bool(turn.get("tool_calls")))}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
+    for key in REASONING_KEYS:
+        if isinstance(turn.get(key), str) and turn[key].strip():
+            message["reasoning_content"] = turn[key]
+            break
+    for key in ("name", "tool_call_id"):
+        if isinstance(turn.get(key), str):
+            message[key] = turn[key]
+    return message
+
+
+def _text(content: Any, number: int, may_be_empty: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_be_empty:
+        return ""
+    if isinstance(content, list):  # OpenAI content parts
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
+            return "".join(map(str, parts))
+        raise RowRejected("content-not-text", f"turn {number}: content parts other than text")
+    raise RowRejected("content-not-text", f"turn {number}: expected text, found {_kind(content)}")
+
+
+def _sharegpt_calls(content: Any, number: int) -> list[dict[str, Any]]:
+    calls = _from_json(content, f"turn {number}: tool call") if isinstance(content, str) else content
+    return _tool_calls(calls if isinstance(calls, list) else [calls], number)
+
+
+def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """OpenAI form; arguments that are text stay as the model wrote them."""
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowRejected("bad-tool-call", f"turn {number}: expected a tool call with a name, found {_kind(call)}")
+        if not isinstance(arguments, (dict, str)):
+            raise RowRejected("bad-tool-call", f"turn {number}: tool call arguments are {_kind(arguments)}")
+        extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        result.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
+
+
+def _tools_of(tools: Any) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str) and tools.strip():
+        tools = _from_json(tools, "'tools'")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowRejected("bad-tools", f"'tools': expected a list of objects, found {_kind(tools)}")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
+    prompt_key = next(key for key in PROMPT_KEYS if key in row)
+    answer_key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
+    messages: list[dict[str, Any]] = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        messages.append({"role": "system", "content": row["system"]})
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowRejected("bad-history", "'history': expected [question, answer] pairs")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    prompt = row[prompt_key]
+    if isinstance(prompt, list):
+        messages += _turns(prompt, prompt_key, {})
+    else:
+        extra = row.get("input") if prompt_key == "instruction" else None
+        joined = f"{prompt}\n\n{extra}" if isinstance(prompt, str) and isinstance(extra, str) and extra else prompt
+        messages.append({"role": "user", "content": joined})
+    if answer_key is not None:
+        answer = row[answer_key]
+        if isinstance(answer, list):
+            messages += _turns(answer, answer_key, {})
+        else:
+            messages.append({"role": "assistant", "content": answer})
+    for message in messages:
+        message["content"] = _text(message["content"], len(messages), bool(message.get("tool_calls")))
+    return messages
+
+
+def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns in an order a chat can have, else RowRejected.
+
+    Dropped on purpose: an empty system prompt, and assistant turns before the first user turn (ShareGPT is full of
+    conversations that were cut in the middle). Neighbouring assistant turns of text and tool calls become one.
+    """
+    result: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, 1):
+        message = map_strings(message, clean_text)
+        role, last = message["role"], result[-1]["role"] if result else None
+        calls = bool(message.get("tool_calls"))
+        if role == "system" and result:
+            raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
+        if role in ("system", "user", "assistant") and not str(message["content"]).strip() and not calls:
+            if role == "system":
+                continue
+            if not message.get("reasoning_content"):
+                raise RowRejected("empty-turn", f"turn {number}: empty {role} turn")
+        if role == "assistant" and last in (None, "system"):
+            continue
+        if role == "assistant" and last == "assistant" and calls:
+            result[-1] = _joined(result[-1], message)
+            continue
+        if (role == last and role != "tool") or (role == "tool" and last in (None, "system", "user")):
+            found = "at the start" if last is None else f"after {last}"
+            raise RowRejected("bad-order", f"turn {number}: {role} {found}; expected user and assistant in turn")
+        result.append(message)
+    if not any(message["role"] == "user" for message in result):
+        raise RowRejected("no-user-turn", "no user turn")
+    return result
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    content = "\n".join(text for text in (first["content"], second["content"]) if text)
+    return {**first, "content": content, "tool_calls": [*first.get("tool_calls", []), *second["tool_calls"]]}
+
+
+def clean_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRejected("lone-surrogate", f"half a surrogate pair (\\u{ord(text[error.start]):04x})") from None
+    return clean(text)
+
+
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """`function` of every string in nested lists and dicts, keys included."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {map_strings(key, function): map_strings(item, function) for key, item in value.items()}
+    return [map_strings(item, function) for item in value] if isinstance(value, list) else value
+
+
+def _id_of(row: dict[str, Any], messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    for key in ID_KEYS:
+        value = row.get(key)
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
+            return clean_text(str(value))
+    return content_digest(Conversation("", messages, tools))[:16]
+
+
+def _from_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowRejected("not-json", f"{what}: expected JSON, found '{text[:40]}'") from None
+
+
+def _kind(value: Any) -> str:
+    names = {"dict": "an object", "list": "a list", "str": "text", "NoneType": "nothing", "bool": "true/false"}
+    return names.get(type(value).__name__, "a number")

@@ -1,0 +1,194 @@
+"""Text and trained spans -> token ids and loss mask, in one tokenization.
+
+Three decisions, each with a test:
+- A token is trained if at least one of its characters is (a BPE token may straddle the border of a span; the target
+  produced it, so it is never lost).
+- Offsets come from a copy of the tokenizer without its post-processor: `ByteLevel(trim_offsets=True)` would move the
+  offsets of a line end before an answer into the answer.
+- A control token that stands inside a message (`<|im_end|>` typed by a user) stays ordinary text. Only when a
+  conversation holds one, its text is tokenized by a second copy, in which the control tokens have other names
+  (noncharacters) that only the template writes. Where a vocabulary can spell the name as a plain token this cannot be
+  helped; byte-level and SentencePiece BPE cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from specforge_lite.data.templates.base import Canvas, Rendering
+from specforge_lite.errors import DataError
+
+RESERVED = re.compile("[\ufdd0-\ufdd6]")
+_NAME_START, _NAME_END = "\ufdd0", "\ufdd1"  # around the number of a control token, written by a template
+_QUOTE_START, _QUOTE_END = "\ufdd5", "\ufdd6"  # around the number of a control token, quoted in a message
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What tokenization needs of a tokenizer, as strings: can be sent to a process and hashed by content."""
+
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> TokenizerSpec:
+        """From a transformers tokenizer with a fast (Rust) form, else DataError. The tokenizer is left as it is."""
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise DataError(
+                f"tokenizer {getattr(tokenizer, 'name_or_path', '')} ({type(tokenizer).__name__}) has no fast form,"
+                " which token offsets need; expected a directory with a tokenizer.json"
+            )
+        plain = Tokenizer.from_str(backend.to_str())
+        plain.post_processor = None  # type: ignore[assignment]  # the setter takes None, its annotation does not say so
+        plain.no_truncation()
+        plain.no_padding()
+        own = getattr(tokenizer, "chat_template", None)
+        if isinstance(own, dict):
+            own = own.get("default")
+        special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        return cls(plain.to_str(), own, tuple(sorted(special.items())))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over vocabulary, merges, pre-tokenizer and added tokens; not over paths or names."""
+        return hashlib.sha256(self.tokenizer_json.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token text -> id, added tokens included."""
+        from tokenizers import Tokenizer
+
+        return dict(Tokenizer.from_str(self.tokenizer_json).get_vocab(with_added_tokens=True))
+
+
+class TextEncoder:
+    """Tokenizes renderings of one tokenizer and one template family."""
+
+    def __init__(self, spec: TokenizerSpec, control_tokens: Iterable[str]) -> None:
+        from tokenizers import Tokenizer
+
+        self._spec = spec
+        self._plain = Tokenizer.from_str(spec.tokenizer_json)
+        added = {token.content: (i, token.special) for i, token in self._plain.get_added_tokens_decoder().items()}
+        wanted = set(control_tokens)
+        self._control = {name: i for name, (i, special) in sorted(added.items()) if special or name in wanted}
+        self._names = sorted(self._control, key=lambda name: (-len(name), name))  # longest first: no prefix wins
+        self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
+        self._renamed: tuple[Any, np.ndarray] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id this tokenizer can produce."""
+        return int(max(self._plain.get_vocab(with_added_tokens=True).values())) + 1
+
+    def token_id(self, name: str) -> int | None:
+        """Id of an exact token, None if the vocabulary has none."""
+        return self._plain.token_to_id(name)
+
+    def has_control_token(self, values: Any) -> bool:
+        """True if a string anywhere in `values` (strings, lists, dicts) quotes a control token."""
+        if isinstance(values, str):
+            return self._pattern is not None and self._pattern.search(values) is not None
+        if isinstance(values, Mapping):
+            return any(self.has_control_token(value) for value in values.values())
+        return isinstance(values, (list, tuple)) and any(self.has_control_token(value) for value in values)
+
+    def quote(self, values: Any) -> Any:
+        """A copy of `values` in which quoted control tokens are placeholders; `encode_quoted` puts them back."""
+        if isinstance(values, str) and self._pattern is not None:
+            numbers = {name: i for i, name in enumerate(self._names)}
+            return self._pattern.sub(lambda match: f"{_QUOTE_START}{numbers[match[0]]}{_QUOTE_END}", values)
+        if isinstance(values, Mapping):
+            return {key: self.quote(value) for key, value in values.items()}
+        return [self.quote(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+    def encode(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [L] int32 and loss mask [L] bool; every control token in the text counts as one."""
+        encoding = self._plain.encode(rendering.text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32), token_mask(encoding.offsets, rendering)
+
+    def encode_quoted(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
+        """Like `encode`, of a conversation that went through `quote`: placeholders become ordinary text."""
+        tokenizer, original_ids = self._rename()
+        renamed = self._rewrite(rendering)
+        encoding = tokenizer.encode(renamed.text, add_special_tokens=False)
+        return original_ids[np.array(encoding.ids, dtype=np.int64)], token_mask(encoding.offsets, renamed)
+
+    def encode_text(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids [L] int32 of each text by itself; control tokens in it stay ordinary text."""
+        quoted = [self.quote(text) if self.has_control_token(text) else None for text in texts]
+        return [
+            (self.encode(Rendering(text, ())) if other is None else self.encode_quoted(Rendering(other, ())))[0]
+            for text, other in zip(texts, quoted)
+        ]
+
+    def _rewrite(self, rendering: Rendering) -> Rendering:
+        """Give the template's control tokens their other names, and placeholders their quoted text."""
+        pattern = re.compile(f"{_QUOTE_START}([0-9]+){_QUOTE_END}|" + "|".join(map(re.escape, self._names)))
+        numbers = {name: i for i, name in enumerate(self._names)}
+
+        def replace(match: re.Match[str]) -> str:
+            if match[1] is not None:
+                return self._names[int(match[1])]
+            return f"{_NAME_START}{numbers[match[0]]}{_NAME_END}"
+
+        canvas, at = Canvas(), 0
+        for start, end in rendering.spans:
+            canvas.add(pattern.sub(replace, rendering.text[at:start]))
+            canvas.add(pattern.sub(replace, rendering.text[start:end]), trained=True)
+            at = end
+        canvas.add(pattern.sub(replace, rendering.text[at:]))
+        return canvas.finish()
+
+    def _rename(self) -> tuple[Any, np.ndarray]:
+        """The tokenizer whose control tokens have other names, and original_ids[its id] = the tokenizer's id."""
+        if self._renamed is None:
+            from tokenizers import Tokenizer
+
+            description = json.loads(self._spec.tokenizer_json)
+            numbers = {name: i for i, name in enumerate(self._names)}
+            new_names: dict[int, str] = {}
+            for token in description["added_tokens"]:
+                if token["content"] in numbers:
+                    token["content"] = f"{_NAME_START}{numbers[token['content']]}{_NAME_END}"
+                    token["normalized"] = False
+                new_names[token["id"]] = token["content"]
+            tokenizer = Tokenizer.from_str(json.dumps(description))
+            ids = {int(tokenizer.token_to_id(name) or 0): i for i, name in new_names.items()}
+            size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+            original_ids = np.arange(size, dtype=np.int32)
+            original_ids[list(ids)] = list(ids.values())
+            self._renamed = (tokenizer, original_ids)
+        return self._renamed
+
+
+def token_mask(offsets: list[tuple[int, int]], rendering: Rendering) -> np.ndarray:
+    """Loss mask [L] bool: which tokens overlap a trained span. A token of no width (a prepended space) belongs to
+    the character it stands before."""
+    edges = np.zeros(len(rendering.text) + 2, dtype=np.int32)
+    for start, end in rendering.spans:
+        edges[start] += 1
+        edges[end] -= 1
+    trained = np.cumsum(edges)
+    before = np.concatenate([[0], np.cumsum(trained)])  # before[i]: trained characters among the first i
+    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    first, last = bounds[:, 0], np.maximum(bounds[:, 1], bounds[:, 0] + 1)
+    mask: np.ndarray = before[last] - before[first] > 0
+    return mask
+
+
+def clean(text: str) -> str:
+    """Replace the few noncharacters this module reserves (U+FDD0..6) by U+FFFD, as Unicode advises."""
+    return RESERVED.sub("\ufffd", text) if RESERVED.search(text) else text

@@ -1,0 +1,246 @@
+"""The tokenized dataset on disk: flat arrays that are memory-mapped, and a manifest that proves them whole.
+
+    input_ids.bin int32 [N]   loss_mask.bin bool [N]   offsets.bin int64 [S+1]   supervised.bin int64 [S]
+    lines.bin int64 [S]       sample_ids.bin utf-8     sample_id_offsets.bin int64 [S+1]     manifest.json
+
+N tokens of all samples, S samples. Sample i is tokens offsets[i] .. offsets[i+1]-1, from line lines[i] of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from specforge_lite.errors import DataError
+from specforge_lite.types import TokenizedSample
+
+FORMAT = 1
+NUM_EXAMPLES = 5
+_DTYPES = {
+    "input_ids": np.int32,
+    "loss_mask": np.bool_,
+    "offsets": np.int64,
+    "supervised": np.int64,
+    "lines": np.int64,
+    "sample_ids": np.uint8,
+    "sample_id_offsets": np.int64,
+}
+
+
+class CacheDamaged(DataError):
+    """A cache whose bytes are not those that were written: truncated, changed, or without its manifest."""
+
+
+@dataclass
+class DatasetStats:
+    """What became of the rows of a file. Rows without a trained token are left out of the dataset and counted:
+    `without_span` had no assistant text, `span_cut_off` had it beyond the maximal length only; `refused` hold what
+    the template has no form for. Each list holds the first few sample ids."""
+
+    num_rows: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    num_truncated: int = 0
+    num_without_span: int = 0
+    num_span_cut_off: int = 0
+    num_refused: int = 0
+    num_renamed: int = 0
+    without_span: list[str] = field(default_factory=list)
+    span_cut_off: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens over tokens, 0..1."""
+        return self.num_supervised / max(self.num_tokens, 1)
+
+    def note(self, kind: str, sample_id: str) -> None:
+        """Count a row of `kind` (without_span, span_cut_off, refused) and keep its id if it is among the first."""
+        setattr(self, f"num_{kind}", getattr(self, f"num_{kind}") + 1)
+        examples: list[str] = getattr(self, kind)
+        if len(examples) < NUM_EXAMPLES:
+            examples.append(sample_id)
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.num_samples:,} samples of {self.num_rows:,} rows, {self.num_tokens:,} tokens,"
+            f" {self.supervised_share:.1%} supervised, {self.num_truncated:,} truncated"
+        )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training on this."""
+        cases = (
+            (self.num_without_span, self.without_span, "without an assistant span were left out"),
+            (self.num_span_cut_off, self.span_cut_off, "were left out: --max-length cuts off all of their answer"),
+            (self.num_refused, self.refused, "were left out: the chat template has no form for them"),
+        )
+        return [f"{count:,} rows {text} (e.g. {', '.join(ids)})" for count, ids, text in cases if count]
+
+
+class StoreWriter:
+    """Appends samples to the arrays of an empty directory; memory is that of the sample ids' hashes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, BinaryIO] = {name: open(directory / f"{name}.bin", "wb") for name in _DTYPES}  # noqa: SIM115
+        self._hashes = {name: hashlib.sha256() for name in _DTYPES}
+        self._position = {"offsets": 0, "sample_id_offsets": 0}
+        self._seen: set[bytes] = set()
+        self.stats = DatasetStats()
+        self._put("offsets", np.zeros(1, dtype=np.int64))
+        self._put("sample_id_offsets", np.zeros(1, dtype=np.int64))
+
+    def add(self, sample_id: str, line: int, input_ids: np.ndarray, loss_mask: np.ndarray) -> None:
+        """Append one sample: ids [L] and mask [L]. An id that came before gets its line number appended."""
+        digest = hashlib.blake2b(sample_id.encode("utf-8"), digest_size=12).digest()
+        if digest in self._seen:
+            sample_id = f"{sample_id}#{line}"
+            self.stats.num_renamed += 1
+        self._seen.add(digest)
+        name = np.frombuffer(sample_id.encode("utf-8"), dtype=np.uint8)
+        supervised = int(loss_mask.sum())
+        for key, size in (("offsets", len(input_ids)), ("sample_id_offsets", len(name))):
+            self._position[key] += size
+            self._put(key, np.array([self._position[key]]))
+        self._put("input_ids", input_ids)
+        self._put("loss_mask", loss_mask)
+        self._put("supervised", np.array([supervised]))
+        self._put("lines", np.array([line]))
+        self._put("sample_ids", name)
+        self.stats.num_samples += 1
+        self.stats.num_tokens += len(input_ids)
+        self.stats.num_supervised += supervised
+
+    def _put(self, name: str, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values, dtype=_DTYPES[name]).tobytes()
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+
+    def finish(self, key: dict[str, Any]) -> None:
+        """Close the arrays and write the manifest with their sizes and hashes."""
+        self.close()
+        files = {
+            name: {"bytes": (self._directory / f"{name}.bin").stat().st_size, "sha256": digest.hexdigest()}
+            for name, digest in self._hashes.items()
+        }
+        manifest = {"format": FORMAT, "key": key, "files": files, "stats": dataclasses.asdict(self.stats)}
+        manifest["check"] = key_digest(manifest)
+        (self._directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the arrays; may be called twice."""
+        for file in self._files.values():
+            file.close()
+
+
+def key_digest(key: dict[str, Any]) -> str:
+    """sha256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+class TokenizedDataset(Sequence[TokenizedSample]):
+    """A memory-mapped dataset of S samples.
+
+    fingerprint: hash of data, tokenizer, template and options. lengths, supervised_counts: numpy int64 [S].
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.key: dict[str, Any] = manifest["key"]
+        self.fingerprint = key_digest(self.key)
+        self.stats = DatasetStats(**manifest["stats"])
+        self._arrays = {name: _map(directory / f"{name}.bin", dtype) for name, dtype in _DTYPES.items()}
+        self.lengths: np.ndarray = np.diff(self._arrays["offsets"])
+        self.supervised_counts: np.ndarray = np.array(self._arrays["supervised"])
+
+    @classmethod
+    def open(cls, directory: str | Path, expected_key: dict[str, Any] | None = None) -> TokenizedDataset:
+        """Open a finished cache after checking every byte of it.
+
+        Raises CacheDamaged if it is not as written, DataError if it was built from something else.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        if expected_key is not None and manifest["key"] != expected_key:
+            differing = [name for name in expected_key if manifest["key"].get(name) != expected_key[name]]
+            name = (differing or ["key"])[0]
+            raise DataError(
+                f"{directory}: built with {name} {manifest['key'].get(name)!r}, expected {expected_key.get(name)!r}"
+            )
+        for name, facts in manifest["files"].items():
+            _check_file(directory / f"{name}.bin", facts)
+        return cls(directory, manifest)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The sample at an int index (ids int64 [L], mask bool [L], both private copies); a list for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = int(index) % len(self)
+        start, end = (int(i) for i in self._arrays["offsets"][index : index + 2])
+        return TokenizedSample(
+            sample_id=self.sample_id(index),
+            input_ids_L=torch.from_numpy(self._arrays["input_ids"][start:end].astype(np.int64)),
+            loss_mask_L=torch.from_numpy(np.array(self._arrays["loss_mask"][start:end])),
+        )
+
+    def sample_id(self, index: int) -> str:
+        """Id of a sample without reading its tokens."""
+        start, end = (int(i) for i in self._arrays["sample_id_offsets"][index : index + 2])
+        return self._arrays["sample_ids"][start:end].tobytes().decode("utf-8")
+
+    def line(self, index: int) -> int:
+        """Line of the data file that the sample came from."""
+        return int(self._arrays["lines"][index])
+
+    def token_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids [N] int32 and the loss mask [N] bool, memory-mapped, samples back to back."""
+        return self._arrays["input_ids"], self._arrays["loss_mask"]
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        check = manifest.pop("check")
+        complete = check == key_digest(manifest)
+    except (OSError, ValueError, KeyError, AttributeError):
+        complete = False
+    if not complete:
+        raise CacheDamaged(f"{path}: missing or changed since it was written")
+    if manifest["format"] != FORMAT:
+        raise DataError(f"{path}: cache format {manifest['format']}, expected {FORMAT}; delete the directory")
+    result: dict[str, Any] = manifest
+    return result
+
+
+def _check_file(path: Path, facts: dict[str, Any]) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size != facts["bytes"]:
+        raise CacheDamaged(f"{path}: {size} bytes, {facts['bytes']} were written")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() != facts["sha256"]:
+        raise CacheDamaged(f"{path}: its content changed since it was written")

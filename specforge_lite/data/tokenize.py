@@ -1,0 +1,149 @@
+"""Conversation -> TokenizedSample: template, one tokenization, loss mask, length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from specforge_lite.config import DataSection
+from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
+from specforge_lite.data.templates import TEMPLATES, Chat, ChatTemplate, Rendering
+from specforge_lite.data.templates.auto import choose_template
+from specforge_lite.errors import ConfigError, DataError
+from specforge_lite.types import Conversation, TokenizedSample
+
+# Raised when the same text and template would give other ids or another mask than before: old caches are then unused.
+TOKENIZATION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """The options that change ids or masks; part of a cache's key."""
+
+    chat_template: str = "auto"
+    max_length: int = 2048
+    train_only_last_turn: bool = False
+    system_prompt: str | None = None
+
+    @classmethod
+    def from_section(cls, section: DataSection) -> TokenizeOptions:
+        return cls(section.chat_template, section.max_length, section.train_only_last_turn, section.system_prompt)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Ids [L] int32 and loss mask [L] bool of one sample; `num_cut` tokens beyond the maximal length are gone,
+    and with them, where `span_cut_off`, every trained one."""
+
+    sample_id: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    num_cut: int = 0
+    span_cut_off: bool = False
+
+    def to_sample(self) -> TokenizedSample:
+        return TokenizedSample(
+            self.sample_id, torch.from_numpy(self.input_ids.astype(np.int64)), torch.from_numpy(self.loss_mask.copy())
+        )
+
+
+def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Any:
+    """The transformers tokenizer of a directory or hub name. Raises ConfigError with one line."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"target_model_path {model_path}: cannot load its tokenizer: {reason}") from None
+
+
+class ConversationTokenizer:
+    """Tokenizes conversations of one tokenizer with one template; made from a `TokenizerSpec`, so any process can
+    have its own. Raises DataError if the template is unknown or cannot be recognised."""
+
+    def __init__(self, spec: TokenizerSpec, options: TokenizeOptions) -> None:
+        self.options = options
+        self.template: ChatTemplate = choose_template(
+            options.chat_template, spec.chat_template, dict(spec.special_tokens), spec.vocabulary
+        )
+        self.encoder = TextEncoder(spec, self.template.control_tokens)
+
+    def __call__(self, conversation: Conversation) -> TokenRow:
+        """Raises DataError when the template has no form for what the conversation holds."""
+        messages: Sequence[dict[str, Any]] = conversation.messages
+        tools: Sequence[dict[str, Any]] = conversation.tools or ()
+        if self.options.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.options.system_prompt}, *messages]
+        quoted = self.encoder.has_control_token(messages) or self.encoder.has_control_token(tools)
+        if quoted:
+            messages, tools = self.encoder.quote(messages), self.encoder.quote(tools)
+        rendering = render(self.template, messages, tools, self.options.train_only_last_turn)
+        ids, mask = self.encoder.encode_quoted(rendering) if quoted else self.encoder.encode(rendering)
+        limit = self.options.max_length
+        cut_off = bool(mask.any()) and not bool(mask[:limit].any())
+        return TokenRow(conversation.id, ids[:limit], mask[:limit], max(0, len(ids) - limit), cut_off)
+
+
+def render(
+    template: ChatTemplate,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
+    train_only_last_turn: bool = False,
+) -> Rendering:
+    """Draw messages of the normal form. `train_only_last_turn` trains the last assistant message only."""
+    train_from = 0
+    if train_only_last_turn:
+        train_from = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    return template.render(Chat(messages, tools, train_from))
+
+
+def tokenize_conversation(
+    conversation: Conversation,
+    tokenizer: Any,
+    template: str = "auto",
+    max_length: int = 2048,
+    train_only_last_turn: bool = False,
+    system_prompt: str | None = None,
+) -> TokenizedSample:
+    """Tokenize one conversation with a transformers tokenizer. For many, make one `ConversationTokenizer`."""
+    options = TokenizeOptions(template, max_length, train_only_last_turn, system_prompt)
+    return ConversationTokenizer(TokenizerSpec.from_tokenizer(tokenizer), options)(conversation).to_sample()
+
+
+def template_fingerprint(template: ChatTemplate) -> str:
+    """sha256 of what the template makes of a few conversations: a changed template never meets an old cache."""
+    drawn: list[Any] = []
+    for messages, tools in _PROBES:
+        roles = {message["role"] for message in messages}
+        if not roles <= template.roles or (tools and "tool" not in template.roles):
+            continue
+        try:
+            rendering = template.render(Chat(messages, tools))
+        except DataError as error:  # a tokenizer's own template may refuse what it does not know
+            drawn.append([str(error), ()])
+            continue
+        drawn.append([rendering.text, rendering.spans])
+    source = getattr(template.draw, "source", "") if template.name not in TEMPLATES else ""
+    return hashlib.sha256(json.dumps([template.name, drawn, source]).encode("utf-8")).hexdigest()
+
+
+_QUESTION = {"role": "user", "content": " a question "}
+_ANSWER = {"role": "assistant", "content": " an answer "}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
+    ([_QUESTION, _ANSWER, _QUESTION, {**_ANSWER, "reasoning_content": "why"}], []),
+    ([{"role": "system", "content": " rules "}, _QUESTION, _ANSWER], []),
+    ([_QUESTION, _CALL, {"role": "tool", "content": "2", "name": "f"}, _ANSWER], [_TOOL]),
+]

@@ -61,18 +61,20 @@ IN_VOCAB = 0.97  # share of teacher tokens inside the draft vocabulary, as a voc
 
 @dataclass(frozen=True)
 class Variant:
-    """`name` is `DTYPE-PERCENT[-BACKEND]`: fp32-75, bf16-25, bf16-100-flex_attention, reference-75."""
+    """`name` is `DTYPE-PERCENT[-BACKEND][-compile]`: fp32-75, bf16-75-compile, bf16-100-eager, reference-75."""
 
     kind: str
     supervised: float
     backend: str
+    compile: bool
 
     @classmethod
     def parse(cls, name: str) -> Variant:
-        kind, percent, *backend = name.split("-")
+        kind, percent, *options = name.split("-")
+        backend = [option for option in options if option != "compile"]
         if kind not in ("fp32", "bf16", "reference"):
             raise SystemExit(f"error: variant {name}: expected fp32, bf16 or reference first")
-        return cls(kind, float(percent) / 100, backend[0] if backend else "auto")
+        return cls(kind, float(percent) / 100, backend[0] if backend else "auto", "compile" in options)
 
 
 def make_inputs(shape: Shape, supervised: float, device: str) -> tuple[DraftBatch, TargetHead, Tensor, Tensor]:
@@ -119,7 +121,9 @@ def make_step(variant: Variant, shape: Shape, device: str) -> Callable[[], float
     if variant.kind == "bf16":
         batch, head = batch.to(device, torch.bfloat16), head.to(device, torch.bfloat16)
     dtype = torch.bfloat16 if variant.kind == "bf16" else None
-    settings = TTTSettings(num_steps=shape.num_steps, attention_backend=variant.backend, compute_dtype=dtype)
+    settings = TTTSettings(
+        num_steps=shape.num_steps, attention_backend=variant.backend, compute_dtype=dtype, compile=variant.compile
+    )
 
     def reference() -> tuple[Tensor, Tensor]:
         config = ReferenceConfig(
@@ -277,7 +281,11 @@ def measure_memory(names: list[str], arguments: argparse.Namespace) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--variants", nargs="+", default=["fp32-75", "bf16-75", "fp32-25", "fp32-5"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["fp32-75", "fp32-75-compile", "bf16-75", "bf16-75-compile", "fp32-25", "fp32-5"],
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)

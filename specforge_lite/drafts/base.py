@@ -188,8 +188,8 @@ class TTTSettings:
     """How a training pass unrolls and what it sums. `num_steps` K; step k weighs `step_decay**k`.
 
     loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
-    compute_dtype: None for that of the weights. collect_rows: exact argmax, sampling acceptance and per-row results
-    (evaluation).
+    compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
+    collect_rows: exact argmax, sampling acceptance and per-row results (evaluation). EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
     """
 
     num_steps: int = 7
@@ -198,7 +198,11 @@ class TTTSettings:
     loss_mask_alignment: str = "ours"
     compute_dtype: torch.dtype | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     collect_rows: bool = False
+    v_weight: float = 1.0
+    p_weight: float = 0.1
+    noise: float = 0.2
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -232,6 +236,9 @@ class Draft(nn.Module):
         `attend` owns the keys: training masks, or a KV cache that the caller extends.
         """
         raise NotImplementedError
+
+    def use_target_head(self, target_head: TargetHead) -> None:
+        """Give a draft without a head of its own (EAGLE-1) the target's, for `logits`; others need nothing."""
 
     def logits(self, head_input: Tensor) -> Tensor:
         """[..., D] (second result of `step`) -> draft logits [..., Vd]."""

@@ -132,7 +132,7 @@ class Eagle3Draft(Draft):
         teacher_id_M = self.draft_id_of(teacher.argmax_M)
         head = self.lm_head.weight.to(head_in_MKD.dtype)
         loss, loss_MK, correct_MK = ttt_cross_entropy(
-            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, head
+            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, head, ttt.compile
         )
         alpha_MK: Tensor | None = None
         if ttt.collect_rows:

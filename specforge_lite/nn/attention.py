@@ -74,7 +74,14 @@ def eager_attention(
 def merged_attention(
     q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, later_k: list[Tensor], later_v: list[Tensor], rows: StepRows
 ) -> Tensor:
-    """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N)."""
+    """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N).
+
+    bf16 on a CPU runs in fp32 here: the CPU's bf16 flash backward is slower than its fp32 one, and less precise.
+    """
+    if q_RHd.dtype == torch.bfloat16 and not q_RHd.is_cuda:
+        wide = [x.float() for x in (q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)]
+        split = 3 + len(later_k)
+        return merged_attention(wide[0], wide[1], wide[2], wide[3:split], wide[split:], rows).to(q_RHd.dtype)
     if q_RHd.shape[0] == 0:
         return q_RHd + 0 * (k0_NGd.sum() + v0_NGd.sum() + sum(x.sum() for x in (*later_k, *later_v)))
     return _Merged.apply(rows.segments, q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)

@@ -10,6 +10,7 @@ teacher's distribution is made once per token and broadcast over the steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from specforge_lite.nn.target_head import TargetHead
 
+LossPass = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
 # Elements of logits alive at a time (fp32: 4 bytes each). Below this GEMMs get thin, above it chunks leave the cache.
-LOSS_CHUNK_ELEMENTS = 2 << 20
+LOSS_CHUNK_ELEMENTS = 4 << 20
 TEACHER_CHUNK_ELEMENTS = 4 << 20
 
 
@@ -61,9 +64,11 @@ def ask_teacher(
     argmax = torch.empty(len(last_MH), dtype=torch.int64, device=last_MH.device)
     lse = torch.empty(len(last_MH), device=last_MH.device) if want_lse else None
     rows = max(16, TEACHER_CHUNK_ELEMENTS // vocab_size)
+    buffer: Tensor | None = None
     for start in range(0, len(last_MH), rows):
         chunk = slice(start, start + rows)
-        full = target_head.logits(last_MH[chunk])
+        buffer = matmul_into(buffer, last_MH[chunk].to(dtype), target_head.lm_head_VH)
+        full = target_head.scale_logits(buffer)
         argmax[chunk] = fast_argmax(full)
         if lse is not None:
             lse[chunk] = torch.logsumexp(full.float(), -1)
@@ -76,20 +81,32 @@ def ask_teacher(
 
 
 def ttt_cross_entropy(
-    head_in_MKD: Tensor, weight_MK: Tensor, teacher_MVd: Tensor, teacher_id_M: Tensor, head_VdD: Tensor
+    head_in_MKD: Tensor,
+    weight_MK: Tensor,
+    teacher_MVd: Tensor,
+    teacher_id_M: Tensor,
+    head_VdD: Tensor,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chunked linear + soft cross-entropy; gradients are formed in the same pass.
 
-    weight_MK: 0 where a row does not exist. teacher_id_M: draft id of the teacher's argmax.
+    weight_MK: 0 where a row does not exist. teacher_id_M: draft id of the teacher's argmax. compiled: fuse everything
+    between the matrix products with torch.compile.
     Returns (weighted loss sum, fp32 scalar; unweighted loss [M, K]; correct [M, K] bool), the last two detached.
     """
-    return _ChunkedCrossEntropy.apply(head_in_MKD, head_VdD, weight_MK, teacher_MVd, teacher_id_M)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(head_in_MKD, head_VdD, weight_MK, teacher_MVd, teacher_id_M, compiled)  # type: ignore[no-any-return]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def, override]
-        ctx, head_in_MKD: Tensor, head_VdD: Tensor, weight_MK: Tensor, teacher_MVd: Tensor, teacher_id_M: Tensor
+        ctx,
+        head_in_MKD: Tensor,
+        head_VdD: Tensor,
+        weight_MK: Tensor,
+        teacher_MVd: Tensor,
+        teacher_id_M: Tensor,
+        compiled: bool,
     ):
         num_tokens, num_steps, width = head_in_MKD.shape
         num_draft = len(head_VdD)
@@ -100,24 +117,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want_grad = any(ctx.needs_input_grad[:2])
         grad_in_MKD = torch.empty_like(head_in_MKD) if want_grad else None
         grad_head_VdD = torch.zeros(num_draft, width, dtype=accumulate, device=head_VdD.device) if want_grad else None
+        loss_pass = _compiled_loss_pass() if compiled else loss_pass_inplace
         tokens = max(4, LOSS_CHUNK_ELEMENTS // (num_draft * num_steps))
         buffer: Tensor | None = None
         for start in range(0, num_tokens, tokens):
             chunk = slice(start, start + tokens)
             hidden = head_in_MKD[chunk].reshape(-1, width)
-            buffer = _matmul_into(buffer, hidden, head_VdD)
-            logits_mKV = buffer.view(-1, num_steps, num_draft).to(accumulate)
-            teacher_mV = torch.softmax(teacher_MVd[chunk], -1, dtype=accumulate)
-            top_mK = logits_mKV.amax(-1)
-            pick = teacher_id_M[chunk, None, None].expand(-1, num_steps, 1)
-            teacher_logit_mK = logits_mKV.gather(-1, pick).squeeze(-1)
-            # A tie with the teacher's token counts as right here; evaluation compares argmax ids.
-            correct_MK[chunk] = teacher_logit_mK >= top_mK
-            expected_mK = torch.bmm(logits_mKV, teacher_mV.unsqueeze(-1)).squeeze(-1)
-            loss_MK[chunk] = _softmax_inplace(logits_mKV, top_mK) - expected_mK
+            buffer = matmul_into(buffer, hidden, head_VdD)
+            logits_mKV = buffer.view(-1, num_steps, num_draft)
+            delta_mKV, loss_MK[chunk], correct_MK[chunk] = loss_pass(
+                logits_mKV, teacher_MVd[chunk], teacher_id_M[chunk]
+            )
             if grad_in_MKD is not None and grad_head_VdD is not None:
-                logits_mKV.sub_(teacher_mV.unsqueeze(1))
-                delta = logits_mKV.view(-1, num_draft).to(hidden.dtype)
+                delta = delta_mKV.view(-1, num_draft)
                 weight = weight_MK[chunk].reshape(-1, 1).to(hidden.dtype)
                 grad_in_MKD[chunk] = ((delta @ head_VdD) * weight).view(-1, num_steps, width)
                 _accumulate(grad_head_VdD, delta, hidden * weight)
@@ -131,21 +143,59 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _loss: Tensor, _correct: Tensor):  # type: ignore[no-untyped-def, override]
         grad_in_MKD, grad_head_VdD = ctx.saved_tensors
-        scale = grad_loss
-        return grad_in_MKD * scale.to(grad_in_MKD.dtype), (grad_head_VdD * scale).to(ctx.head_dtype), None, None, None
+        grad_in = grad_in_MKD * grad_loss.to(grad_in_MKD.dtype)
+        return grad_in, (grad_head_VdD * grad_loss).to(ctx.head_dtype), None, None, None, None
 
 
-def _matmul_into(buffer: Tensor | None, hidden: Tensor, head_VdD: Tensor) -> Tensor:
-    """hidden @ head^T, reusing the chunk buffer when it fits."""
-    if buffer is None or len(buffer) != len(hidden):
-        return hidden @ head_VdD.T
-    return torch.mm(hidden, head_VdD.T, out=buffer)
+def loss_pass_inplace(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits -> (softmax(logits) - teacher, in the logits' dtype and where possible memory; CE [m, K]; hit [m, K]).
+
+    A tie with the teacher's token counts as a hit here; evaluation compares argmax ids (`judge_rows`).
+    """
+    accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
+    wide_mKV = logits_mKV.to(accumulate)
+    teacher_mV = torch.softmax(teacher_mV, -1, dtype=accumulate)
+    top_mK = wide_mKV.amax(-1)
+    hit_mK = _logit_of(wide_mKV, teacher_id_m) >= top_mK
+    expected_mK = torch.bmm(wide_mKV, teacher_mV.unsqueeze(-1)).squeeze(-1)
+    torch.softmax(wide_mKV, -1, out=wide_mKV)
+    # logsumexp = top - log(p of the top); that p is at least 1 / Vd, so the log is safe
+    loss_mK = top_mK - wide_mKV.amax(-1).log() - expected_mK
+    return wide_mKV.sub_(teacher_mV.unsqueeze(1)).to(logits_mKV.dtype), loss_mK, hit_mK
 
 
-def _softmax_inplace(logits_mKV: Tensor, top_mK: Tensor) -> Tensor:
-    """logits become probabilities; returns their logsumexp [m, K]. At the top logit p >= 1/Vd, so its log is safe."""
-    torch.softmax(logits_mKV, -1, out=logits_mKV)
-    return top_mK - logits_mKV.amax(-1).log()
+def loss_pass_fused(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, written as one expression for torch.compile: three reads and one write of the logits."""
+    accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
+    wide_mKV = logits_mKV.to(accumulate)
+    teacher_mV = torch.softmax(teacher_mV.to(accumulate), -1)
+    top_mK = wide_mKV.amax(-1)
+    exp_mKV = (wide_mKV - top_mK.unsqueeze(-1)).exp()
+    total_mK = exp_mKV.sum(-1)
+    loss_mK = top_mK + total_mK.log() - (teacher_mV.unsqueeze(1) * wide_mKV).sum(-1)
+    hit_mK = _logit_of(wide_mKV, teacher_id_m) >= top_mK
+    delta_mKV = exp_mKV / total_mK.unsqueeze(-1) - teacher_mV.unsqueeze(1)
+    return delta_mKV.to(logits_mKV.dtype), loss_mK, hit_mK
+
+
+_COMPILED: dict[str, LossPass] = {}
+
+
+def _compiled_loss_pass() -> LossPass:
+    if "loss" not in _COMPILED:
+        _COMPILED["loss"] = torch.compile(loss_pass_fused, dynamic=True)
+    return _COMPILED["loss"]
+
+
+def _logit_of(logits_mKV: Tensor, ids_m: Tensor) -> Tensor:
+    return logits_mKV.gather(-1, ids_m[:, None, None].expand(-1, logits_mKV.shape[1], 1)).squeeze(-1)
+
+
+def matmul_into(buffer: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight^T, into `buffer` when it has the shape: fresh pages cost a CPU a third of such a product."""
+    if buffer is None or buffer.shape != (len(rows), len(weight)):
+        return rows @ weight.T
+    return torch.mm(rows, weight.T, out=buffer)
 
 
 def _accumulate(total_VdD: Tensor, delta: Tensor, hidden: Tensor) -> None:

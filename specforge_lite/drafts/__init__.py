@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from specforge_lite.drafts.base import Attend, Draft, DraftConfig, TTTSettings
+from specforge_lite.drafts.eagle1 import Eagle1Draft
 from specforge_lite.drafts.eagle3 import Eagle3Draft
 from specforge_lite.drafts.initialize import init_from_target
 
 DRAFTS: dict[str, type[Draft]] = {
     "eagle3": Eagle3Draft,
+    "eagle1": Eagle1Draft,
 }
 
 

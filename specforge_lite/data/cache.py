@@ -25,6 +25,7 @@ from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
+from specforge_lite.data.templates.auto import difference_from_own
 from specforge_lite.data.tokenize import (
     TOKENIZATION_VERSION,
     ConversationTokenizer,
@@ -66,6 +67,9 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
 def dataset_key(path: Path, spec: TokenizerSpec, options: TokenizeOptions) -> dict[str, Any]:
     """Everything that decides ids and masks, as a JSON object."""
     template = ConversationTokenizer(spec, options).template
+    difference = difference_from_own(template, spec.chat_template, dict(spec.special_tokens))
+    if difference is not None and log.is_main_rank():
+        log.warn(f"chat template '{template.name}' draws other text than the tokenizer's: {difference}")
     return {
         "version": TOKENIZATION_VERSION,
         "file": file_digest(path),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from specforge_lite.data.templates import TEMPLATES
-from specforge_lite.data.templates.base import ChatTemplate
-from specforge_lite.data.templates.jinja import generation_template, marks_generation
+from specforge_lite.data.templates.base import Chat, ChatTemplate, Message
+from specforge_lite.data.templates.jinja import generation_template, marks_generation, render_source
 from specforge_lite.errors import DataError, suggest
 
 
@@ -33,26 +33,72 @@ def choose_template(
 def recognise(
     own_template: str | None, special_tokens: Mapping[str, str], vocabulary: Mapping[str, int]
 ) -> ChatTemplate:
-    """The most specific family whose marks are all in the tokenizer's template; without one, by its added tokens."""
+    """The family whose marks are in the tokenizer's own template; without one, whose tokens are in its vocabulary.
+
+    Of several, the first that draws exactly what the own template does, most marks first; where none does, the one
+    with most marks (`difference_from_own` then has something to tell).
+    """
     if own_template and marks_generation(own_template):
         return generation_template(own_template, special_tokens)
-    best: tuple[int, ChatTemplate] | None = None
-    for template in TEMPLATES.values():
-        if any(token not in vocabulary for token in template.needs_tokens):
-            continue
-        if own_template:
-            weight = max(
-                (sum(map(len, marks)) for marks in template.marks if all(mark in own_template for mark in marks)),
-                default=0,
-            )
-        else:
-            weight = len(template.needs_tokens)
-        if weight and (best is None or weight > best[0]):
-            best = (weight, template)
-    if best is None:
+    candidates = [
+        (weight, template)
+        for template in TEMPLATES.values()
+        if all(token in vocabulary for token in template.needs_tokens)
+        and (weight := _weight(template, own_template)) > 0
+    ]
+    candidates.sort(key=lambda pair: -pair[0])
+    if not candidates:
         what = "its chat template is of no known family" if own_template else "it has no chat template"
         raise DataError(
             f"chat_template auto: the tokenizer is not recognised ({what});"
             f" give --chat-template, one of: {', '.join(TEMPLATES)}"
         )
-    return best[1]
+    exact = [pair for pair in candidates if difference_from_own(pair[1], own_template, special_tokens) is None]
+    return (exact or candidates)[0][1]
+
+
+def _weight(template: ChatTemplate, own_template: str | None) -> int:
+    if own_template is None:
+        return len(template.needs_tokens)
+    found = [marks for marks in template.marks if all(mark in own_template for mark in marks)]
+    return max((sum(map(len, marks)) for marks in found), default=0)
+
+
+_PROBES: dict[str, list[Message]] = {
+    "with a system prompt": [{"role": "system", "content": "Be brief."}],
+    "without a system prompt": [],
+}
+
+
+def difference_from_own(
+    template: ChatTemplate, own_template: str | None, special_tokens: Mapping[str, str]
+) -> str | None:
+    """Compare the prompt that `template` draws for a two-turn chat with what the tokenizer's own Jinja template gives.
+
+    Returns a description of the first difference, None if there is none or nothing to compare with.
+    """
+    if not own_template or template.name not in TEMPLATES:
+        return None
+    turns: list[Message] = [
+        {"role": "user", "content": "First question?"},
+        {"role": "assistant", "content": "First answer."},
+        {"role": "user", "content": "Second question?"},
+    ]
+    variables = {**special_tokens, "date_string": "26 Jul 2024"}  # Llama 3.2 asks for today's date without it
+    for name, system in _PROBES.items():
+        answered = [*system, *turns, {"role": "assistant", "content": "Second answer."}]
+        rendering = template.render(Chat(answered))
+        ours = rendering.text[: rendering.spans[-1][0]]
+        try:
+            own = render_source(own_template, Chat([*system, *turns]), variables, prompt=True)
+        except DataError:  # a template may refuse system prompts
+            continue
+        # Reasoning models open or close a thought in the prompt; which one is the user's choice of template.
+        own = own.removesuffix("<think>\n").removesuffix("<think>")
+        ours = ours.removesuffix("<think>\n\n</think>\n\n")
+        if ours.removesuffix("</think>").rstrip() != own.removesuffix("</think>").rstrip():
+            at = next((i for i, (a, b) in enumerate(zip(ours, own)) if a != b), min(len(ours), len(own)))
+            return (
+                f"{name}, at character {at}: {ours[at : at + 40]!r} here, {own[at : at + 40]!r} in the tokenizer's own"
+            )
+    return None

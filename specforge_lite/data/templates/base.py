@@ -10,11 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from typing import Any
 
 from specforge_lite.errors import DataError
 
 Message = dict[str, Any]
+
+# Templates that print today's date print this one: a cache must not depend on the day it is built.
+FIXED_DATE = date(2025, 8, 5)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Chat:
     tools: Sequence[dict[str, Any]] = ()
     train_from: int = 0
 
-    @property
+    @cached_property
     def last_user_index(self) -> int:
         """Index of the last user message, -1 if there is none."""
         return max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=-1)

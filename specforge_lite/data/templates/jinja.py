@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specforge_lite.data.templates.base import Canvas, Chat, ChatTemplate, to_json
+from specforge_lite.data.templates.base import FIXED_DATE, Canvas, Chat, ChatTemplate, to_json
 from specforge_lite.errors import DataError
 
 # Unicode noncharacters, never meant for interchange; `encoding.clean` replaces them in data.
@@ -66,8 +66,9 @@ def generation_template(source: str, special_tokens: Mapping[str, str]) -> ChatT
 _COMPILED: dict[str, Any] = {}
 
 
-def render_source(source: str, chat: Chat, variables: Mapping[str, str]) -> str:
-    """Render Jinja `source`, with marks around generation blocks. Sandboxed: a template is somebody's code."""
+def render_source(source: str, chat: Chat, variables: Mapping[str, str], prompt: bool = False) -> str:
+    """Render Jinja `source`, with marks around generation blocks; `prompt`: up to where the assistant goes on.
+    Sandboxed: a template is somebody's code."""
     import jinja2
 
     try:
@@ -78,7 +79,7 @@ def render_source(source: str, chat: Chat, variables: Mapping[str, str]) -> str:
             message._index = index
         tools = list(chat.tools) or None
         rendered = _COMPILED[source].render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=False, **variables
+            messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables
         )
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise DataError(f"the tokenizer's chat template, line {error.lineno}: {error.message}") from None
@@ -113,12 +114,5 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = lambda value, indent=None, **_: to_json(value, indent)
     environment.globals["raise_exception"] = raise_exception
-    # A cache must not depend on the day it is built: templates that print the date get a fixed one.
-    environment.globals["strftime_now"] = _fixed_date
+    environment.globals["strftime_now"] = FIXED_DATE.strftime
     return environment
-
-
-def _fixed_date(form: str) -> str:
-    from datetime import datetime
-
-    return datetime(2025, 1, 1).strftime(form)

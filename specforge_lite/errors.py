@@ -31,6 +31,10 @@ class CheckpointError(SpecforgeError):
     """A checkpoint or draft directory is incomplete, damaged, or belongs to something else."""
 
 
+class TrainingError(SpecforgeError):
+    """A run cannot go on: its numbers went bad more often than its budget allows."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or "; known: a, b, c" where nothing is near.
 

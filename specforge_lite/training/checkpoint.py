@@ -1,0 +1,344 @@
+"""Checkpoints: one directory per saved step, complete or absent, checked by hash before it is used.
+
+    OUTPUT_DIR/step_120/
+      draft.safetensors        fp32 master weights and the vocabulary map (d2t, t2d), names as in the draft
+      draft_config.json        DraftConfig.to_dict()
+      optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+      rng.safetensors          cpu [ranks, bytes], cuda [ranks, bytes]
+      state.json               step, position in the data, counters, world size
+      config.json  provenance.json
+      manifest.json            size and sha256 of every other file; written last
+
+Whole tensors, whatever the sharding was, so any world size can continue. Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specforge_lite.drafts.base import DraftConfig
+from specforge_lite.errors import CheckpointError
+from specforge_lite.log import info, warn
+from specforge_lite.training.distributed import World
+from specforge_lite.training.files import format_bytes, sha256_of, sync_file, write_json
+from specforge_lite.training.optimizer import DraftOptimizer
+from specforge_lite.training.parallel import ParallelDraft, iter_full
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step_(\d+)")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Files besides the three tensor files are small; this much room is asked for on top of them.
+SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The JSON part of a checkpoint. `step`: optimizer steps done. `data`: state of the sampler.
+    `counters`: skipped samples, non-finite steps, seconds."""
+
+    step: int
+    data: dict[str, Any]
+    counters: dict[str, float]
+    world_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "data": self.data, "counters": self.counters, "world_size": self.world_size}
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: SavedState,
+    parallel: ParallelDraft,
+    optimizer: DraftOptimizer,
+    world: World,
+    documents: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write `output_dir/step_N`; every rank calls it, rank 0 writes. `documents`: more JSON files, by name.
+
+    keep: delete the oldest checkpoints beyond this number, after the new one is complete.
+    Raises CheckpointError when the disk is full or replicas have drifted apart.
+    """
+    _check_replicas(parallel, world)
+    draft_tensors = dict(iter_full(parallel, parallel.parameters)) | {
+        name: tensor.detach().cpu() for name, tensor in parallel.frozen().items()
+    }
+    optimizer_tensors: dict[str, Tensor] = {}
+    for name, moments in optimizer.state_tensors().items():
+        for kind in MOMENTS:
+            optimizer_tensors[f"{kind}.{name}"] = parallel.full(name, moments[kind])
+        optimizer_tensors[f"step.{name}"] = moments["step"].detach().cpu().clone()
+    rng = gather_rng(world)
+    final = output_dir / f"step_{state.step}"
+    problem = ""
+    if world.is_main:
+        tensors = {
+            "draft.safetensors": draft_tensors,
+            "optimizer.safetensors": optimizer_tensors,
+            "rng.safetensors": rng,
+        }
+        try:
+            _write_directory(final, tensors, documents | {"state.json": state.to_dict()})
+            _delete_oldest(output_dir, keep)
+        except OSError as error:
+            problem = f"{final}: not saved: {error.strerror or error}; {_room(output_dir, tensors)}"
+    problem = world.broadcast_text(problem)
+    if problem:
+        raise CheckpointError(problem)
+    return final
+
+
+def _write_directory(final: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, group in tensors.items():
+            save_tensors(group, temporary / name)
+        for name, value in documents.items():
+            write_json(temporary / name, value)
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
+        }
+        write_json(temporary / MANIFEST, {"format": FORMAT_VERSION, "files": files})
+        sync_file(temporary)
+        if final.exists():  # a damaged or repeated save of the same step
+            _delete_directory(final)
+        os.replace(temporary, final)
+        sync_file(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write and fsync a safetensors file; raises OSError, a full disk included."""
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + SPARE_BYTES
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:  # the writer of safetensors hides errno, so look first
+        raise OSError(None, f"{path.name} needs {format_bytes(needed)}, {format_bytes(free)} are free")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    except Exception as error:  # SafetensorError carries the operating system's message as text
+        raise OSError(None, str(error)) from error
+    sync_file(path)
+
+
+def _room(directory: Path, tensors: dict[str, dict[str, Tensor]]) -> str:
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    free = shutil.disk_usage(directory).free
+    return f"a checkpoint takes {format_bytes(needed + SPARE_BYTES)}, {format_bytes(free)} are free"
+
+
+def _delete_oldest(output_dir: Path, keep: int | None) -> None:
+    if keep is not None:
+        for path in checkpoints(output_dir)[keep:]:
+            _delete_directory(path)
+
+
+def _delete_directory(path: Path) -> None:
+    """Rename first: a deletion that is interrupted must not leave something that looks like a checkpoint."""
+    doomed = path.with_name(f".{path.name}.deleted-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _check_replicas(parallel: ParallelDraft, world: World) -> None:
+    own = parallel.checksum()
+    if own is None or not world.distributed:
+        return
+    all_ranks = world.gather_texts(str(own))
+    if len(set(all_ranks)) > 1:
+        raise CheckpointError(
+            f"the ranks' weights have drifted apart (checksums {', '.join(all_ranks)}); not saved."
+            " Look for a faulty device or mixed library versions"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- find
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint directories, newest step first, complete or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m.group(1)), path) for path in output_dir.iterdir() if (m := STEP_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise CheckpointError, naming file and difference, unless every file has the size and hash of the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+        version = manifest["format"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
+    for name, expected in files:
+        file = path / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST}: file name {name!r} leaves the directory")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{file}: {size} bytes, the manifest says {expected['size']}")
+        if sha256_of(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: content differs from its sha256 in the manifest")
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose hashes are right; damaged ones are named in a warning. None: no checkpoint at all.
+
+    Raises CheckpointError when there are checkpoints but none is complete (training from scratch would hide the loss).
+    """
+    candidates = checkpoints(output_dir)
+    for path in candidates:
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"damaged checkpoint is not used: {error}")
+        else:
+            return path
+    if candidates:
+        raise CheckpointError(
+            f"{output_dir}: {len(candidates)} checkpoint(s), all damaged; --overwrite deletes them and starts again"
+        )
+    return None
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a crashed save or deletion left behind; only call it while holding the directory's lock."""
+    for path in output_dir.glob(".step_*"):
+        if re.fullmatch(r"\.step_\d+\.(tmp|deleted)-\d+", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint; raises CheckpointError with the place."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_draft_tensors(path: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
+    """Draft config and all tensors (weights, d2t, t2d) of a checkpoint directory, on the CPU."""
+    config = DraftConfig.from_dict(read_json(path / "draft_config.json"), source=str(path / "draft_config.json"))
+    return config, _load_tensors(path / "draft.safetensors")
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type and OSError alike
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_state(path: Path) -> SavedState:
+    """The JSON state of a checkpoint."""
+    values = read_json(path / "state.json")
+    try:
+        return SavedState(values["step"], values["data"], values["counters"], values["world_size"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: {error} is missing") from None
+
+
+def restore(path: Path, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
+    """Load weights and optimizer state; rank 0 reads the files, the others receive them over gloo.
+
+    The RNG state is restored only on the world size that saved it (a new rank has none); see `restore_rng`.
+    """
+    problem, tensors, moments = "", {}, {}
+    if world.is_main:
+        try:
+            tensors = _load_tensors(path / "draft.safetensors")
+            moments = _load_tensors(path / "optimizer.safetensors")
+            _check_names(path, tensors, moments, parallel)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = world.broadcast_text(problem)
+    if problem:
+        raise CheckpointError(problem)
+    states = optimizer.state_tensors()
+    steps = {name: float(moments[f"step.{name}"]) for name in states} if world.is_main else {}
+    steps = json.loads(world.broadcast_text(json.dumps(steps)))
+    for name, parameter in parallel.parameters.items():
+        parallel.load(name, parameter.data, _share(world, tensors.get(name)))
+        for kind in MOMENTS:
+            parallel.load(name, states[name][kind], _share(world, moments.get(f"{kind}.{name}")))
+    optimizer.load_steps(steps)
+
+
+def _check_names(path: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], parallel: ParallelDraft) -> None:
+    missing = [name for name in parallel.parameters if name not in tensors]
+    missing += [
+        f"{kind}.{name}"
+        for name in parallel.parameters
+        for kind in (*MOMENTS, "step")
+        if f"{kind}.{name}" not in moments
+    ]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} tensor(s) missing, first {missing[0]}")
+
+
+def _share(world: World, tensor: Tensor | None) -> Tensor:
+    """A tensor of rank 0 on every rank (shape first, then content)."""
+    if not world.distributed:
+        assert tensor is not None
+        return tensor
+    shape = json.loads(world.broadcast_text(json.dumps(list(tensor.shape) if tensor is not None else [])))
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=torch.float32)
+    return world.broadcast_(tensor.float().contiguous())
+
+
+# ----------------------------------------------------------------------------------------------------------------- rng
+
+
+def gather_rng(world: World) -> dict[str, Tensor]:
+    """RNG states of all ranks: cpu [ranks, bytes], cuda [ranks, bytes] where there is a GPU."""
+    states = {"cpu": torch.stack(world.gather_bytes(bytes(torch.get_rng_state().numpy())))}
+    if world.device.type == "cuda":
+        own = torch.cuda.get_rng_state(world.device)
+        states["cuda"] = torch.stack(world.gather_bytes(bytes(own.numpy())))
+    return states
+
+
+def restore_rng(path: Path, state: SavedState, world: World) -> None:
+    """Give every rank its RNG state back, or say that the world size changed and the seeds are new."""
+    if state.world_size != world.world_size:
+        info(f"resumed on {world.world_size} rank(s), saved by {state.world_size}: random numbers start anew")
+        return
+    text = ""
+    if world.is_main:
+        saved = _load_tensors(path / "rng.safetensors")
+        text = json.dumps({kind: [bytes(row.numpy()).hex() for row in rows] for kind, rows in saved.items()})
+    states = json.loads(world.broadcast_text(text))
+    own = {
+        kind: torch.frombuffer(bytearray.fromhex(rows[world.rank]), dtype=torch.uint8) for kind, rows in states.items()
+    }
+    torch.set_rng_state(own["cpu"])
+    if world.device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], world.device)

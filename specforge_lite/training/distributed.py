@@ -1,0 +1,189 @@
+"""The ranks of a run: start-up under torchrun, what they agree on before each step, and how one failure ends all.
+
+    rank 0   ... step 41 | agree | step 42 | agree |              a stop, or the end of the data, seen by one rank
+    rank 1   ... step 41 | agree | step 42 | agree |              is known to all before any of them starts a step
+
+`agree` sums a few integers over gloo on the host: it never waits for a GPU. Large tensors go over nccl on CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from specforge_lite.cli import ConfigT, parse_config
+from specforge_lite.errors import ConfigError, SpecforgeError
+from specforge_lite.log import USER_ERROR_EXIT_CODE, is_main_rank
+from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE, FailureBoard
+from specforge_lite.training.settings import DistributedSection
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know before a step. Sums over ranks."""
+
+    num_stopping: int
+    num_out_of_data: int
+    num_skipped_samples: int
+
+
+@dataclass
+class World:
+    """This process among the ranks. `device` is where the draft trains; `timeout_s` bounds every collective."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    timeout_s: float
+    board: FailureBoard | None = None
+    _buffer: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64), repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    def agree(self, step: int, stopping: bool, out_of_data: bool, num_skipped: int) -> Verdict:
+        """Meet before `step`. Host only. Raises RuntimeError when another rank is gone or does not come in time."""
+        if not self.distributed:
+            return Verdict(int(stopping), int(out_of_data), num_skipped)
+        self.place(f"waiting for the other ranks before step {step}", step)
+        self._buffer[0], self._buffer[1], self._buffer[2] = int(stopping), int(out_of_data), num_skipped
+        dist.all_reduce(self._buffer)
+        self.place(f"in step {step}", step)
+        return Verdict(*(int(x) for x in self._buffer.tolist()))
+
+    def place(self, where: str, step: int) -> None:
+        """Tell the other ranks where this one is, for their message should it hang."""
+        if self.board is not None:
+            self.board.place(where, step)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` up over all ranks, in place; nccl for CUDA tensors, gloo for others."""
+        if self.distributed:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        self.sum_(torch.zeros(1, dtype=torch.int64))
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Copy a CPU tensor of rank 0 to all ranks, in place."""
+        if self.distributed:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def broadcast_text(self, text: str) -> str:
+        """The text of rank 0, on every rank (bytes over gloo, nothing is pickled)."""
+        if not self.distributed:
+            return text
+        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0).byte()
+        length = self.broadcast_(torch.tensor([len(payload)]))
+        if not self.is_main:
+            payload = torch.zeros(int(length), dtype=torch.uint8)
+        self.broadcast_(payload)
+        return bytes(payload.numpy()).decode()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks, in rank order, on every rank."""
+        return [bytes(part.numpy()).decode() for part in self.gather_bytes(text.encode())]
+
+    def gather_bytes(self, data: bytes) -> list[Tensor]:
+        """uint8 tensors of all ranks, in rank order; lengths may differ."""
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+        if not self.distributed:
+            return [own]
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(own)
+        self.sum_(lengths)
+        longest = int(lengths.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(own)] = own
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return [part[: int(n)] for part, n in zip(parts, lengths)]
+
+
+@contextmanager
+def open_world(config: DistributedSection) -> Iterator[World]:
+    """Join the torchrun world, or be alone without torchrun. Every error inside is shared with the other ranks.
+
+    With several ranks an error ends the process here: the rank that failed first has shown its own error, the others
+    one line that names it. Exit code 2 for a user's error, 1 otherwise.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _own_device(int(os.environ.get("LOCAL_RANK", "0")))
+    world = World(rank, world_size, device, timeout_s=60 * config.dist_timeout)
+    needs_group = world.distributed or config.sharding == "fsdp2"
+    if needs_group:
+        world.board = _init_process_group(world)
+    try:
+        with report_failure(world):
+            yield world
+    except Exception as error:
+        if world.board is None:
+            raise
+        sys.exit(USER_ERROR_EXIT_CODE if isinstance(error, SpecforgeError) else PEER_FAILED_EXIT_CODE)
+    finally:
+        if world.board is not None:
+            world.board.close()
+    if needs_group:  # not after an error: nccl would wait for the ranks that are gone
+        dist.destroy_process_group()
+
+
+@contextmanager
+def report_failure(world: World) -> Iterator[None]:
+    """Show an error, and tell the other ranks, at once: before engines are stopped and files are closed."""
+    try:
+        yield
+    except Exception as error:
+        if world.board is not None:
+            world.board.report(error)
+        raise
+
+
+def parse_on_rank(config_class: type[ConfigT], description: str) -> ConfigT:
+    """Parse the command line on every rank, and let only rank 0 tell what is wrong with it."""
+    try:
+        return parse_config(config_class, description=description)
+    except ConfigError:
+        if is_main_rank():
+            raise
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def _own_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank}: this host has {torch.cuda.device_count()} visible GPU(s); start one rank per GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(world: World) -> FailureBoard | None:
+    timeout = timedelta(seconds=world.timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if not world.distributed:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return None
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    board = FailureBoard(store, world.rank, world.world_size)
+    group_store = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group_store, rank=world.rank, world_size=world.world_size, timeout=timeout)
+    return board

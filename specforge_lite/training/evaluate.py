@@ -1,0 +1,240 @@
+"""How good a draft is without decoding: accuracy and loss per step, and three estimates of its acceptance length.
+
+    chain     1 + mean over rows of the run of correct steps from step 0
+    walk      from the first row of an answer: take its run r (at most the chain length), go r + 1 tokens on, repeat;
+              tau = tokens / jumps. On answers the target itself produced greedily this is what decoding does.
+    sampling  1 + a_0 + a_0 a_1 + ..., a_k the mean chance that speculative sampling keeps the token of step k
+
+The chain figure is biased: decoding starts more often right after a failure than the average row does.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_lite.engines.base import TargetEngine
+from specforge_lite.engines.prefetch import SkipBudget
+from specforge_lite.errors import DataError
+from specforge_lite.training.distributed import World
+from specforge_lite.training.feed import BatchMaker, Dataset, Feed, PlannedStep
+from specforge_lite.types import DraftBatch, StepOutput
+
+Forward = Callable[[DraftBatch], StepOutput]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Figures over an evaluation set. Lists have one entry per step k.
+
+    accuracy, loss: over all positions. *_mean, *_std: over batches (those with a position at that step), std with
+    n - 1. tau_chain, tau_walk, tau_sampling: acceptance lengths, see the module. chain_length: drafted tokens per pass.
+    """
+
+    num_batches: int
+    num_samples: int
+    num_skipped: int
+    num_supervised: int
+    chain_length: int
+    accuracy: list[float]
+    loss: list[float]
+    accuracy_mean: list[float]
+    accuracy_std: list[float]
+    loss_mean: list[float]
+    loss_std: list[float]
+    tau_chain: float
+    tau_walk: float
+    tau_sampling: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, Any]:
+        """Flat metrics for trackers, prefixed with `eval/`."""
+        names = ("accuracy", "loss", "tau_chain", "tau_walk", "tau_sampling")
+        return {f"eval/{name}": getattr(self, name) for name in names}
+
+    def line(self) -> str:
+        """For people."""
+        accuracies = " ".join(f"{a:.3f}" for a in self.accuracy)
+        return (
+            f"eval: acc {accuracies} | loss0 {self.loss[0]:.4g} | tau walk {self.tau_walk:.3f} chain"
+            f" {self.tau_chain:.3f} sampling {self.tau_sampling:.3f} ({self.num_samples} samples)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- walk
+
+
+def walk_document(correct_LK: Tensor, supervised_LK: Tensor, loss_mask_L: Tensor, chain_length: int) -> tuple[int, int]:
+    """(tokens, jumps) of simulated chain decoding over the answers of one document; CPU tensors.
+
+    An answer is a run of supervised tokens s..e. The target's prefill gives token s; row s-1 drafts s+1, s+2, ...
+
+        token      s-1   s   s+1  s+2  s+3   e=s+4        run of row s-1 is 2: s+1, s+2 accepted, s+3 from the target
+        jump 1     row ------^----^    (+)                row s+2: run 0, e from the target
+        jump 2                    row        (+)          4 tokens, 2 jumps
+    """
+    num_steps = min(chain_length, correct_LK.shape[1])
+    right_LK = (correct_LK & supervised_LK)[:, :num_steps].int()
+    runs = right_LK.cumprod(1).sum(1).tolist()
+    mask = loss_mask_L.tolist()
+    tokens = jumps = 0
+    for first, last in _answers(mask):
+        row = first - 1
+        while row >= 0 and row + 1 < last:
+            step = min(runs[row] + 1, last - row - 1)
+            tokens, jumps, row = tokens + step, jumps + 1, row + step
+    return tokens, jumps
+
+
+def _answers(mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """(first, last) token of each run of supervised tokens."""
+    first = None
+    for index, supervised in enumerate([*mask, False]):
+        if supervised and first is None:
+            first = index
+        elif not supervised and first is not None:
+            yield first, index - 1
+            first = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def batch_row(output: StepOutput, batch: DraftBatch, chain_length: int) -> list[float]:
+    """Sums of one evaluated batch as plain numbers:
+
+    [samples, run_sum, run_rows, tokens, jumps | loss_sum K | counted K | supervised K | correct K | alpha_sum K]
+    """
+    if output.correct_NK is None or output.supervised_NK is None or output.alpha_sum_K is None:
+        raise ValueError("evaluation needs TTTSettings(collect_rows=True)")
+    correct_NK, supervised_NK = output.correct_NK.cpu(), output.supervised_NK.cpu()
+    mask_N = batch.loss_mask_N.cpu()
+    tokens = jumps = 0
+    for start, stop in zip(batch.doc_offsets[:-1], batch.doc_offsets[1:]):
+        span = slice(start, stop)
+        more = walk_document(correct_NK[span], supervised_NK[span], mask_N[span], chain_length)
+        tokens, jumps = tokens + more[0], jumps + more[1]
+    runs_N = (correct_NK & supervised_NK)[:, :chain_length].int().cumprod(1).sum(1)
+    starts_N = supervised_NK[:, 0]
+    vectors = (output.loss_sum_K, output.counted_K, output.supervised_K, output.correct_K, output.alpha_sum_K)
+    return [
+        float(len(batch.sample_ids)),
+        float(runs_N[starts_N].sum()),
+        float(starts_N.sum()),
+        float(tokens),
+        float(jumps),
+        *torch.cat([v.double().cpu() for v in vectors]).tolist(),
+    ]
+
+
+NUM_ROW_SCALARS = 5
+
+
+def result_of(rows: list[list[float]], num_steps: int, chain_length: int, num_skipped: int = 0) -> EvalResult:
+    """Combine the rows of all batches. Raises DataError when nothing was supervised."""
+    rows = [row for row in rows if row[0] > 0]
+    total = [sum(column) for column in zip(*rows)]
+    if not rows or total[NUM_ROW_SCALARS + 2 * num_steps] == 0:
+        raise DataError("evaluation data has no supervised token; is the chat template the right one?")
+    loss_sum, counted, supervised, correct, alpha = _vectors(total, num_steps)
+    per_batch = [_vectors(row, num_steps) for row in rows]
+    accuracies = [[_ratio(v[3][k], v[2][k]) for v in per_batch if v[2][k]] for k in range(num_steps)]
+    losses = [[_ratio(v[0][k], v[1][k]) for v in per_batch if v[1][k]] for k in range(num_steps)]
+    alphas = [_ratio(a, s) for a, s in zip(alpha, supervised)][:chain_length]
+    return EvalResult(
+        num_batches=len(rows),
+        num_samples=int(total[0]),
+        num_skipped=num_skipped,
+        num_supervised=int(supervised[0]),
+        chain_length=min(chain_length, num_steps),
+        accuracy=[_ratio(c, s) for c, s in zip(correct, supervised)],
+        loss=[_ratio(x, c) for x, c in zip(loss_sum, counted)],
+        accuracy_mean=[statistics.fmean(x) if x else 0.0 for x in accuracies],
+        accuracy_std=[statistics.stdev(x) if len(x) > 1 else 0.0 for x in accuracies],
+        loss_mean=[statistics.fmean(x) if x else 0.0 for x in losses],
+        loss_std=[statistics.stdev(x) if len(x) > 1 else 0.0 for x in losses],
+        tau_chain=1 + _ratio(total[1], total[2]),
+        tau_walk=_ratio(total[3], total[4]) or 1.0,
+        tau_sampling=1 + sum(math.prod(alphas[: k + 1]) for k in range(len(alphas))),
+    )
+
+
+def _vectors(row: Sequence[float], num_steps: int) -> list[Sequence[float]]:
+    return [row[NUM_ROW_SCALARS + i * num_steps : NUM_ROW_SCALARS + (i + 1) * num_steps] for i in range(5)]
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluation_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Indices of this rank's batches. All ranks get the same number; some may be empty (sharded drafts need it)."""
+    batches = [list(range(i, min(i + batch_size, num_samples))) for i in range(0, num_samples, batch_size)]
+    while len(batches) % world_size:
+        batches.append([])
+    return batches[rank::world_size]
+
+
+def evaluate(
+    forward: Forward,
+    dataset: Dataset,
+    engine: TargetEngine,
+    to_batch: BatchMaker,
+    num_steps: int,
+    chain_length: int = 5,
+    batch_size: int = 1,
+    max_samples: int | None = None,
+    world: World | None = None,
+    skips: SkipBudget | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Evaluate on the first `max_samples` samples. The result is the same on every rank and for any world size.
+
+    forward: batch -> StepOutput with TTTSettings(num_steps=num_steps, collect_rows=True), in a mode of the caller's
+    choice (gradients are off here). on_batch: called with the samples done, for a progress bar.
+    """
+    world = world or World(0, 1, torch.device("cpu"), 0.0)
+    count = len(dataset) if max_samples is None else min(len(dataset), max_samples)
+    plan = evaluation_batches(count, batch_size, world.rank, world.world_size)
+    skips = skips or SkipBudget(num_samples=count)
+    feed = Feed((PlannedStep([indices], {}) for indices in plan), dataset, engine, to_batch, skips)
+    try:
+        rows = list(_rows(forward, (batch for step in feed for batch in step.batches), chain_length, on_batch))
+    finally:
+        feed.close()
+    rows_of_ranks, num_skipped = _gather_rows(rows, feed.num_skipped, world)
+    return result_of(rows_of_ranks, num_steps, chain_length, num_skipped)
+
+
+def _rows(
+    forward: Forward, batches: Iterable[DraftBatch], chain_length: int, on_batch: Callable[[int], None] | None
+) -> Iterator[list[float]]:
+    for batch in batches:
+        with torch.no_grad():
+            output = forward(batch)
+        yield batch_row(output, batch, chain_length)
+        if on_batch is not None:
+            on_batch(len(batch.sample_ids))
+
+
+def _gather_rows(rows: list[list[float]], num_skipped: int, world: World) -> tuple[list[list[float]], int]:
+    """Rows of all ranks, in the order of a single process, so that sums do not depend on the world size."""
+    if not world.distributed:
+        return rows, num_skipped
+    own = torch.tensor(rows, dtype=torch.float64)
+    parts = world.gather_bytes(own.numpy().tobytes())
+    by_rank = [torch.frombuffer(bytearray(p.numpy()), dtype=torch.float64).view(len(rows), -1).tolist() for p in parts]
+    skipped = int(world.sum_(torch.tensor(num_skipped)))
+    return [row for turn in zip(*by_rank) for row in turn], skipped

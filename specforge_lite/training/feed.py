@@ -1,0 +1,139 @@
+"""From dataset indices to batches on the device: plan -> samples -> captured states (ahead of time) -> DraftBatch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specforge_lite.engines.base import TargetEngine
+from specforge_lite.engines.prefetch import SkipBudget, prefetch
+from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
+
+PREFETCH_DEPTH = 4
+
+
+class Dataset(Protocol):
+    """What training needs of `data.cache.TokenizedDataset` or `training.offline.OfflineDataset`."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenizedSample: ...
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step of this rank: dataset indices of each micro batch, and the sampler's state after it."""
+
+    micro_batches: list[list[int]]
+    state_after: dict[str, Any]
+
+
+@dataclass
+class StepBatches:
+    """The micro batches of one step, made when asked for. A micro batch may be `idle` (see `idle_batch`)."""
+
+    batches: Iterator[DraftBatch]
+    num_batches: int
+    state_after: dict[str, Any]
+
+
+class Feed:
+    """Iterate over the steps of this rank. Captures run ahead; what an engine raises is raised here, in order.
+
+    num_skipped: samples of this rank left out of the steps handed out so far. wait_seconds: time spent waiting.
+    """
+
+    def __init__(
+        self,
+        steps: Iterator[PlannedStep],
+        dataset: Dataset,
+        engine: TargetEngine,
+        to_batch: BatchMaker,
+        skips: SkipBudget,
+        depth: int = PREFETCH_DEPTH,
+    ) -> None:
+        self._steps, self._dataset, self._to_batch = steps, dataset, to_batch
+        self._planned: deque[PlannedStep] = deque()
+        self._num_skipped = 0
+        self._prefetcher = prefetch(engine, self._micro_batches(), depth, skips)
+
+    @property
+    def num_skipped(self) -> int:
+        return self._num_skipped
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._prefetcher.wait_seconds
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> StepBatches:
+        first = next(self._prefetcher)  # plans its step on the way, if the prefetcher was not ahead already
+        step = self._planned.popleft()
+        return StepBatches(self._batches(first, step), len(step.micro_batches), step.state_after)
+
+    def close(self) -> None:
+        """Stop the captures that run ahead."""
+        self._prefetcher.close()
+
+    def _micro_batches(self) -> Iterator[list[TokenizedSample]]:
+        for step in self._steps:
+            self._planned.append(step)
+            for indices in step.micro_batches:
+                yield [self._dataset[i] for i in indices]
+
+    def _batches(
+        self, first: tuple[list[TokenizedSample], list[CapturedStates]], step: PlannedStep
+    ) -> Iterator[DraftBatch]:
+        for number, indices in enumerate(step.micro_batches):
+            samples, states = first if number == 0 else next(self._prefetcher)
+            self._num_skipped += len(indices) - len(samples)
+            yield self._to_batch(samples, states)
+
+
+class BatchMaker:
+    """Captured states of a micro batch -> DraftBatch on the device, last state normed, in the compute dtype."""
+
+    def __init__(self, target_head: TargetHead, num_aux_layers: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._head, self._num_aux_layers = target_head, num_aux_layers
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
+        if not samples:
+            return self.idle_batch()
+        last = [self._move(s.last_LH) for s in states]
+        normed = [x if s.last_is_normed else self._head.norm(x) for x, s in zip(last, states)]
+        batch = collate(list(samples), normed, [self._move(s.aux_LAH) for s in states])
+        return batch.to(self._device, self._dtype)
+
+    def idle_batch(self) -> DraftBatch:
+        """Two tokens with nothing to learn: keeps a rank without samples in step; its gradient is exactly zero."""
+        hidden = self._head.embed_VH.shape[1]
+        ids = torch.zeros(2, dtype=torch.int64)
+        zeros = torch.zeros(2, (self._num_aux_layers + 1) * hidden)
+        batch = DraftBatch(ids, ids.bool(), [0, 2], zeros[:, hidden:], zeros[:, :hidden], [])
+        return batch.to(self._device, self._dtype)
+
+    def _move(self, states: Tensor) -> Tensor:
+        if self._device.type == "cuda" and states.device.type == "cpu":
+            states = states.pin_memory()  # so that the host does not wait for the copy
+        return states.to(self._device, non_blocking=True)
+
+
+def bad_documents(batch: DraftBatch) -> Tensor:
+    """bool [S] on the device: documents with a NaN or an infinity in their hidden states. Does not wait for it."""
+    finite_N = torch.isfinite(batch.aux_NG.sum(1, dtype=torch.float32))
+    finite_N &= torch.isfinite(batch.last_NH.sum(1, dtype=torch.float32))
+    lengths = torch.tensor(batch.doc_offsets).diff()
+    doc_of_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(finite_N.device, non_blocking=True)
+    bad_S = torch.zeros(len(lengths), device=finite_N.device)
+    return bad_S.index_add_(0, doc_of_N, (~finite_N).float()) > 0

@@ -1,0 +1,97 @@
+"""AdamW on fp32 master weights with a schedule, a global divisor, clipping, and a device-side guard against NaN.
+
+The gradients that arrive are SUMS over counted positions of all ranks and micro batches. The fused kernel divides them
+on the fly (`grad_scale`) and does nothing at all when told so (`found_inf`), the hooks that torch made for GradScaler:
+so dividing, clipping and skipping a bad step need neither a pass over memory nor a value on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specforge_lite.errors import CheckpointError
+from specforge_lite.training.settings import OptimizerSection, warmup_length
+
+
+def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant."""
+    warmup = warmup_length(config, total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.lr_schedule == "cosine" else 1 - progress
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
+
+
+@dataclass
+class UpdateResult:
+    """Scalars on the device: norm of the mean gradient before clipping, and 1.0 where the update was skipped."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class DraftOptimizer:
+    """AdamW over named fp32 tensors (whole parameters, or the shards of this rank).
+
+    parameters: leaf tensors whose `.grad` holds the summed gradient when `step` is called.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], config: OptimizerSection, total_steps: int) -> None:
+        self.parameters = parameters
+        self._config, self._total_steps = config, total_steps
+        matrices = [p for p in parameters.values() if p.ndim > 1]
+        vectors = [p for p in parameters.values() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            fused=True,
+        )
+        for parameter in parameters.values():  # made now, so that saving and loading never meet a missing state
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self, step: int, count: Tensor, loss_sum: Tensor, square_sum: Tensor) -> UpdateResult:
+        """Update with gradient / count, clipped; do nothing where the loss or the gradient is not finite.
+
+        step: 0-based optimizer step. count, loss_sum, square_sum: scalars on the parameters' device, over all ranks:
+        counted positions, loss, squared norm of the summed gradient.
+        """
+        divisor = count.clamp(min=1).float()
+        grad_norm = square_sum.sqrt() / divisor
+        skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss_sum))).float()
+        scale = divisor
+        if self._config.max_grad_norm > 0:
+            scale = divisor * (grad_norm / self._config.max_grad_norm).clamp(min=1.0)
+        rate = learning_rate_at(self._config, step, self._total_steps)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.grad_scale, self._adam.found_inf = scale, skipped  # type: ignore[attr-defined]
+        self._adam.step()
+        return UpdateResult(grad_norm, skipped)
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name -> {"exp_avg", "exp_avg_sq" (shaped like it), "step" (scalar)}; the live tensors."""
+        return {name: self._adam.state[parameter] for name, parameter in self.parameters.items()}
+
+    def load_steps(self, steps: dict[str, float]) -> None:
+        """Set the per-parameter step counters of a checkpoint. Raises CheckpointError naming a missing one."""
+        for name, state in self.state_tensors().items():
+            if name not in steps:
+                raise CheckpointError(f"optimizer state has no step counter of {name}")
+            state["step"].fill_(steps[name])

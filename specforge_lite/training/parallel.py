@@ -1,0 +1,217 @@
+"""The draft spread over ranks: replicated (ddp) or sharded (fsdp2), behind one interface for the loop.
+
+    begin_step -> (forward, backward) per micro batch -> reduce_gradients -> parameters[...].grad hold SUMS over ranks
+
+Why no DistributedDataParallel: a draft is unrolled K times on the same weights, so every gradient is complete only at
+the very end of backward and there is nothing to overlap with. One sum over one flat buffer is as fast, adds up in the
+same order in every process life (DDP reorders its buckets after the first step, which would break exact resume), and
+ranks need not run the same number of micro batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from specforge_lite.drafts.base import Draft, TTTSettings
+from specforge_lite.errors import CheckpointError
+from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.training.distributed import World
+from specforge_lite.training.settings import DistributedSection
+from specforge_lite.types import DraftBatch, StepOutput
+
+
+class ParallelDraft:
+    """A draft on its device. `parameters`: the trained fp32 tensors this rank updates, by name."""
+
+    draft: Draft
+    parameters: dict[str, Tensor]
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        """Run the draft on this rank's micro batch."""
+        return self.draft(batch, target_head, ttt)  # type: ignore[no-any-return]
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the last step."""
+        raise NotImplementedError
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro batch; `last` marks the last one of the step."""
+        raise NotImplementedError
+
+    def reduce_gradients(self) -> Tensor:
+        """Sum gradients over ranks; returns the squared norm of the summed gradient (scalar, same on every rank)."""
+        raise NotImplementedError
+
+    def full(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor shaped like this rank's part of parameter `name` -> the whole one on the CPU. All ranks call it."""
+        raise NotImplementedError
+
+    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
+        """Copy this rank's part of the whole tensor `full` into `tensor`. Raises CheckpointError on a wrong shape."""
+        raise NotImplementedError
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Buffers that belong into a checkpoint (the vocabulary map), and parameters that are not trained."""
+        raise NotImplementedError
+
+    def checksum(self) -> int | None:
+        """A fingerprint of replicated weights, equal on all ranks as long as they agree; None where sharded."""
+        return None
+
+
+class ReplicatedDraft(ParallelDraft):
+    """Every rank holds the whole draft; gradients live in one flat buffer."""
+
+    def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
+        self.draft = draft.to(world.device)
+        self._world = world
+        trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+        self.parameters = dict(trained)
+        self._flat = torch.zeros(sum(p.numel() for p in trained.values()), device=world.device)
+        start = 0
+        for parameter in trained.values():  # autograd adds into an existing .grad in place
+            parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def begin_step(self) -> None:
+        self._flat.zero_()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce_gradients(self) -> Tensor:
+        self._world.sum_(self._flat)
+        return self._flat.square().sum() if self._flat.device.type == "cuda" else torch.dot(self._flat, self._flat)
+
+    def full(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu()
+
+    @torch.no_grad()
+    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
+        _check_shape(name, tensor.shape, full)
+        tensor.copy_(full)
+
+    def frozen(self) -> dict[str, Tensor]:
+        return _frozen(self.draft)
+
+    def checksum(self) -> int | None:
+        return sum(int(p.detach().view(torch.int32).long().sum()) for p in self.parameters.values())
+
+
+class ShardedDraft(ParallelDraft):
+    """FSDP2: parameters, gradients and optimizer state of the draft are sharded over all ranks."""
+
+    def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
+        self._world = world
+        self._mesh = init_device_mesh(world.device.type, (world.world_size,))
+        if not config.cpu_offload:
+            draft.to(world.device)
+        fully_shard(
+            draft,
+            mesh=self._mesh,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        )
+        for name, buffer in draft.named_buffers():
+            _set_buffer(draft, name, buffer.to(world.device))
+        self.draft = draft
+        self._root: nn.Module = draft
+        draft.set_gradient_divide_factor(1.0)  # type: ignore[operator]  # sums, not means
+        draft.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no pre-multiplied sum
+        self._dtensors: dict[str, DTensor] = {
+            name: p for name, p in draft.named_parameters() if p.requires_grad and isinstance(p, DTensor)
+        }
+        # The optimizer sees plain local tensors: the update is element-wise, and DTensor dispatch costs host time.
+        with torch.no_grad():
+            self.parameters = {n: nn.Parameter(p.to_local()) for n, p in self._dtensors.items()}
+
+    def begin_step(self) -> None:
+        for parameter in self._dtensors.values():
+            parameter.grad = None
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        return self.draft(batch, target_head, ttt)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._root.set_requires_gradient_sync(last)  # type: ignore[operator]
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> Tensor:
+        squares = []
+        for name, parameter in self._dtensors.items():
+            gradient = parameter.grad
+            assert isinstance(gradient, DTensor), f"{name} got no gradient"
+            local = gradient.to_local()
+            self.parameters[name].grad = local
+            squares.append(local.square().sum())
+        return self._world.sum_(torch.stack(squares).sum())
+
+    @torch.no_grad()
+    def full(self, name: str, tensor: Tensor) -> Tensor:
+        like = self._dtensors[name]
+        shard = DTensor.from_local(
+            tensor.detach().to(self._world.device),
+            self._mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return shard.full_tensor().cpu()
+
+    @torch.no_grad()
+    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
+        like = self._dtensors[name]
+        _check_shape(name, like.shape, full)
+        whole = full.to(self._world.device, tensor.dtype)
+        shard = distribute_tensor(whole, self._mesh, like.placements, src_data_rank=None)
+        tensor.copy_(shard.to_local())
+
+    def frozen(self) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in _frozen(self.draft).items():
+            whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        return whole
+
+
+SHARDINGS: dict[str, type[ReplicatedDraft] | type[ShardedDraft]] = {"ddp": ReplicatedDraft, "fsdp2": ShardedDraft}
+
+
+def spread_draft(draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> ParallelDraft:
+    """Place a draft (fp32, the same weights on every rank) as `--sharding` says."""
+    draft.float()
+    return SHARDINGS[config.sharding](draft, world, config, compute_dtype)
+
+
+def iter_full(parallel: ParallelDraft, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors on the CPU, one after the other, so that only one is gathered at a time."""
+    for name, tensor in tensors.items():
+        yield name, parallel.full(name, tensor)
+
+
+def _frozen(draft: Draft) -> dict[str, Tensor]:
+    saved: dict[str, Tensor] = {name: p for name, p in draft.named_parameters() if not p.requires_grad}
+    persistent = draft.state_dict().keys()
+    saved.update({name: b for name, b in draft.named_buffers() if name in persistent})
+    return saved
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    persistent = leaf not in owner._non_persistent_buffers_set
+    owner.register_buffer(leaf, value, persistent=persistent)
+
+
+def _check_shape(name: str, expected: torch.Size, full: Tensor) -> None:
+    if full.shape != expected:
+        raise CheckpointError(f"{name}: shape {list(full.shape)} in the checkpoint, {list(expected)} in this draft")

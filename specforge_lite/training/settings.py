@@ -1,0 +1,213 @@
+"""All settings of a training run: one frozen section per concern, every key also a flag, mistakes told together."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from specforge_lite.cli import Section
+from specforge_lite.config import DataSection, TargetSection
+
+TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
+
+
+class DraftSection(Section):
+    """The draft network."""
+
+    draft_model_config: Path | None = Field(
+        None, description="config.json of the draft; default: derived from the target's config"
+    )
+    draft_vocab_size: int | None = Field(
+        None, ge=1, description="overrides the draft config; default when derived: 32000 or the whole vocabulary"
+    )
+    init: Literal["target", "random"] = Field("target", description="start from the target's last layer, or randomly")
+    norm_output: bool | None = Field(None, description="EAGLE-3.1: the state fed to the next step is the normed one")
+    fc_norm: bool | None = Field(None, description="EAGLE-3.1: one RMSNorm per aux layer before fc")
+    allow_vocab_mismatch: bool = Field(
+        False, description="resume although the vocabulary map was built from other data or another tokenizer"
+    )
+
+
+class TrainingSection(Section):
+    """How long, on what batches, with which loss."""
+
+    num_epochs: int | None = Field(None, ge=1, description="passes over the data (default: 1, unless --total-steps)")
+    total_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps; with --num-epochs the smaller one ends the run; default: from --num-epochs",
+        json_schema_extra={"flags": ["--max-num-steps"]},
+    )
+    batch_size: int = Field(1, ge=1, description="samples per micro batch and rank")
+    accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="micro batches per optimizer step",
+        json_schema_extra={"flags": ["--gradient-accumulation-steps", "--draft-accumulation-steps"]},
+    )
+    max_tokens_per_batch: int | None = Field(
+        None, ge=8, description="pack micro batches up to this many tokens instead of counting samples"
+    )
+    ttt_length: int = Field(7, ge=1, le=32, description="K, steps of the training-time test")
+    step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is this to the power k")
+    draft_attention_backend: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
+        "auto", description="attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere"
+    )
+    loss_mask_alignment: Literal["ours", "eagle"] = Field(
+        "ours", description="supervise by the mask of the predicted token, or as EAGLE does by that of the row"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU"
+    )
+    compile: bool = Field(False, description="torch.compile the draft")
+    activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
+    seed: int = Field(0, ge=0, description="order of the samples, initial weights, noise")
+    skip_budget: float = Field(
+        0.001, ge=0, le=1, description="share of samples that may be skipped because the engine refused them"
+    )
+    nonfinite_budget: int = Field(
+        10, ge=0, description="optimizer steps that may be skipped for a NaN or infinite loss or gradient"
+    )
+    eval_interval: int = Field(
+        1000, ge=0, description="evaluate every so many steps, and at the end; 0: at the end only"
+    )
+    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
+    eval_chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the estimated acceptance length")
+    offline_dir: Path | None = Field(
+        None, description="train from hidden states of scripts/capture_hidden_states.py instead of an engine"
+    )
+    profile_start_step: int | None = Field(None, ge=1, description="write a chrome trace from this step on")
+    profile_num_steps: int = Field(3, ge=1, description="steps in the trace")
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    min_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear end")
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="share of the steps (default: 0.015)")
+    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up, instead of --warmup-ratio")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(0.5, ge=0, description="clip the gradient's norm; 0: do not")
+
+
+class CheckpointSection(Section):
+    """Where the run lives and how it is continued."""
+
+    output_dir: Path = Field(description="checkpoints, metrics, provenance", json_schema_extra={"flags": ["--savedir"]})
+    resume: bool = Field(True, description="continue the newest complete checkpoint of --output-dir, if there is one")
+    overwrite: bool = Field(False, description="delete the checkpoints and metrics of an earlier run first")
+    save_interval: int = Field(1000, ge=0, description="save every so many steps, and at the end; 0: at the end only")
+    save_epochs: int | None = Field(None, ge=1, description="also save after every so many epochs")
+    save_total_limit: int | None = Field(None, ge=1, description="keep only so many checkpoints")
+
+
+class LoggingSection(Section):
+    """What is reported where. OUTPUT_DIR/metrics.jsonl is written in any case."""
+
+    log_interval: int = Field(10, ge=1, description="steps between two step lines; the only host synchronisation")
+    log_file: Path | None = Field(None, description="every event of the run as JSON lines")
+    report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = Field(
+        (), description="none, wandb, tensorboard, trackio"
+    )
+    wandb_project: str = Field("specforge-lite", description="project of wandb and trackio")
+    wandb_name: str | None = Field(None, description="name of the run; default: name of --output-dir")
+    wandb_key: str | None = Field(None, description="refused on the command line: set WANDB_API_KEY")
+
+    @field_validator("wandb_key")
+    @classmethod
+    def _key_from_environment_only(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError("keys on a command line are seen by every user of the machine; set WANDB_API_KEY instead")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names to report to, without `none` and doubles."""
+        return tuple(dict.fromkeys(name for name in self.report_to if name != "none"))
+
+
+class DistributedSection(Section):
+    """How ranks share the work; torchrun says how many there are."""
+
+    sharding: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="ddp: every rank holds the draft; fsdp2: parameters, gradients and AdamW state are sharded"
+    )
+    cpu_offload: bool = Field(False, description="with fsdp2: parameters and AdamW state live in CPU memory")
+    dist_timeout: float = Field(
+        20.0, gt=0, description="minutes after which ranks give up waiting for one that died or hangs"
+    )
+
+
+class TrainConfig(Section):
+    """Train an EAGLE draft online: a frozen target gives hidden states, the draft learns from them."""
+
+    target: TargetSection
+    data: DataSection = DataSection()
+    draft: DraftSection = DraftSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection
+    logging: LoggingSection = LoggingSection()
+    distributed: DistributedSection = DistributedSection()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainConfig:
+        problems = list(_impossible_combinations(self))
+        if problems:
+            raise ValueError("\n  ".join(problems))
+        return self
+
+
+def _impossible_combinations(config: TrainConfig) -> list[str]:
+    """One line per pair of settings that cannot both be meant, or that is missing."""
+    data, training, optimizer = config.data, config.training, config.optimizer
+    found: list[str] = []
+    if training.offline_dir is None and data.train_data_path is None:
+        found.append("train_data_path: required (flag --train-data-path), unless --offline-dir is given")
+    if training.offline_dir is not None and data.train_data_path is not None:
+        found.append("offline_dir and train_data_path: give one; the offline directory holds its own samples")
+    if optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None:
+        found.append("warmup_steps and warmup_ratio: give one")
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        found.append(
+            f"min_learning_rate {optimizer.min_learning_rate:g} is above learning_rate {optimizer.learning_rate:g}"
+        )
+    if training.max_tokens_per_batch is not None and training.max_tokens_per_batch < data.max_length:
+        found.append(
+            f"max_tokens_per_batch {training.max_tokens_per_batch} is below max_length {data.max_length}:"
+            " the longest sample would fit into no batch"
+        )
+    if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
+        found.append("cpu_offload: only with --sharding fsdp2")
+    if training.offline_dir is not None and training.offline_dir.is_file():
+        found.append(f"offline_dir {training.offline_dir}: expected a directory")
+    for name, path in (("train_data_path", data.train_data_path), ("eval_data_path", data.eval_data_path)):
+        if path is not None and not Path(path).is_file():
+            found.append(f"{name}: no such file: {path}")
+    if config.draft.draft_model_config is not None and not config.draft.draft_model_config.exists():
+        found.append(f"draft_model_config: no such file: {config.draft.draft_model_config}")
+    return found
+
+
+def warmup_length(config: OptimizerSection, total_steps: int) -> int:
+    """Steps of linear warm-up of a run of `total_steps`."""
+    if config.warmup_steps is not None:
+        return min(config.warmup_steps, total_steps)
+    ratio = 0.015 if config.warmup_ratio is None else config.warmup_ratio
+    return math.ceil(ratio * total_steps)
+
+
+def run_length(config: TrainingSection, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.total_steps is None:
+        return (config.num_epochs or 1) * steps_per_epoch
+    if config.num_epochs is None:
+        return config.total_steps
+    return min(config.total_steps, config.num_epochs * steps_per_epoch)

@@ -1,0 +1,229 @@
+"""The trainer of a run: the parts of `training.parts`, restored from the newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge_lite.drafts import TTTSettings
+from specforge_lite.engines.base import TargetEngine
+from specforge_lite.engines.prefetch import SkipBudget
+from specforge_lite.errors import CheckpointError
+from specforge_lite.log import info
+from specforge_lite.provenance import collect_provenance, redact
+from specforge_lite.training._plan import BatchPlan
+from specforge_lite.training.checkpoint import (
+    SavedState,
+    load_draft_tensors,
+    newest_complete,
+    read_json,
+    read_state,
+    restore,
+    restore_rng,
+)
+from specforge_lite.training.distributed import World
+from specforge_lite.training.evaluate import EvalResult, evaluate
+from specforge_lite.training.feed import BatchMaker, Feed
+from specforge_lite.training.loop import Progress, Trainer
+from specforge_lite.training.optimizer import DraftOptimizer
+from specforge_lite.training.parallel import ParallelDraft, spread_draft
+from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt_settings
+from specforge_lite.training.reporting import Reporter
+from specforge_lite.training.run_dir import StopRequest
+from specforge_lite.training.settings import TrainConfig, run_length
+
+
+def build_trainer(
+    config: TrainConfig,
+    world: World,
+    data: RunData,
+    engine: TargetEngine,
+    models: RunModels,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> Trainer:
+    """Put the parts together; every rank calls it. Raises CheckpointError for a checkpoint of another run."""
+    torch.manual_seed(config.training.seed + world.rank)
+    resume = find_resume(config, models, world)
+    plan = make_plan(config, data, world)
+    total_steps = run_length(config.training, plan.steps_per_epoch)
+    dtype = compute_dtype(config, world)
+    parallel = spread_draft(models.draft, world, config.distributed, dtype)
+    optimizer = DraftOptimizer(parallel.parameters, config.optimizer, total_steps)
+    progress = Progress()
+    if resume is not None:
+        progress = restore_run(*resume, parallel, optimizer, plan, world)
+    if config.training.compile:
+        models.draft.compile(dynamic=True)
+    ttt = ttt_settings(config, dtype)
+    to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
+    skips = SkipBudget(config.training.skip_budget, -(-len(data.train) // world.world_size))
+    _announce(config, models, world, total_steps, plan.steps_per_epoch, progress.step, dtype)
+    reporter.start(progress.step, redact(config.model_dump(mode="json")))
+    return Trainer(
+        config=config,
+        world=world,
+        parallel=parallel,
+        optimizer=optimizer,
+        target_head=models.target_head,
+        ttt=ttt,
+        feed=Feed(plan.steps(), data.train, engine, to_batch, skips),
+        reporter=reporter,
+        stop=stop,
+        progress=progress,
+        total_steps=total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        documents=run_documents(config, models),
+        evaluator=make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
+    )
+
+
+def make_plan(config: TrainConfig, data: RunData, world: World) -> BatchPlan:
+    """Which samples each rank trains on in which step."""
+    training = config.training
+    return BatchPlan(
+        len(data.train), training.batch_size, training.accumulation_steps, training.seed, world.rank, world.world_size
+    )
+
+
+def run_documents(config: TrainConfig, models: RunModels) -> dict[str, Any]:
+    """JSON files that each checkpoint carries besides its state."""
+    values = config.model_dump(mode="json")
+    return {
+        "config.json": redact(values),
+        "provenance.json": collect_provenance(values),
+        "draft_config.json": models.draft.config.to_dict(),
+        "identity.json": models.identity,
+    }
+
+
+def _announce(
+    config: TrainConfig,
+    models: RunModels,
+    world: World,
+    total_steps: int,
+    per_epoch: int,
+    step: int,
+    dtype: torch.dtype,
+) -> None:
+    trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
+    info(
+        f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {total_steps} steps, {per_epoch} per"
+        f" epoch, {world.world_size} rank(s), {config.distributed.sharding}, "
+        + (f"resumed after step {step}" if step else "from the start")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def make_evaluator(
+    config: TrainConfig,
+    data: RunData,
+    engine: TargetEngine,
+    models: RunModels,
+    parallel: ParallelDraft,
+    to_batch: BatchMaker,
+    ttt: TTTSettings,
+    world: World,
+) -> Callable[[], EvalResult] | None:
+    """A function that evaluates the draft as it is now; None without evaluation data."""
+    dataset = data.eval
+    if dataset is None:
+        return None
+    settings = replace(ttt, collect_rows=True)
+
+    def run() -> EvalResult:
+        return evaluate(
+            lambda batch: parallel.forward(batch, models.target_head, settings),
+            dataset,
+            engine,
+            to_batch,
+            num_steps=settings.num_steps,
+            chain_length=config.training.eval_chain_length,
+            batch_size=config.training.batch_size,
+            max_samples=config.training.eval_max_samples,
+            world=world,
+        )
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[Path, SavedState] | None:
+    """The newest complete checkpoint of the output directory; rank 0 looks and checks, all ranks know.
+
+    With `--allow-vocab-mismatch` the draft takes over the checkpoint's vocabulary map.
+    """
+    answer: dict[str, Any] = {}
+    if world.is_main:
+        try:
+            path = newest_complete(config.checkpoint.output_dir)
+            if path is not None:
+                check_identity(path, models.identity, config)
+                answer = {"path": str(path), "state": read_state(path).to_dict()}
+        except CheckpointError as error:
+            answer = {"problem": str(error)}
+    answer = json.loads(world.broadcast_text(json.dumps(answer)))
+    if "problem" in answer:
+        raise CheckpointError(answer["problem"])
+    if not answer:
+        return None
+    if config.draft.allow_vocab_mismatch:
+        _take_saved_vocabulary(Path(answer["path"]), models, world)
+    return Path(answer["path"]), SavedState(**answer["state"])
+
+
+def check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -> None:
+    """Raise CheckpointError naming what differs between the checkpoint's run and this one; say what else changed."""
+    before = read_json(path / "identity.json")
+    checks = [("draft." + k, before["draft"].get(k), v) for k, v in identity["draft"].items()]
+    checks += [(k, before.get(k), identity[k]) for k in ("target", "data", "vocab_map")]
+    lenient = ("data", "vocab_map") if config.draft.allow_vocab_mismatch else ()
+    for name, saved, now in checks:
+        if saved != now and name not in lenient:
+            hint = "; --allow-vocab-mismatch continues all the same" if name in ("data", "vocab_map") else ""
+            raise CheckpointError(
+                f"{path}: {name} was {saved}, this run has {now}; choose another --output-dir, or --overwrite{hint}"
+            )
+    old, new = _leaves(read_json(path / "config.json")), _leaves(redact(config.model_dump(mode="json")))
+    changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+    if changed:
+        info(f"resuming with other settings: {', '.join(changed)}")
+
+
+def _leaves(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for section in config.values() for key, value in section.items()}
+
+
+def _take_saved_vocabulary(path: Path, models: RunModels, world: World) -> None:
+    d2t, t2d = models.draft.d2t.clone(), models.draft.t2d.to(torch.uint8)
+    if world.is_main:
+        _, tensors = load_draft_tensors(path)
+        d2t, t2d = tensors["d2t"], tensors["t2d"].to(torch.uint8)
+    models.draft.set_vocab(world.broadcast_(d2t), world.broadcast_(t2d).bool())
+
+
+def restore_run(
+    path: Path, state: SavedState, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
+) -> Progress:
+    """Weights, optimizer, random numbers and the position in the data of a checkpoint."""
+    restore(path, parallel, optimizer, world)
+    restore_rng(path, state, world)
+    plan.load_state(state.data)
+    info(f"resumed from {path}")
+    return Progress(
+        step=state.step,
+        data=state.data,
+        skipped_before=int(state.counters["skipped_samples"]),
+        nonfinite_steps=int(state.counters["nonfinite_steps"]),
+        seconds_before=state.counters["seconds"],
+        last_checkpoint=path,
+    )

@@ -1,8 +1,10 @@
 """Text and trained spans -> token ids and loss mask, in one tokenization.
 
-Three decisions, each with a test:
+Four decisions, each with a test:
 - A token is trained if at least one of its characters is (a BPE token may straddle the border of a span; the target
   produced it, so it is never lost).
+- An added token that swallows the spaces beside it (`rstrip`, `lstrip`: Phi-3's headers) counts as trained where it
+  stands, not for the spaces.
 - Offsets come from a copy of the tokenizer without its post-processor: `ByteLevel(trim_offsets=True)` would move the
   offsets of a line end before an answer into the answer.
 - A control token that stands inside a message (`<|im_end|>` typed by a user) stays ordinary text. Only when a
@@ -27,6 +29,8 @@ from specforge_lite.data.templates.base import Canvas, Rendering
 from specforge_lite.errors import DataError
 
 RESERVED = re.compile("[\ufdd0-\ufdd6]")
+# Tokens that models put into an answer themselves; in data they mean what they say.
+CONTENT_TOKENS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
 _NAME_START, _NAME_END = "\ufdd0", "\ufdd1"  # around the number of a control token, written by a template
 _QUOTE_START, _QUOTE_END = "\ufdd5", "\ufdd6"  # around the number of a control token, quoted in a message
 
@@ -81,9 +85,18 @@ class TextEncoder:
 
         self._spec = spec
         self._plain = Tokenizer.from_str(spec.tokenizer_json)
-        added = {token.content: (i, token.special) for i, token in self._plain.get_added_tokens_decoder().items()}
+        decoder = self._plain.get_added_tokens_decoder()
+        added = {token.content: (i, token.special) for i, token in decoder.items()}
+        self._rstrip = np.array([i for i, token in decoder.items() if token.rstrip], dtype=np.int32)
+        self._lstrip = np.array(
+            [i for i, token in decoder.items() if token.lstrip and not token.rstrip], dtype=np.int32
+        )
         wanted = set(control_tokens)
-        self._control = {name: i for name, (i, special) in sorted(added.items()) if special or name in wanted}
+        self._control = {
+            name: i
+            for name, (i, special) in sorted(added.items())
+            if name in wanted or (special and name not in CONTENT_TOKENS)
+        }
         self._names = sorted(self._control, key=lambda name: (-len(name), name))  # longest first: no prefix wins
         self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
         self._renamed: tuple[Any, np.ndarray] | None = None
@@ -117,14 +130,26 @@ class TextEncoder:
     def encode(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
         """Ids [L] int32 and loss mask [L] bool; every control token in the text counts as one."""
         encoding = self._plain.encode(rendering.text, add_special_tokens=False)
-        return np.array(encoding.ids, dtype=np.int32), token_mask(encoding.offsets, rendering)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        return ids, self._mask(ids, encoding.offsets, rendering)
 
     def encode_quoted(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
         """Like `encode`, of a conversation that went through `quote`: placeholders become ordinary text."""
         tokenizer, original_ids = self._rename()
         renamed = self._rewrite(rendering)
         encoding = tokenizer.encode(renamed.text, add_special_tokens=False)
-        return original_ids[np.array(encoding.ids, dtype=np.int64)], token_mask(encoding.offsets, renamed)
+        ids = original_ids[np.array(encoding.ids, dtype=np.int64)]
+        return ids, self._mask(ids, encoding.offsets, renamed)
+
+    def _mask(self, ids: np.ndarray, offsets: list[tuple[int, int]], rendering: Rendering) -> np.ndarray:
+        bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        if len(self._rstrip):
+            swallows = np.isin(ids, self._rstrip)
+            bounds[swallows, 1] = bounds[swallows, 0] + 1
+        if len(self._lstrip):
+            swallows = np.isin(ids, self._lstrip)
+            bounds[swallows, 0] = bounds[swallows, 1] - 1
+        return token_mask(bounds, rendering)
 
     def encode_text(self, texts: list[str]) -> list[np.ndarray]:
         """Ids [L] int32 of each text by itself; control tokens in it stay ordinary text."""
@@ -174,16 +199,15 @@ class TextEncoder:
         return self._renamed
 
 
-def token_mask(offsets: list[tuple[int, int]], rendering: Rendering) -> np.ndarray:
-    """Loss mask [L] bool: which tokens overlap a trained span. A token of no width (a prepended space) belongs to
-    the character it stands before."""
+def token_mask(bounds: np.ndarray, rendering: Rendering) -> np.ndarray:
+    """Loss mask [L] bool from character bounds [L, 2] of tokens: which overlap a trained span. A token of no width
+    (a prepended space) belongs to the character it stands before."""
     edges = np.zeros(len(rendering.text) + 2, dtype=np.int32)
     for start, end in rendering.spans:
         edges[start] += 1
         edges[end] -= 1
     trained = np.cumsum(edges)
     before = np.concatenate([[0], np.cumsum(trained)])  # before[i]: trained characters among the first i
-    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     first, last = bounds[:, 0], np.maximum(bounds[:, 1], bounds[:, 0] + 1)
     mask: np.ndarray = before[last] - before[first] > 0
     return mask

@@ -53,13 +53,22 @@ def recognise(
             f"chat_template auto: the tokenizer is not recognised ({what});"
             f" give --chat-template, one of: {', '.join(TEMPLATES)}"
         )
+    tied = [template.name for weight, template in candidates if weight == candidates[0][0]]
+    if own_template is None and len(tied) > 1 and "chatml" not in tied:
+        raise DataError(
+            f"chat_template auto: the tokenizer has no chat template, and its tokens fit {', '.join(tied)};"
+            " give one of them as --chat-template"
+        )
     exact = [pair for pair in candidates if difference_from_own(pair[1], own_template, special_tokens) is None]
     return (exact or candidates)[0][1]
 
 
+_COMMON_TOKENS = {"<s>", "</s>", "<bos>", "<eos>"}  # say nothing about a family
+
+
 def _weight(template: ChatTemplate, own_template: str | None) -> int:
     if own_template is None:
-        return len(template.needs_tokens)
+        return len(set(template.needs_tokens) - _COMMON_TOKENS)
     found = [marks for marks in template.marks if all(mark in own_template for mark in marks)]
     return max((sum(map(len, marks)) for marks in found), default=0)
 

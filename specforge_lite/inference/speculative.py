@@ -1,0 +1,315 @@
+"""`SpeculativeModel`: a target, a draft, and the generate calls that EAGLE's users know."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_lite.drafts import Draft
+from specforge_lite.engines.hf import default_device, load_target_model
+from specforge_lite.errors import CheckpointError, ConfigError
+from specforge_lite.inference.decode import Decoding, Meter
+from specforge_lite.inference.drafter import Drafter, Head
+from specforge_lite.inference.loading import load_draft
+from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
+from specforge_lite.inference.target import Target
+from specforge_lite.inference.tree import TreeShape
+from specforge_lite.inference.verify import Sampling
+from specforge_lite.nn.target_head import family_scales
+
+# Leads below this many units in the last place are decided by the target's own one-token passes. Seen in fp32 between
+# tree passes and `generate`: at most 30 units (tests/test_speculative.py measures it again).
+TIE_UNITS = 256.0
+
+Prompts = Tensor | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated and when they end.
+
+    max_length: prompt and answer together. top_p (0 or 1: off) and top_k (0: off) are of the sampling, not of the tree.
+    eos_token_id: None for the model's own, an empty list for none. seed: makes sampling repeatable. shape: another
+    tree than the model's.
+    """
+
+    max_new_tokens: int = 512
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] = ()
+    seed: int | None = None
+    shape: TreeShape | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k)
+
+
+class SpeculativeModel:
+    """Generates with a target and, where asked, its draft.
+
+    model: a transformers causal LM in evaluation mode; draft: None for plain decoding only. In fp32, greedy output is
+    the output of `model.generate(do_sample=False)`, token for token; sampled output follows the same distribution.
+
+    >>> model = SpeculativeModel.from_pretrained("path/to/target", "path/to/draft")
+    >>> output = model.speculative_generate("Once upon a time", max_new_tokens=64)
+    >>> output.texts[0], output.stats.acceptance_length
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        draft: Draft | None,
+        tokenizer: Any | None = None,
+        shape: TreeShape | None = None,
+        tie_units: float = TIE_UNITS,
+    ) -> None:
+        self.shape = shape or TreeShape()
+        self.tokenizer = tokenizer
+        self.tie_units = tie_units
+        is_eagle1 = draft is not None and draft.config.algorithm == "eagle1"
+        aux_layer_ids = None if draft is None else draft.config.aux_layer_ids
+        self.target = Target(model, aux_layer_ids, last_state=is_eagle1)
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            check_match(draft, self.target)
+            placed = draft.to(device=self.target.device, dtype=self.target.dtype)
+            head = target_head_of(model) if is_eagle1 else None
+            self.drafter = Drafter(placed, self.target.embedding_VH, head)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model_path: str,
+        draft_model_path: str | Path | None = None,
+        total_token: int = 60,
+        depth: int = 7,
+        top_k: int = 10,
+        use_eagle3: bool | None = None,
+        num_draft_tokens: int | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> SpeculativeModel:
+        """Load a target (directory or hub name) and a draft directory (see `load_draft`).
+
+        total_token, depth, top_k: the tree, see `TreeShape`; num_draft_tokens: a chain of that many tokens instead.
+        use_eagle3: what the draft is expected to be (default: whatever it is). dtype: `auto` (as stored), `float32`,
+        `bfloat16`, `float16`. device: default CUDA if there is one.
+
+        Raises ConfigError and CheckpointError naming what does not fit.
+        """
+        from transformers import AutoTokenizer
+
+        place = torch.device(device) if device is not None else default_device()
+        model = load_target_model(str(base_model_path), dtype, place, trust_remote_code)
+        draft = None
+        if draft_model_path is not None:
+            num_layers = int(model.config.get_text_config().num_hidden_layers)
+            draft = load_draft(draft_model_path, num_layers, model.dtype, place)
+            is_eagle3 = draft.config.algorithm == "eagle3"
+            if use_eagle3 is not None and use_eagle3 != is_eagle3:
+                raise ConfigError(
+                    f"use_eagle3={use_eagle3}: {draft_model_path} is of algorithm {draft.config.algorithm}"
+                )
+        tokenizer = None  # a model without one still generates from token ids; text asks for it and says so
+        with contextlib.suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(base_model_path, trust_remote_code=trust_remote_code)
+        shape = TreeShape.chain(num_draft_tokens) if num_draft_tokens else TreeShape(total_token, depth, top_k)
+        return cls(model, draft, tokenizer, shape)
+
+    # --------------------------------------------------------------------------------------------------------- generate
+
+    def speculative_generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 512,
+        max_length: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        seed: int | None = None,
+        shape: TreeShape | None = None,
+    ) -> GenerationOutput:
+        """Answer one prompt or several at once, each with its own tree; see `GenerationSettings`.
+
+        prompts: text, token ids [T] or [B, T] (no padding), or a list of either.
+        """
+        settings = GenerationSettings(
+            max_new_tokens, max_length, temperature, top_p, top_k, eos_token_id, stop_strings, seed, shape
+        )
+        return self.run(prompts, settings, speculative=True)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 512,
+        max_length: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> GenerationOutput:
+        """The same without the draft: one token per pass of the target."""
+        settings = GenerationSettings(
+            max_new_tokens, max_length, temperature, top_p, top_k, eos_token_id, stop_strings, seed
+        )
+        return self.run(prompts, settings, speculative=False)
+
+    @torch.inference_mode()
+    def run(self, prompts: Prompts, settings: GenerationSettings, speculative: bool = True) -> GenerationOutput:
+        """Generate to the end. Raises ConfigError for prompts or settings that cannot be."""
+        decoding, steps = self._open(prompts, settings, speculative)
+        meter = Meter(self.target, self.drafter if speculative else None)
+        for _ in steps:
+            pass
+        meter.write(decoding.stats)
+        return GenerationOutput(decoding.answers, decoding.stats, self.pad_token_id)
+
+    @torch.inference_mode()
+    def stream(
+        self, prompts: Prompts, settings: GenerationSettings | None = None, speculative: bool = True
+    ) -> Iterator[Chunk]:
+        """Generate, yielding what every pass adds to every answer as it comes."""
+        _, steps = self._open(prompts, settings or GenerationSettings(), speculative)
+        for chunks in steps:
+            yield from chunks
+
+    def _open(
+        self, prompts: Prompts, settings: GenerationSettings, speculative: bool
+    ) -> tuple[Decoding, Iterator[list[Chunk]]]:
+        if speculative and self.drafter is None:
+            raise ConfigError("no draft was loaded; give draft_model_path, or call generate")
+        token_ids = self.token_ids(prompts)
+        eos = settings.eos_token_id if settings.eos_token_id is not None else self.eos_token_ids
+        stops = (settings.stop_strings,) if isinstance(settings.stop_strings, str) else tuple(settings.stop_strings)
+        rules = StopRules(settings.max_new_tokens, frozenset([eos] if isinstance(eos, int) else eos), stops)
+        decoding = Decoding(
+            self.target, token_ids, rules, settings.sampling, settings.seed, self.tokenizer, self.tie_units,
+            settings.max_length,
+        )  # fmt: skip
+        if not speculative or self.drafter is None:
+            return decoding, decoding.plain()
+        return decoding, decoding.speculative(self.drafter, settings.shape or self.shape)
+
+    def token_ids(self, prompts: Prompts) -> list[list[int]]:
+        """Prompts of any accepted form -> token ids of each."""
+        if isinstance(prompts, Tensor):
+            return (prompts if prompts.dim() == 2 else prompts[None]).tolist()  # type: ignore[no-any-return]
+        if isinstance(prompts, str):
+            return [self._encode(prompts)]
+        if len(prompts) and isinstance(prompts[0], int):
+            return [list(prompts)]  # type: ignore[arg-type]
+        return [
+            self._encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).flatten().tolist()
+            for prompt in prompts
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ConfigError("a text prompt needs a tokenizer, and the target has none; give token ids")
+        return list(self.tokenizer(text)["input_ids"])
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ids that end an answer, by the model's generation config."""
+        model = self.target.model
+        generation_config = getattr(model, "generation_config", None)
+        found = getattr(generation_config, "eos_token_id", None)
+        if found is None:
+            found = getattr(self.target.text_config, "eos_token_id", None)
+        return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+    @property
+    def pad_token_id(self) -> int:
+        found = getattr(self.target.text_config, "pad_token_id", None)
+        return found if isinstance(found, int) else 0
+
+    # ----------------------------------------------------------------------------------------- the names EAGLE gave it
+
+    def eagenerate(
+        self,
+        input_ids: Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: int = 0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+    ) -> Tensor | tuple[Tensor, int, int]:
+        """As EAGLE's `EaModel.eagenerate`: token ids [B, T] of prompt and answer; with `log` also the number of new
+        tokens of the first prompt and the index of its last verification pass."""
+        return self._eagle_call(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, log, True)
+
+    def naivegenerate(
+        self,
+        input_ids: Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: int = 0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+    ) -> Tensor | tuple[Tensor, int, int]:
+        """As EAGLE's `EaModel.naivegenerate`: the same without the draft."""
+        return self._eagle_call(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, log, False)
+
+    def _eagle_call(
+        self,
+        input_ids: Tensor,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_new_tokens: int,
+        max_length: int,
+        log: bool,
+        speculative: bool,
+    ) -> Tensor | tuple[Tensor, int, int]:
+        settings = GenerationSettings(max_new_tokens, max_length, temperature, top_p, int(top_k))
+        output = self.run(input_ids, settings, speculative)
+        sequences = output.sequences_BT.to(input_ids.device)
+        if not log:
+            return sequences
+        passes = output.stats.verification_passes if speculative else output.stats.num_tokens
+        return sequences, len(output.answers[0].tokens), passes - 1
+
+
+def check_match(draft: Draft, target: Target) -> None:
+    """Raise CheckpointError unless the draft was made for a target of this shape."""
+    config, text = draft.config, target.text_config
+    for name, found, wanted in (
+        ("target_hidden_size", config.target_hidden_size, text.hidden_size),
+        ("vocab_size", config.vocab_size, text.vocab_size),
+        ("number of aux layers", config.num_aux_layers, len(target.aux_layer_ids) or config.num_aux_layers),
+    ):
+        if found != wanted:
+            raise CheckpointError(f"the draft belongs to another target: {name} {found} != {wanted}")
+
+
+def target_head_of(model: Any) -> Head:
+    """The target's own head as a function, for EAGLE-1 drafts, which have none."""
+    head = model.get_output_embeddings()
+    _, logit_scale, softcap = family_scales(model.config.get_text_config())
+
+    def logits(hidden: Tensor) -> Tensor:
+        raw: Tensor = head(hidden) * logit_scale
+        return softcap * torch.tanh(raw / softcap) if softcap else raw
+
+    return logits

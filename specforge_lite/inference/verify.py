@@ -1,0 +1,129 @@
+"""Which drafted tokens the target accepts: exactly those that it would have produced itself.
+
+Greedy: the path whose every token is the target's argmax after its parent. Sampling: the drafted children of a node
+are distinct and fixed, so drawing the next token from the target's own distribution p, and walking on while the drawn
+token is among the children, has the law of the published rule: try the children in turn, accept x with probability
+p(x), else zero p(x) and renormalise, and take the bonus token from what is left. (Both give token x with probability
+p(x); tests compare the two.)
+
+Letters: B rows, Q nodes, P path nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specforge_lite.errors import ConfigError
+from specforge_lite.inference.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the target's next token is chosen. temperature 0 is greedy; top_p 0 or 1 and top_k 0 switch those off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature: expected at least 0, found {self.temperature}")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_p: expected 0..1, found {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k: expected at least 0, found {self.top_k}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature <= 1e-5
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] -> probabilities in fp32; temperature, then top_k, then top_p, as transformers does."""
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, -1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if 0 < self.top_p < 1:
+            ordered, places = logits.sort(-1, descending=False)
+            # Drop the tail whose total is at most 1 - top_p; the most probable token always stays.
+            drop = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            drop[..., -1] = False
+            logits = logits.masked_fill(drop.scatter(-1, places, drop), -torch.inf)
+        return logits.softmax(-1)
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One token per row of logits [B, V] -> [B]."""
+        if self.is_greedy:
+            return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+
+
+@dataclass
+class Verdict:
+    """Accepted places of every row's tree, the root first, and the token that follows the last of them."""
+
+    paths: list[list[int]]
+    bonus: list[int]
+    tokens: list[list[int]]  # the tokens of the path, the root's included
+
+
+def accept_greedy(tree: TokenTree, logits_BQV: Tensor) -> Verdict:
+    """The longest path of argmax tokens; one transfer to the host."""
+    choice_BQ = logits_BQV.argmax(-1)
+    matches_BQ = tree.tokens_BQ == choice_BQ.gather(1, tree.parents_BQ)
+    matches_BQ[:, 0] = True
+    accepted_BQ = ~(tree.ancestors_BQQ & ~matches_BQ[:, None, :]).any(-1)
+    # Siblings are distinct, so the accepted nodes are one path and the deepest of them has all others as ancestors.
+    last_B = tree.depths_BQ.masked_fill(~accepted_BQ, -1).argmax(-1)
+    packed = torch.cat([accepted_BQ, choice_BQ.gather(1, last_B[:, None]), tree.tokens_BQ], 1).tolist()
+    return _unpack(packed, tree.num_nodes)
+
+
+def _unpack(packed: list[list[int]], num_nodes: int) -> Verdict:
+    paths, bonus, tokens = [], [], []
+    for row in packed:
+        path = [place for place in range(num_nodes) if row[place]]
+        paths.append(path)
+        bonus.append(row[num_nodes])
+        tokens.append([row[num_nodes + 1 + place] for place in path])
+    return Verdict(paths, bonus, tokens)
+
+
+def accept_sampled(
+    tree: TokenTree, logits_BQV: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> Verdict:
+    """Walk every row's tree by draws from the target's distribution; one level of all rows at a time."""
+    _, bonus_B, on_path_BQ = sample_walk(tree, logits_BQV, sampling, generator)
+    packed = torch.cat([on_path_BQ, bonus_B[:, None], tree.tokens_BQ], 1).tolist()
+    return _unpack(packed, tree.num_nodes)
+
+
+def sample_walk(
+    tree: TokenTree, logits_BQV: Tensor, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (last accepted place [B], token drawn after it [B], places of the path [B, Q] bool)."""
+    num_rows = len(tree.tokens_BQ)
+    rows_B = torch.arange(num_rows, device=logits_BQV.device)
+    place_B = torch.zeros_like(rows_B)
+    drawn_B = torch.zeros_like(rows_B)
+    walking_B = torch.ones_like(rows_B, dtype=torch.bool)
+    is_child_BQ = torch.ones_like(tree.tokens_BQ, dtype=torch.bool)
+    is_child_BQ[:, 0] = False  # the root is its own parent
+    while bool(walking_B.any()):
+        fresh_B = sampling.draw(logits_BQV[rows_B, place_B], generator)
+        drawn_B = torch.where(walking_B, fresh_B, drawn_B)
+        hit_BQ = is_child_BQ & (tree.parents_BQ == place_B[:, None]) & (tree.tokens_BQ == drawn_B[:, None])
+        walking_B = walking_B & hit_BQ.any(-1)
+        place_B = torch.where(walking_B, hit_BQ.to(torch.int64).argmax(-1), place_B)
+    return place_B, drawn_B, tree.ancestors_BQQ[rows_B, place_B]
+
+
+def near_ties(logits_PV: Tensor, units: float) -> list[bool]:
+    """Rows of logits [P, V] whose best entry leads the next one by less than `units` units in the last place of the
+    row's largest logit: passes of different shapes may disagree on their argmax."""
+    best_P1 = logits_PV.amax(-1, keepdim=True)
+    margin_P1 = units * torch.finfo(logits_PV.dtype).eps * logits_PV.abs().amax(-1, keepdim=True)
+    return ((logits_PV > best_P1 - margin_P1).sum(-1) > 1).tolist()  # type: ignore[no-any-return]

@@ -26,12 +26,13 @@ DEFAULT_SKIP_FRACTION = 0.001
 CLOSE_SECONDS = 30.0
 
 Captured = tuple[list[TokenizedSample], list[CapturedStates]]
+Answer = tuple[list[TokenizedSample], list[CapturedStates], list[CaptureError]]  # what was captured, what was refused
 
 
 @dataclass
 class SkipBudget:
-    """How many samples the target may refuse as too long: `fraction` of `num_samples`, or of those seen so far
-    (and then at least one) where the total is not known."""
+    """How many samples may be left out, too long for the target or refused by it: `fraction` of `num_samples`, or of
+    those seen so far (and then at least one) where the total is not known."""
 
     fraction: float = DEFAULT_SKIP_FRACTION
     num_samples: int | None = None
@@ -53,17 +54,19 @@ class SkipBudget:
         for sample in samples:
             self.seen += 1
             if len(sample) > max_length:
-                self.skipped += 1
                 place = f"sample {sample.sample_id}: {len(sample)} tokens, the target accepts {max_length}"
-                if self.skipped > self.allowed:
-                    raise CaptureError(
-                        f"{place}; {self.skipped} skipped, the budget is {self.allowed} ({self.fraction:.2%})."
-                        " Lower --max-length or give the target a longer context"
-                    )
-                warn(f"{place}; skipped ({self.skipped} of at most {self.allowed})")
+                self.skip(place, "Lower --max-length or give the target a longer context")
             else:
                 kept.append(sample)
         return kept
+
+    def skip(self, place: str, advice: str) -> None:
+        """Count and report one sample that is left out; raise CaptureError if it is one too many."""
+        self.skipped += 1
+        if self.skipped > self.allowed:
+            count = f"{self.skipped} skipped, the budget is {self.allowed} ({self.fraction:.2%})"
+            raise CaptureError(f"{place}; {count}. {advice}")
+        warn(f"{place}; skipped ({self.skipped} of at most {self.allowed})")
 
 
 class Prefetcher(Iterator[Captured]):
@@ -87,8 +90,8 @@ class Prefetcher(Iterator[Captured]):
         self._engine = engine
         self._batches = iter(batches)
         self._depth = depth
-        self._in_order: deque[Future[Captured]] = deque()
-        self._work: queue.SimpleQueue[tuple[list[TokenizedSample], Future[Captured]] | None] = queue.SimpleQueue()
+        self._in_order: deque[Future[Answer]] = deque()
+        self._work: queue.SimpleQueue[tuple[list[TokenizedSample], Future[Answer]] | None] = queue.SimpleQueue()
         self._closed = False
         # Daemon threads: a capture that hangs on a dead server must not keep the process from ending.
         self._workers = [
@@ -110,9 +113,12 @@ class Prefetcher(Iterator[Captured]):
             self._top_up()  # the place just freed is taken before the consumer goes off to train
             start = time.perf_counter()
             try:
-                return future.result()
+                samples, states, refusals = future.result()
             finally:
                 self.wait_seconds += time.perf_counter() - start
+            for refusal in refusals:  # counted here, in order, for the same reason as in `_top_up`
+                self.skips.skip(str(refusal), "Every such sample is named above; see the engine's log")
+            return samples, states
         except StopIteration:
             raise
         except BaseException:
@@ -148,7 +154,7 @@ class Prefetcher(Iterator[Captured]):
                 samples = next(self._batches)
             except StopIteration:
                 return
-            future: Future[Captured] = Future()
+            future: Future[Answer] = Future()
             self._in_order.append(future)
             try:  # counted here, in order, so that the batch at which the budget ends does not depend on timing
                 self._work.put((self.skips.admit(samples, self._engine.info.max_length), future))
@@ -161,17 +167,31 @@ class Prefetcher(Iterator[Captured]):
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._capture(samples))
+                future.set_result(self._answer(samples))
             except BaseException as error:  # handed to the consumer, which raises it at this batch's place
                 future.set_exception(error)
 
-    def _capture(self, samples: list[TokenizedSample]) -> Captured:
+    def _answer(self, samples: list[TokenizedSample]) -> Answer:
+        """Capture a batch; where the engine refuses it, find out sample by sample which of it."""
+        try:
+            return samples, self._capture(samples), []
+        except CaptureError as error:
+            if len(samples) == 1:
+                return [], [], [error]
+        parts = [self._answer([sample]) for sample in samples]
+        return (
+            [sample for part in parts for sample in part[0]],
+            [state for part in parts for state in part[1]],
+            [refusal for part in parts for refusal in part[2]],
+        )
+
+    def _capture(self, samples: list[TokenizedSample]) -> list[CapturedStates]:
         states = self._engine.capture(samples) if samples else []
         if len(states) != len(samples):
             raise CaptureError(f"{self._engine.info.engine}: asked for {len(samples)} samples, got {len(states)}")
         for sample, state in zip(samples, states, strict=True):
             check_capture(sample, state, self._engine.info)
-        return samples, states
+        return states
 
 
 def prefetch(
@@ -182,8 +202,9 @@ def prefetch(
 ) -> Prefetcher:
     """Iterate over `(samples, states)` of `batches`, in order, with up to `depth` batches captured ahead.
 
-    A sample longer than `engine.info.max_length` is left out of its batch (which may become empty, so that ranks
-    stay in step) as long as `skips` allows. Every reply is checked with `check_capture`. What a worker raises is
-    raised here, at that batch's place. Use as a context manager, or call `close()`.
+    A sample longer than `engine.info.max_length`, or one whose capture raises CaptureError (also when it is asked for
+    alone), is left out of its batch (which may become empty, so that ranks stay in step) as long as `skips` allows.
+    Every reply is checked with `check_capture`. Anything else that a worker raises is raised here, at that batch's
+    place. Use as a context manager, or call `close()`.
     """
     return Prefetcher(engine, batches, depth, skips)

@@ -1,0 +1,206 @@
+"""Which samples each rank trains on, step by step: one global order per epoch, cut into global steps.
+
+The order depends on (seed, epoch) only; where a run stands is (epoch, samples consumed). A run therefore goes on with
+another number of ranks or accumulation steps, every sample of an epoch still comes exactly once, and a rank needs no
+word from the others.
+
+With `max_tokens_per_batch` a micro batch is a bin of samples of at most that many tokens. Bins are made of windows of
+the order, so that they mix samples as the order does, and are shuffled; bins of a global step are shared out between
+ranks by supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specforge_lite.data.packing import balance, pack
+from specforge_lite.errors import CheckpointError, ConfigError
+
+PACKING_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step of one rank. micro_batches: dataset indices of each; as many on every rank, some maybe empty
+    in an epoch's last step. state_after: the plan's state once the step is done. num_tokens: tokens of this rank;
+    num_slots: what they could have been (`max_tokens_per_batch` per micro batch), 0 without packing."""
+
+    micro_batches: list[list[int]]
+    state_after: dict[str, Any]
+    num_tokens: int = 0
+    num_slots: int = 0
+
+
+class BatchPlan:
+    """The endless sequence of steps of one rank. Raises ConfigError for impossible sizes.
+
+    lengths, supervised_counts: int [S], tokens and supervised tokens of each sample (counts balance packed steps;
+    default: lengths). A global step is `batch_size` samples, or one packed bin, per micro batch, times accumulation
+    steps, times ranks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        supervised_counts: Sequence[int] | np.ndarray | None = None,
+        *,
+        batch_size: int = 1,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        max_tokens_per_batch: int | None = None,
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        counts = lengths if supervised_counts is None else supervised_counts
+        self.supervised_counts = np.asarray(counts, dtype=np.int64)
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.epoch, self.consumed = 0, 0
+        self._bins: tuple[int, list[list[int]]] | None = None
+        if len(self.lengths) == 0:
+            raise ConfigError("no samples to train on")
+        if len(self.supervised_counts) != len(self.lengths):
+            raise ConfigError(f"{len(self.supervised_counts)} supervised counts for {len(self.lengths)} samples")
+        if min(batch_size, accumulation_steps, world_size) < 1 or not 0 <= rank < world_size:
+            raise ConfigError(
+                f"batch_size {batch_size}, accumulation_steps {accumulation_steps}, rank {rank} of {world_size}:"
+                " expected positive sizes and a rank below the number of ranks"
+            )
+        longest = int(self.lengths.max())
+        if max_tokens_per_batch is not None and max_tokens_per_batch < longest:
+            raise ConfigError(f"max_tokens_per_batch {max_tokens_per_batch} < {longest} tokens of the longest sample")
+
+    # ------------------------------------------------------------------------------------------------------- position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the plan stands, and what its order depends on; JSON."""
+        return self._state(self.epoch, self.consumed)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises CheckpointError if it belongs to another order."""
+        for name, value in self._state(0, 0).items():
+            if name not in ("epoch", "consumed") and state.get(name, value) != value:
+                raise CheckpointError(f"the checkpoint was made with {name} {state[name]}, this run has {value}")
+        epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        if not 0 <= consumed < len(self.lengths) or epoch < 0:
+            raise CheckpointError(f"epoch {epoch}, {consumed} samples consumed of {len(self.lengths)}: impossible")
+        self.epoch, self.consumed = epoch, consumed
+        self._first_group(self._groups(epoch), consumed)  # raises if bins do not end here
+
+    load_state = load_state_dict
+
+    def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "consumed": consumed,
+            "num_samples": len(self.lengths),
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "max_tokens_per_batch": self.max_tokens_per_batch,
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- order
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The global order of an epoch: sample indices, int64 [S]."""
+        if not self.shuffle:
+            return np.arange(len(self.lengths))
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.lengths))
+
+    def bins(self, epoch: int) -> list[list[int]]:
+        """The packed bins of an epoch in training order, as lists of sample indices."""
+        assert self.max_tokens_per_batch is not None
+        if self._bins is None or self._bins[0] != epoch:
+            order = self.order(epoch)
+            shuffler = np.random.Generator(np.random.PCG64([self.seed, epoch, 1]))
+            bins: list[list[int]] = []
+            for start in range(0, len(order), PACKING_WINDOW):
+                window = order[start : start + PACKING_WINDOW]
+                packed = pack(self.lengths[window].tolist(), self.max_tokens_per_batch)
+                turns = shuffler.permutation(len(packed)) if self.shuffle else range(len(packed))
+                bins += [[int(window[item]) for item in packed[turn]] for turn in turns]
+            self._bins = (epoch, bins)
+        return self._bins[1]
+
+    def packing_efficiency(self, epoch: int = 0) -> float:
+        """Tokens over slots of an epoch's bins, 0..1."""
+        assert self.max_tokens_per_batch is not None
+        return float(self.lengths.sum()) / (len(self.bins(epoch)) * self.max_tokens_per_batch)
+
+    def _groups(self, epoch: int) -> list[list[int]]:
+        """What is never torn apart: bins, or single samples."""
+        if self.max_tokens_per_batch is not None:
+            return self.bins(epoch)
+        return [[int(index)] for index in self.order(epoch)]
+
+    def _first_group(self, groups: list[list[int]], consumed: int) -> int:
+        at, seen = 0, 0
+        while seen < consumed:
+            seen += len(groups[at])
+            at += 1
+        if seen != consumed:
+            raise CheckpointError(f"{consumed} samples consumed is inside a packed batch; the order has changed")
+        return at
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def num_steps(self, epoch: int) -> int:
+        """Global steps of one whole epoch; with packing it differs a little between epochs."""
+        if self.max_tokens_per_batch is None:
+            return -(-len(self.lengths) // self._groups_per_step)
+        return -(-len(self.bins(epoch)) // self._groups_per_step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global steps of the first epoch."""
+        return self.num_steps(0)
+
+    def total_steps(self, num_epochs: int) -> int:
+        """Global steps of the first `num_epochs` epochs."""
+        if self.max_tokens_per_batch is None:
+            return num_epochs * self.num_steps(0)
+        return sum(self.num_steps(epoch) for epoch in range(num_epochs))
+
+    @property
+    def _groups_per_step(self) -> int:
+        per_micro = 1 if self.max_tokens_per_batch is not None else self.batch_size
+        return per_micro * self.accumulation_steps * self.world_size
+
+    def steps(self) -> Iterator[PlannedStep]:
+        """Steps from the current position, epoch after epoch, without end. The position moves when the caller takes
+        the next step, so `state_dict` after a step is that step's `state_after`."""
+        while True:
+            epoch = self.epoch
+            groups = self._groups(epoch)
+            at = self._first_group(groups, self.consumed)
+            while at < len(groups):
+                chunk = groups[at : at + self._groups_per_step]
+                at += len(chunk)
+                consumed = self.consumed + sum(map(len, chunk))
+                self.epoch, self.consumed = (epoch, consumed) if at < len(groups) else (epoch + 1, 0)
+                yield self._planned(chunk)
+
+    def _planned(self, chunk: list[list[int]]) -> PlannedStep:
+        if self.max_tokens_per_batch is None:
+            micro_batches = self._spread([group[0] for group in chunk])
+        else:
+            weights = [int(self.supervised_counts[group].sum()) for group in chunk]
+            own = balance(weights, self.world_size)[self.rank]
+            num_micro = -(-len(chunk) // self.world_size)
+            micro_batches = [chunk[item] for item in own] + [[]] * (num_micro - len(own))
+        num_tokens = sum(int(self.lengths[index]) for batch in micro_batches for index in batch)
+        num_slots = len(micro_batches) * (self.max_tokens_per_batch or 0)
+        return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots)
+
+    def _spread(self, samples: list[int]) -> list[list[int]]:
+        """Samples of a step over micro batches and ranks, sizes as equal as they can be."""
+        num_micro = -(-len(samples) // (self.batch_size * self.world_size))
+        parts = np.array_split(np.array(samples, dtype=np.int64), num_micro * self.world_size)
+        return [parts[micro * self.world_size + self.rank].tolist() for micro in range(num_micro)]

@@ -79,7 +79,7 @@ def open_engine(
 
 def choose_backend(target: TargetSection) -> str:
     """Resolve `auto`: what answers at `--target-url`; else sglang where installed, else vllm, else hf."""
-    from specforge_lite.engines.server import engine_of_interpreter, engine_of_url, installed_engine_python
+    from specforge_lite.engines.environment import engine_of_interpreter, engine_of_url, installed_engine_python
 
     if target.target_url:
         return engine_of_url(target.target_url[0])

@@ -33,7 +33,7 @@ def encode(input_ids: Sequence[int], aux: Any, last: Any, facts: dict[str, str])
     buffers: list[memoryview] = []
     offset, crc = 0, 0
     for name, tensor in (("input_ids", ids), ("aux", aux), ("last", last)):
-        raw = memoryview(tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy())
+        raw = tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy().data
         header[name] = {
             "dtype": _DTYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),

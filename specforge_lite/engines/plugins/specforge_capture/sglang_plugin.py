@@ -14,8 +14,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from specforge_capture.sinks import SWITCH
-from specforge_capture.writer import CaptureWriter
+from .sinks import SWITCH
+from .writer import CaptureWriter
 
 logger = logging.getLogger(__name__)
 

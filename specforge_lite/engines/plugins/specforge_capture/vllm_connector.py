@@ -24,8 +24,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from specforge_capture.sinks import SWITCH
-from specforge_capture.writer import CaptureWriter
+from .sinks import SWITCH
+from .writer import CaptureWriter
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

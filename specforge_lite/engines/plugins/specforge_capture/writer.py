@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from specforge_capture import VERSION
-from specforge_capture.blob import encode
-from specforge_capture.sinks import KEY, SWITCH, MooncakeSink, TmpfsSink, open_sink
+from . import VERSION
+from .blob import encode
+from .sinks import KEY, SWITCH, MooncakeSink, TmpfsSink, open_sink
 
 logger = logging.getLogger(__name__)
 

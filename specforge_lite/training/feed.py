@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.engines.base import TargetEngine
 from specforge_lite.engines.prefetch import SkipBudget, prefetch
 from specforge_lite.nn.target_head import TargetHead
@@ -28,21 +29,12 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> TokenizedSample: ...
 
 
-@dataclass(frozen=True)
-class PlannedStep:
-    """One optimizer step of this rank: dataset indices of each micro batch, and the sampler's state after it."""
-
-    micro_batches: list[list[int]]
-    state_after: dict[str, Any]
-
-
 @dataclass
 class StepBatches:
-    """The micro batches of one step, made when asked for. A micro batch may be `idle` (see `idle_batch`)."""
+    """The micro batches of one planned step, made when asked for. One may be idle (`BatchMaker.idle_batch`)."""
 
     batches: Iterator[DraftBatch]
-    num_batches: int
-    state_after: dict[str, Any]
+    planned: PlannedStep
 
 
 class Feed:
@@ -79,7 +71,7 @@ class Feed:
     def __next__(self) -> StepBatches:
         first = next(self._prefetcher)  # plans its step on the way, if the prefetcher was not ahead already
         step = self._planned.popleft()
-        return StepBatches(self._batches(first, step), len(step.micro_batches), step.state_after)
+        return StepBatches(self._batches(first, step), step)
 
     def close(self) -> None:
         """Stop the captures that run ahead."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.drafts.base import TTTSettings
 from specforge_lite.errors import TrainingError
 from specforge_lite.log import info
@@ -69,7 +70,6 @@ class Trainer:
     stop: StopRequest
     progress: Progress
     total_steps: int
-    steps_per_epoch: int
     documents: dict[str, Any]
     evaluator: Callable[[], EvalResult] | None = None
 
@@ -79,7 +79,7 @@ class Trainer:
         self._clock = Clock()
         self._started = time.perf_counter()
         self._first_step = self._saved_step = self.progress.step
-        self._interval = _Interval()
+        self._interval, self._slots, self._epoch_ended = _Interval(), _Slots(), False
         self._num_skipped = self.progress.skipped_before
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -105,12 +105,13 @@ class Trainer:
 
     def train_step(self, step: StepBatches) -> None:
         """One optimizer step of this rank; leaves sums on the device."""
+        planned = step.planned
         self.parallel.begin_step()
         row = empty_row(self.ttt.num_steps, self.world.device)
         flags, sample_ids = [], []
         for index, batch in enumerate(step.batches):
             output = self.parallel.forward(batch, self.target_head, self.ttt)
-            self.parallel.backward(output.loss, last=index == step.num_batches - 1)
+            self.parallel.backward(output.loss, last=index == len(planned.micro_batches) - 1)
             if batch.sample_ids:
                 flags.append(bad_documents(batch))
                 sample_ids += batch.sample_ids
@@ -124,7 +125,9 @@ class Trainer:
         count = counted_in(row, self.ttt.num_steps).to(device)
         update = self.optimizer.step(self.progress.step, count, row[0].to(device), square_sum)
         self.progress.step += 1
-        self.progress.data = step.state_after
+        self._epoch_ended = planned.state_after["epoch"] > self.progress.data["epoch"]
+        self.progress.data = planned.state_after
+        self._slots.add(planned)
         self._metrics.add(self.progress.step, row, local_row, update, flags, sample_ids)
 
     def _after_step(self) -> None:
@@ -140,8 +143,8 @@ class Trainer:
             self.save()
 
     def _save_is_due(self, step: int) -> bool:
-        every_epochs = self.config.checkpoint.save_epochs
-        by_epoch = every_epochs is not None and _is_due(step, every_epochs * self.steps_per_epoch)
+        every = self.config.checkpoint.save_epochs
+        by_epoch = every is not None and self._epoch_ended and self.progress.data["epoch"] % every == 0
         return by_epoch or _is_due(step, self.config.checkpoint.save_interval)
 
     def _finish(self, reason: str) -> ExitSummary:
@@ -204,7 +207,7 @@ class Trainer:
             **summarize_sums(interval.sums, self.ttt.num_steps),
             "grad_norm": interval.mean_grad_norm,
             "learning_rate": learning_rate_at(self.config.optimizer, step - 1, self.total_steps),
-            "epoch": step / self.steps_per_epoch,
+            "epoch": self.progress.data["epoch"] + self.progress.data["consumed"] / self.progress.data["num_samples"],
             "tokens_per_second": interval.tokens / max(seconds, 1e-9),
             "wait_share": wait_share,
             "memory_bytes": memory_bytes(self.world.device),
@@ -212,6 +215,8 @@ class Trainer:
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": self.progress.nonfinite_steps,
         }
+        if self._slots.slots:
+            metrics["packing_efficiency"] = self._slots.take()
         info(step_line(step, self.total_steps, metrics))
         self.reporter.metrics(step, metrics)
 
@@ -293,6 +298,23 @@ class _Interval:
     @property
     def mean_grad_norm(self) -> float:
         return sum(self.grad_norms) / max(1, len(self.grad_norms))
+
+
+@dataclass
+class _Slots:
+    """Tokens and token slots of this rank's packed batches since the last step line."""
+
+    tokens: int = 0
+    slots: int = 0
+
+    def add(self, planned: PlannedStep) -> None:
+        self.tokens, self.slots = self.tokens + planned.num_tokens, self.slots + planned.num_slots
+
+    def take(self) -> float:
+        """Share of the slots that held a token; starts anew."""
+        share = self.tokens / max(1, self.slots)
+        self.tokens = self.slots = 0
+        return share
 
 
 def _is_due(step: int, interval: int) -> bool:

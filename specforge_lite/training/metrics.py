@@ -230,6 +230,8 @@ def step_line(step: int, total_steps: int, metrics: dict[str, Any]) -> str:
         f" tok/s {metrics['tokens_per_second']:.0f} wait {100 * metrics['wait_share']:.0f}%"
         f" mem {format_bytes(metrics['memory_bytes'])} eta {format_seconds(metrics['eta_seconds'])}"
     )
+    if "packing_efficiency" in metrics:
+        line += f" packed {100 * metrics['packing_efficiency']:.0f}%"
     if metrics["skipped_samples"]:
         line += f" skipped {metrics['skipped_samples']}"
     if metrics["nonfinite_steps"]:

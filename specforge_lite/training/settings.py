@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -204,10 +205,10 @@ def warmup_length(config: OptimizerSection, total_steps: int) -> int:
     return math.ceil(ratio * total_steps)
 
 
-def run_length(config: TrainingSection, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
+def run_length(config: TrainingSection, steps_of_epochs: Callable[[int], int]) -> int:
+    """Optimizer steps of the whole run. steps_of_epochs: steps of the first n epochs."""
     if config.total_steps is None:
-        return (config.num_epochs or 1) * steps_per_epoch
+        return steps_of_epochs(config.num_epochs or 1)
     if config.num_epochs is None:
         return config.total_steps
-    return min(config.total_steps, config.num_epochs * steps_per_epoch)
+    return min(config.total_steps, steps_of_epochs(config.num_epochs))

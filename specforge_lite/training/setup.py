@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.drafts import TTTSettings
 from specforge_lite.engines.base import TargetEngine
 from specforge_lite.engines.prefetch import SkipBudget
 from specforge_lite.errors import CheckpointError
 from specforge_lite.log import info
 from specforge_lite.provenance import collect_provenance, redact
-from specforge_lite.training._plan import BatchPlan
 from specforge_lite.training.checkpoint import (
     SavedState,
     load_draft_tensors,
@@ -51,11 +51,11 @@ def build_trainer(
     torch.manual_seed(config.training.seed + world.rank)
     resume = find_resume(config, models, world)
     plan = make_plan(config, data, world)
-    total_steps = run_length(config.training, plan.steps_per_epoch)
+    total_steps = run_length(config.training, plan.total_steps)
     dtype = compute_dtype(config, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
     optimizer = DraftOptimizer(parallel.parameters, config.optimizer, total_steps)
-    progress = Progress()
+    progress = Progress(data=plan.state_dict())
     if resume is not None:
         progress = restore_run(*resume, parallel, optimizer, plan, world)
     if config.training.compile:
@@ -77,7 +77,6 @@ def build_trainer(
         stop=stop,
         progress=progress,
         total_steps=total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
         documents=run_documents(config, models),
         evaluator=make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
     )
@@ -87,7 +86,14 @@ def make_plan(config: TrainConfig, data: RunData, world: World) -> BatchPlan:
     """Which samples each rank trains on in which step."""
     training = config.training
     return BatchPlan(
-        len(data.train), training.batch_size, training.accumulation_steps, training.seed, world.rank, world.world_size
+        data.train.lengths,
+        data.train.supervised_counts,
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=training.seed,
+        max_tokens_per_batch=training.max_tokens_per_batch,
     )
 
 

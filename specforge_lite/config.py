@@ -58,6 +58,7 @@ class DataSection(Section):
     cache_dir: Path = Field(Path("cache"), description="tokenized data and vocabulary maps")
     chat_template: str = Field("auto", description="auto, or a name from specforge_lite.data.templates")
     data_format: Literal["auto", "chat", "fim"] = Field("auto", description="chat or fill-in-the-middle rows")
+    fim_order: Literal["psm", "spm"] = Field("psm", description="order of fill-in-the-middle rows")
     max_length: int = Field(2048, ge=8, description="longer samples are cut to this many tokens")
     train_only_last_turn: bool = Field(False, description="supervise the last assistant turn only")
     system_prompt: str | None = Field(None, description="added to conversations that have none")

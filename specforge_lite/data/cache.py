@@ -21,17 +21,18 @@ from typing import Any
 from specforge_lite import log
 from specforge_lite.config import DataSection
 from specforge_lite.data.atomic import atomic_directory, exclusive, user_errors
-from specforge_lite.data.conversations import RowRejected, to_conversation
+from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
+from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
 from specforge_lite.data.templates.auto import difference_from_own
 from specforge_lite.data.tokenize import (
     TOKENIZATION_VERSION,
-    ConversationTokenizer,
+    NoForm,
+    RowTokenizer,
     TokenizeOptions,
     TokenRow,
-    template_fingerprint,
 )
 from specforge_lite.errors import DataError
 
@@ -45,9 +46,19 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     DataError with `file:line` for a row that cannot be read, and for a file without one trained token.
     """
     path = Path(data_path)
-    spec = TokenizerSpec.from_tokenizer(tokenizer)
-    options = TokenizeOptions.from_section(section)
-    key = dataset_key(path, spec, options)
+    job = _Job(
+        path=path,
+        spec=TokenizerSpec.from_tokenizer(tokenizer),
+        options=TokenizeOptions.from_section(section),
+        data_format=section.data_format if section.data_format != "auto" else recognise_format(path),
+        num_proc=section.build_num_proc,
+    )
+    rows = job.tokenizer()
+    key = dataset_key(job, rows)
+    if rows.template is not None and log.is_main_rank():
+        difference = difference_from_own(rows.template, job.spec.chat_template, dict(job.spec.special_tokens))
+        if difference is not None:
+            log.warn(f"chat template '{rows.template.name}' draws other text than the tokenizer's: {difference}")
     directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
     with user_errors(section.cache_dir):
         dataset = _open_whole(directory, key)
@@ -55,7 +66,7 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
             with exclusive(directory, str(directory)):
                 dataset = _open_whole(directory, key, announce=True)
                 if dataset is None:
-                    _build(directory, path, spec, options, key, section.build_num_proc)
+                    _build(directory, job, key)
                     dataset = TokenizedDataset.open(directory, key)
     log.info(f"{path}: {dataset.stats.summary()}")
     if log.is_main_rank():
@@ -64,20 +75,39 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     return dataset
 
 
-def dataset_key(path: Path, spec: TokenizerSpec, options: TokenizeOptions) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    """What to tokenize, and how."""
+
+    path: Path
+    spec: TokenizerSpec
+    options: TokenizeOptions
+    data_format: str
+    num_proc: int
+
+    def tokenizer(self) -> RowTokenizer:
+        return RowTokenizer(self.spec, self.options, self.data_format)
+
+
+def dataset_key(job: _Job, rows: RowTokenizer) -> dict[str, Any]:
     """Everything that decides ids and masks, as a JSON object."""
-    template = ConversationTokenizer(spec, options).template
-    difference = difference_from_own(template, spec.chat_template, dict(spec.special_tokens))
-    if difference is not None and log.is_main_rank():
-        log.warn(f"chat template '{template.name}' draws other text than the tokenizer's: {difference}")
+    options = dataclasses.asdict(job.options)
+    used = ("max_length",) if job.data_format == "fim" else ("max_length", "train_only_last_turn", "system_prompt")
     return {
         "version": TOKENIZATION_VERSION,
-        "file": file_digest(path),
-        "tokenizer": spec.fingerprint,
-        "template": template.name,
-        "template_content": template_fingerprint(template),
-        **{name: value for name, value in dataclasses.asdict(options).items() if name != "chat_template"},
+        "file": file_digest(job.path),
+        "format": job.data_format,
+        "tokenizer": job.spec.fingerprint,
+        **rows.key(),
+        **{name: options[name] for name in used},
     }
+
+
+def recognise_format(path: Path) -> str:
+    """`fim` or `chat`, by the first row that is one."""
+    with RowFile(path) as rows:
+        first = next((row for row in rows if isinstance(row, Row)), None)
+    return "fim" if first is not None and is_fim_row(first.value) else "chat"
 
 
 def file_digest(path: Path) -> str:
@@ -104,19 +134,17 @@ def _open_whole(directory: Path, key: dict[str, Any], announce: bool = False) ->
         return None
 
 
-def _build(
-    directory: Path, path: Path, spec: TokenizerSpec, options: TokenizeOptions, key: dict[str, Any], num_proc: int
-) -> None:
+def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
     with atomic_directory(directory) as temporary:
         writer = StoreWriter(temporary)
         try:
-            with RowFile(path) as rows, log.progress(rows.num_bytes, f"tokenize {path.name}", unit="B") as bar:
-                for batch in _tokenized_batches(rows, spec, options, num_proc):
-                    _store(batch, writer, path)
+            with RowFile(job.path) as rows, log.progress(rows.num_bytes, f"tokenize {job.path.name}", "B") as bar:
+                for batch in _tokenized_batches(rows, job):
+                    _store(batch, writer, job.path)
                     bar.update(rows.bytes_read - bar.n)
-            _check_result(path, writer)
-            if file_digest(path) != key["file"]:
-                raise DataError(f"{path}: changed while it was read")
+            _check_result(job.path, writer)
+            if file_digest(job.path) != key["file"]:
+                raise DataError(f"{job.path}: changed while it was read")
             writer.finish(key)
         finally:
             writer.close()
@@ -152,30 +180,26 @@ def _check_result(path: Path, writer: StoreWriter) -> None:
         raise DataError(f"{path}: nothing to train on: {reasons}")
 
 
-def _tokenized_batches(
-    rows: RowFile, spec: TokenizerSpec, options: TokenizeOptions, num_proc: int
-) -> Iterator[TokenBatch]:
+def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[TokenBatch]:
     """Batches in the order of the file. At most a few per process are under way, so memory stays bounded."""
     batches = _batched(iter(rows))
-    if num_proc == 1:
-        tokenizer = ConversationTokenizer(spec, options)
+    if job.num_proc == 1:
+        tokenizer = job.tokenizer()
         yield from (tokenize_rows(batch, tokenizer) for batch in batches)
         return
     # spawn: a fork of a process with torch and CUDA threads may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(spec, options)) as pool:
+    with ProcessPoolExecutor(job.num_proc, context, initializer=_start_worker, initargs=(job,)) as pool:
         waiting: deque[Future[TokenBatch]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_work, batch))
-                if len(waiting) >= 4 * num_proc:
+                if len(waiting) >= 4 * job.num_proc:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError(
-                f"{rows.path}: a tokenizing process died (out of memory?); try a smaller --num-proc"
-            ) from None
+            raise DataError(f"{job.path}: a tokenizing process died (out of memory?); try fewer --num-proc") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -185,12 +209,12 @@ def _batched(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
         yield batch
 
 
-_worker: ConversationTokenizer | None = None
+_worker: RowTokenizer | None = None
 
 
-def _start_worker(spec: TokenizerSpec, options: TokenizeOptions) -> None:
+def _start_worker(job: _Job) -> None:
     global _worker
-    _worker = ConversationTokenizer(spec, options)
+    _worker = job.tokenizer()
 
 
 def _work(rows: list[Row | BadRow]) -> TokenBatch:
@@ -198,20 +222,18 @@ def _work(rows: list[Row | BadRow]) -> TokenBatch:
     return tokenize_rows(rows, _worker)
 
 
-def tokenize_rows(rows: list[Row | BadRow], tokenizer: ConversationTokenizer) -> TokenBatch:
-    """Tokenize parsed rows; stops at the first that is no conversation."""
+def tokenize_rows(rows: list[Row | BadRow], tokenizer: RowTokenizer) -> TokenBatch:
+    """Tokenize parsed rows; stops at the first that cannot be read."""
     batch = TokenBatch()
     for row in rows:
         if isinstance(row, BadRow):
             batch.error = (row.line, f"{row.detail}; expected one JSON object per line")
             break
         try:
-            conversation = to_conversation(row.value)
+            batch.rows.append((row.line, tokenizer(row.value)))
         except RowRejected as error:
             batch.error = (row.line, f"{error} (scripts/prepare_data.py leaves out such rows and counts them)")
             break
-        try:
-            batch.rows.append((row.line, tokenizer(conversation)))
-        except DataError:
-            batch.refused.append((row.line, conversation.id))
+        except NoForm as error:
+            batch.refused.append((row.line, error.sample_id))
     return batch

@@ -76,6 +76,30 @@ class TokenizerSpec:
 
         return dict(Tokenizer.from_str(self.tokenizer_json).get_vocab(with_added_tokens=True))
 
+    def without_prefix_space(self) -> TokenizerSpec:
+        """The same tokenizer, but one that puts no space before a text (a piece of code is not a new sentence)."""
+        description = json.loads(self.tokenizer_json)
+        description["normalizer"] = _without_prepend(description.get("normalizer"))
+        description["pre_tokenizer"] = _without_prepend(description.get("pre_tokenizer"))
+        return TokenizerSpec(json.dumps(description), self.chat_template, self.special_tokens)
+
+
+def _without_prepend(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json that does not prepend anything."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    result = dict(part)
+    for key in ("normalizers", "pretokenizers"):
+        if key in result:
+            result[key] = [inner for inner in map(_without_prepend, result[key]) if inner is not None]
+            if not result[key]:
+                return None
+    if "prepend_scheme" in result:
+        result["prepend_scheme"] = "never"
+    if "add_prefix_space" in result:
+        result["add_prefix_space"] = False
+    return result
+
 
 class TextEncoder:
     """Tokenizes renderings of one tokenizer and one template family."""

@@ -1,4 +1,4 @@
-"""Conversation -> TokenizedSample: template, one tokenization, loss mask, length."""
+"""Conversation or FIM row -> TokenizedSample: template, one tokenization, loss mask, length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from specforge_lite.config import DataSection
+from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
+from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import TEMPLATES, Chat, ChatTemplate, Rendering
 from specforge_lite.data.templates.auto import choose_template
 from specforge_lite.errors import ConfigError, DataError
@@ -30,10 +32,17 @@ class TokenizeOptions:
     max_length: int = 2048
     train_only_last_turn: bool = False
     system_prompt: str | None = None
+    fim_order: str = "psm"
 
     @classmethod
     def from_section(cls, section: DataSection) -> TokenizeOptions:
-        return cls(section.chat_template, section.max_length, section.train_only_last_turn, section.system_prompt)
+        return cls(
+            chat_template=section.chat_template,
+            max_length=section.max_length,
+            train_only_last_turn=section.train_only_last_turn,
+            system_prompt=section.system_prompt,
+            fim_order=section.fim_order,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,59 @@ class ConversationTokenizer:
         limit = self.options.max_length
         cut_off = bool(mask.any()) and not bool(mask[:limit].any())
         return TokenRow(conversation.id, ids[:limit], mask[:limit], max(0, len(ids) - limit), cut_off)
+
+
+class RowTokenizer:
+    """Parsed row -> TokenRow, for files of conversations (`data_format` chat) or of FIM rows (fim).
+
+    Calling it raises RowRejected for a row that is neither read nor mended, NoForm for one the template cannot draw.
+    """
+
+    def __init__(self, spec: TokenizerSpec, options: TokenizeOptions, data_format: str) -> None:
+        self.data_format = data_format
+        self._fim = FimTokenizer(spec, options.fim_order, options.max_length) if data_format == "fim" else None
+        self._chat = ConversationTokenizer(spec, options) if data_format == "chat" else None
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; None for FIM rows."""
+        return self._chat.template if self._chat is not None else None
+
+    def key(self) -> dict[str, Any]:
+        """What the rows are drawn with, as part of a cache's key."""
+        if self._fim is not None:
+            return {"template": self._fim.name, "template_content": repr(self._fim.family)}
+        assert self._chat is not None
+        return {"template": self._chat.template.name, "template_content": template_fingerprint(self._chat.template)}
+
+    def __call__(self, value: Any) -> TokenRow:
+        if is_fim_row(value) != (self._fim is not None):
+            found, expected = ("fill-in-the-middle", "conversations") if self._fim is None else ("chat", "FIM rows")
+            raise RowRejected("mixed-formats", f"a {found} row in a file of {expected}; expected one format per file")
+        if self._fim is not None:
+            row = to_fim_row(value)
+            ids, mask, num_cut = self._fim(row)
+            return TokenRow(row.id, ids, mask, num_cut)
+        assert self._chat is not None
+        conversation = to_conversation(value)
+        try:
+            return self._chat(conversation)
+        except DataError as error:
+            raise NoForm(conversation.id, str(error)) from None
+
+
+class NoForm(DataError):
+    """The template has no form for what a conversation holds (a role, tool calls)."""
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        super().__init__(reason)
+        self.sample_id = sample_id
+
+
+def tokenize_fim(row: FimRow, tokenizer: Any, order: str = "psm", max_length: int = 2048) -> TokenizedSample:
+    """Tokenize one FIM row with a transformers tokenizer. For many, make one `FimTokenizer`."""
+    ids, mask, num_cut = FimTokenizer(TokenizerSpec.from_tokenizer(tokenizer), order, max_length)(row)
+    return TokenRow(row.id, ids, mask, num_cut).to_sample()
 
 
 def render(

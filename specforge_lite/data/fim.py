@@ -1,0 +1,149 @@
+"""Fill-in-the-middle rows `{prefix, middle, suffix}`, and the tokens each family of code models puts around them.
+
+Orders (Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", section 3):
+
+    PSM   <prefix> P <suffix> S <middle> M <end>      every family; the default
+    SPM   <prefix> <suffix> S <middle> P M <end>      families that were trained on it
+
+The loss is on M and its end token only. P, S and M are tokenized apart, as they are when a server is asked for M; a
+control token inside code stays ordinary text. When a row is too long its context is cut, never its middle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specforge_lite.data.conversations import ID_KEYS, RowRejected, clean_text
+from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
+from specforge_lite.errors import DataError
+
+
+@dataclass(frozen=True)
+class FimRow:
+    """One hole in one file. `source` names the file: rows of one file never come into both halves of a split."""
+
+    id: str
+    prefix: str
+    middle: str
+    suffix: str
+    source: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        """The normal form, ready for `json.dumps`."""
+        row = {"id": self.id, "prefix": self.prefix, "middle": self.middle, "suffix": self.suffix}
+        return {**row, "source": self.source} if self.source else row
+
+
+@dataclass(frozen=True)
+class FimFamily:
+    """Tokens of a family. end: the first of these in the vocabulary. bos: token in front, where the models expect
+    one. orders: what the family was trained on."""
+
+    name: str
+    prefix: str
+    suffix: str
+    middle: str
+    end: tuple[str, ...]
+    bos: str | None = None
+    orders: tuple[str, ...] = ("psm",)
+
+
+# Sources: README of Qwen2.5-Coder, bigcode/starcoder2, DeepSeek-Coder ("Code Insertion"); codellama `generation.py`,
+# `infilling_prompt_tokens`, which also tokenizes prefix and suffix without a space in front.
+FAMILIES: dict[str, FimFamily] = {
+    "qwen2.5-coder": FimFamily(
+        "qwen2.5-coder", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>",)
+    ),
+    "starcoder2": FimFamily(
+        "starcoder2", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",), orders=("psm", "spm")
+    ),
+    "deepseek-coder": FimFamily(
+        "deepseek-coder",
+        "<｜fim▁begin｜>",
+        "<｜fim▁hole｜>",
+        "<｜fim▁end｜>",
+        ("<｜end▁of▁sentence｜>", "<|EOT|>"),
+        bos="<｜begin▁of▁sentence｜>",
+    ),
+    "codellama": FimFamily("codellama", "▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",), bos="<s>", orders=("psm", "spm")),
+}
+
+
+def recognise_family(vocabulary: Mapping[str, int]) -> FimFamily:
+    """The family whose three tokens and end token are in the vocabulary; DataError if there is none."""
+    for family in FAMILIES.values():
+        needed = (family.prefix, family.suffix, family.middle)
+        if all(token in vocabulary for token in needed) and any(token in vocabulary for token in family.end):
+            return family
+    raise DataError(f"the tokenizer has no fill-in-the-middle tokens; known families: {', '.join(FAMILIES)}")
+
+
+def is_fim_row(row: Any) -> bool:
+    """True for `{prefix, middle, suffix}` and for HumanEval-Infilling's `{prompt, suffix, canonical_solution}`."""
+    return isinstance(row, dict) and "suffix" in row and ("prefix" in row or "canonical_solution" in row)
+
+
+def to_fim_row(row: Any) -> FimRow:
+    """Recognise one row. Raises RowRejected."""
+    if not is_fim_row(row):
+        raise RowRejected("unknown-form", "expected an object with prefix, middle and suffix")
+    names = ("prefix", "middle", "suffix") if "prefix" in row else ("prompt", "canonical_solution", "suffix")
+    for name in names:
+        if not isinstance(row.get(name), str):
+            raise RowRejected("content-not-text", f"'{name}': expected text, found {type(row.get(name)).__name__}")
+    prefix, middle, suffix = (clean_text(row[name]) for name in names)
+    if not middle.strip():
+        raise RowRejected("empty-middle", "the middle is empty")
+    given = next((str(row[key]) for key in ID_KEYS if isinstance(row.get(key), (str, int))), "")
+    source = row["source"] if isinstance(row.get("source"), str) else ""
+    digest = hashlib.sha256(json.dumps([prefix, middle, suffix]).encode("utf-8")).hexdigest()
+    return FimRow(clean_text(given) or digest[:16], prefix, middle, suffix, clean_text(source))
+
+
+class FimTokenizer:
+    """Tokenizes FIM rows of one tokenizer in one order. Raises DataError if it has no family, or not that order."""
+
+    def __init__(self, spec: TokenizerSpec, order: str, max_length: int) -> None:
+        self.family = recognise_family(spec.vocabulary)
+        if order not in self.family.orders:
+            raise DataError(
+                f"fim_order {order}: {self.family.name} models know {' and '.join(self.family.orders)} only"
+            )
+        family = self.family
+        self._encoder = TextEncoder(spec.without_prefix_space(), (family.prefix, family.suffix, family.middle))
+        self._order, self._max_length = order, max_length
+        ids = spec.vocabulary
+        self._prefix, self._suffix, self._middle = (ids[t] for t in (family.prefix, family.suffix, family.middle))
+        self._end = next(ids[token] for token in family.end if token in ids)
+        self._bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
+
+    @property
+    def name(self) -> str:
+        """Family and order, as part of a cache's key."""
+        return f"fim-{self.family.name}-{self._order}"
+
+    def __call__(self, row: FimRow) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids [L] int32, loss mask [L] bool, and how many tokens of context (or of a huge middle) were cut."""
+        prefix, suffix, middle = (
+            ids.tolist() for ids in self._encoder.encode_text([row.prefix, row.suffix, row.middle])
+        )
+        answer = [*middle, self._end]
+        room = self._max_length - len(self._bos) - 3 - len(answer)
+        num_cut = max(0, len(prefix) + len(suffix) - max(room, 0)) + max(0, -room)
+        if room < 0:
+            answer = answer[:room]
+        keep_suffix = min(len(suffix), max(room - len(prefix), room // 2, 0))
+        keep_prefix = min(len(prefix), max(room - keep_suffix, 0))
+        prefix, suffix = prefix[len(prefix) - keep_prefix :], suffix[:keep_suffix]
+        if self._order == "psm":
+            context = [*self._bos, self._prefix, *prefix, self._suffix, *suffix, self._middle]
+        else:
+            context = [*self._bos, self._prefix, self._suffix, *suffix, self._middle, *prefix]
+        ids = np.array(context + answer, dtype=np.int32)
+        return ids, np.arange(len(ids)) >= len(context), num_cut

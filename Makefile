@@ -1,7 +1,7 @@
 # make quickstart     environment + the whole pipeline on a small target, at most ten minutes on 2 cores
 # make test           the tests             make check         ruff, mypy, layering
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
-# make test-engines   live tests against both engines
+# make test-engines   live tests against both engines    make mooncake  the store that carries states between hosts
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,7 +9,7 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check format test-engines test-browser stress engine-sglang engine-vllm clean
+.PHONY: quickstart test check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
@@ -27,7 +27,7 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm
+test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm mooncake
 	$(PY) -m pytest -m engine tests
 
 test-browser: $(VENV)/.installed-dev
@@ -45,6 +45,20 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+# An engine's environment is rebuilt when its lock, its installer or our plugin changes.
+PLUGIN_FILES := $(wildcard specforge_lite/engines/plugins/pyproject.toml specforge_lite/engines/plugins/specforge_capture/*.py)
+
+engine-sglang: .venv-sglang/.installed
+engine-vllm: .venv-vllm/.installed
+
+.venv-%/.installed: engine_envs/install.sh engine_envs/%-cpu.txt engine_envs/%-gpu.txt $(PLUGIN_FILES)
+	PYTHON=$(PYTHON) engine_envs/install.sh $* .venv-$*
+	touch $@
+
+# The Mooncake store (hidden states between hosts) in the trainer's environment and in those engines that are there.
+mooncake: $(VENV)/.installed
+	engine_envs/install.sh mooncake $(VENV) .venv-sglang .venv-vllm
 
 clean:
 	rm -rf outputs cache .pytest_cache .mypy_cache .ruff_cache

@@ -37,6 +37,7 @@ from specforge_lite.data.tokenize import (
 from specforge_lite.errors import DataError
 
 ROWS_PER_BATCH = 64
+SMALL_FILE_BYTES = 1 << 20  # tokenized sooner than other processes would have started
 
 
 def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSection) -> TokenizedDataset:
@@ -183,7 +184,7 @@ def _check_result(path: Path, writer: StoreWriter) -> None:
 def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[TokenBatch]:
     """Batches in the order of the file. At most a few per process are under way, so memory stays bounded."""
     batches = _batched(iter(rows))
-    if job.num_proc == 1:
+    if job.num_proc == 1 or rows.num_bytes < SMALL_FILE_BYTES:
         tokenizer = job.tokenizer()
         yield from (tokenize_rows(batch, tokenizer) for batch in batches)
         return

@@ -177,11 +177,13 @@ class TextEncoder:
 
     def encode_text(self, texts: list[str]) -> list[np.ndarray]:
         """Ids [L] int32 of each text by itself; control tokens in it stay ordinary text."""
-        quoted = [self.quote(text) if self.has_control_token(text) else None for text in texts]
-        return [
-            (self.encode(Rendering(text, ())) if other is None else self.encode_quoted(Rendering(other, ())))[0]
-            for text, other in zip(texts, quoted)
-        ]
+        result = []
+        for text in texts:
+            if self.has_control_token(text):
+                result.append(self.encode_quoted(Rendering(self.quote(text), ()))[0])
+            else:
+                result.append(np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.int32))
+        return result
 
     def _rewrite(self, rendering: Rendering) -> Rendering:
         """Give the template's control tokens their other names, and placeholders their quoted text."""

@@ -73,6 +73,21 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"target_model_path {model_path}: cannot load its tokenizer: {reason}") from None
 
 
+def load_target_vocab_size(model_path: str, trust_remote_code: bool = False) -> int:
+    """`vocab_size` of the target's config (its embedding has so many rows; the tokenizer may know fewer ids).
+
+    Raises ConfigError with one line.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"target_model_path {model_path}: cannot load its config: {reason}") from None
+    return int(config.get_text_config().vocab_size)
+
+
 class ConversationTokenizer:
     """Tokenizes conversations of one tokenizer with one template; made from a `TokenizerSpec`, so any process can
     have its own. Raises DataError if the template is unknown or cannot be recognised."""

@@ -1,0 +1,247 @@
+"""Rows of any kind -> files in the normal form: recognised, cleaned of duplicates, sampled, split.
+
+One pass writes what is usable to a spool file and remembers where each row starts; a second copies the chosen rows. So
+memory is a few dozen bytes per row, and nothing appears under a final name before everything is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from specforge_lite import log
+from specforge_lite.data.atomic import atomic_file, user_errors
+from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
+from specforge_lite.data.fim import is_fim_row, to_fim_row
+from specforge_lite.data.reading import BadRow
+from specforge_lite.data.sources import PlacedRow, Source
+from specforge_lite.errors import ConfigError, DataError
+
+SHOWN_ROW_CHARS = 2000
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """sample_size: rows to draw at random (None: all). split_eval: share kept for evaluation, 0 for none. data_format:
+    auto, chat or fim."""
+
+    sample_size: int | None = None
+    split_eval: float = 0.0
+    seed: int = 0
+    data_format: str = "auto"
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Where the results go. `evaluation` is written only when there is a split."""
+
+    train: Path
+    evaluation: Path
+    rejected: Path
+    summary: Path
+
+
+def output_files(output_path: Path, name: str) -> OutputFiles:
+    """Names of the results: `DIR/<name>_train.jsonl` and so on, or, for an output path that ends in .jsonl, that file
+    and its neighbours."""
+    if output_path.suffix == ".jsonl":
+        directory, stem = output_path.parent, output_path.stem
+        return OutputFiles(
+            output_path,
+            directory / f"{stem}_eval.jsonl",
+            directory / f"{stem}_rejected.jsonl",
+            directory / f"{stem}_summary.json",
+        )
+    if output_path.suffix in (".json", ".gz", ".parquet"):
+        raise ConfigError(f"output_path {output_path}: expected a directory or a name ending in .jsonl")
+    return OutputFiles(
+        output_path / f"{name}_train.jsonl",
+        output_path / f"{name}_eval.jsonl",
+        output_path / f"{name}_rejected.jsonl",
+        output_path / f"{name}_summary.json",
+    )
+
+
+@dataclass
+class PrepareReport:
+    """What came in, what went out, and why rows did not."""
+
+    num_rows: int = 0
+    num_usable: int = 0
+    num_train: int = 0
+    num_eval: int = 0
+    data_format: str = ""
+    rejected: Counter[str] = field(default_factory=Counter)
+    first_rejected: str = ""
+
+    def summary(self) -> str:
+        """One line for people."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
+        return (
+            f"{self.num_rows:,} rows read, {self.num_train:,} written for training, {self.num_eval:,} for evaluation"
+            + (f"; left out: {reasons}" if reasons else "")
+        )
+
+
+def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> PrepareReport:
+    """Read a source and write its training, evaluation, rejected and summary files, all or none of them.
+
+    Raises DataError when the source cannot be read, mixes FIM rows and conversations, or has no usable row.
+    """
+    if not 0 <= options.split_eval < 1:
+        raise ConfigError(f"split_eval {options.split_eval}: expected a share from 0 up to, not including, 1")
+    with user_errors(files.train), contextlib.ExitStack() as stack:
+        files.train.parent.mkdir(parents=True, exist_ok=True)
+        train = stack.enter_context(atomic_file(files.train, "wb"))  # entered first: named last, when the rest is
+        spool = stack.enter_context(tempfile.TemporaryFile(dir=files.train.parent))
+        rejected = stack.enter_context(atomic_file(files.rejected))
+        summary = stack.enter_context(atomic_file(files.summary))
+        evaluation = stack.enter_context(atomic_file(files.evaluation, "wb")) if options.split_eval else None
+        collector = _Collector(spool, rejected, options.data_format)
+        with log.progress(None, f"read {source.name}", unit="row") as bar:
+            collector.take(source.rows(), bar)
+        report = collector.report
+        if not report.num_usable:
+            first = f"; first: {report.first_rejected}" if report.first_rejected else ""
+            raise DataError(f"{source}: no usable row of {report.num_rows}{first}")
+        chosen, held_out = choose_rows(collector.groups, options)
+        report.num_train = _copy(spool, collector.starts, chosen, train)
+        if evaluation is not None:
+            report.num_eval = _copy(spool, collector.starts, held_out, evaluation)
+        json.dump(_summary(report, source, options), summary, indent=1, ensure_ascii=False)
+    if evaluation is None and files.evaluation.exists():
+        log.warn(f"{files.evaluation} is left from an earlier run; its rows may be in the training data now")
+    return report
+
+
+def _summary(report: PrepareReport, source: Source, options: PrepareOptions) -> dict[str, Any]:
+    return {
+        "source": source.name,
+        "format": report.data_format,
+        "rows_read": report.num_rows,
+        "rows_usable": report.num_usable,
+        "train": report.num_train,
+        "eval": report.num_eval,
+        "rejected": dict(report.rejected.most_common()),
+        "sample_size": options.sample_size,
+        "split_eval": options.split_eval,
+        "seed": options.seed,
+    }
+
+
+class _Collector:
+    """Writes usable rows to the spool. starts: offset of each, and of the end; groups: number of the file a FIM row
+    was cut from, of the row itself for conversations."""
+
+    def __init__(self, spool: IO[bytes], rejected: IO[str], data_format: str) -> None:
+        self.report = PrepareReport(data_format="" if data_format == "auto" else data_format)
+        self.starts = array("q", [0])
+        self.groups = array("q")
+        self._spool, self._rejected = spool, rejected
+        self._seen: set[bytes] = set()
+        self._ids: set[bytes] = set()
+        self._sources: dict[str, int] = {}
+        self._first_place = ""
+
+    def take(self, rows: Iterable[PlacedRow], bar: Any) -> None:
+        for placed in rows:
+            self.report.num_rows += 1
+            bar.update(1)
+            try:
+                self._keep(*self._read(placed))
+            except RowRejected as error:
+                if error.reason == "mixed-formats":
+                    raise DataError(f"{placed.place}: {error}") from None
+                self._reject(placed, error)
+
+    def _read(self, placed: PlacedRow) -> tuple[dict[str, Any], str, str]:
+        """(normal form, digest of its content, name of the file it was cut from)."""
+        if isinstance(placed.row, BadRow):
+            raise RowRejected(placed.row.reason, placed.row.detail)
+        value = placed.row.value
+        found = "fim" if is_fim_row(value) else "chat"
+        if found != self.report.data_format and isinstance(value, dict):
+            if self.report.data_format:
+                since = f" (since {self._first_place})" if self._first_place else ""
+                raise RowRejected(
+                    "mixed-formats", f"a {found} row among {self.report.data_format} rows{since}; expected one format"
+                )
+            self.report.data_format, self._first_place = found, placed.place
+        if found == "fim":
+            row = to_fim_row(value)
+            parts = json.dumps([row.prefix, row.middle, row.suffix])
+            return row.to_row(), hashlib.sha256(parts.encode("utf-8")).hexdigest(), row.source
+        conversation = to_conversation(value)
+        return to_row(conversation), content_digest(conversation), ""
+
+    def _keep(self, row: dict[str, Any], digest: str, source: str) -> None:
+        content = bytes.fromhex(digest)[:12]
+        if content in self._seen:
+            raise RowRejected("duplicate", f"the same content as an earlier row (id {row['id']})")
+        self._seen.add(content)
+        name = hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]
+        if name in self._ids:  # ids must be unique: regeneration and capture go by them
+            row = {**row, "id": f"{row['id']}-{digest[:8]}"}
+            name = hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]
+        self._ids.add(name)
+        data = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+        self._spool.write(data)
+        self.starts.append(self.starts[-1] + len(data))
+        self.groups.append(self._sources.setdefault(source, len(self._sources)) if source else self.report.num_usable)
+        self.report.num_usable += 1
+
+    def _reject(self, placed: PlacedRow, error: RowRejected) -> None:
+        self.report.rejected[error.reason] += 1
+        if not self.report.first_rejected:
+            self.report.first_rejected = f"{placed.place}: {error}"
+        entry: dict[str, Any] = {"place": placed.place, "reason": error.reason, "detail": str(error)}
+        if error.reason != "duplicate" and not isinstance(placed.row, BadRow):
+            entry["row"] = _shown(placed.row.value)
+        self._rejected.write(json.dumps(entry, ensure_ascii=True) + "\n")
+
+
+def _shown(value: Any) -> str:
+    """A refused row as text, shortened; it may be nested deeper than JSON can be written."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:SHOWN_ROW_CHARS]
+    except (RecursionError, ValueError):
+        return ""
+
+
+def choose_rows(groups: array[int], options: PrepareOptions) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, evaluation rows), ascending row numbers, drawn by the seed.
+
+    Whole groups go to one side. With a split there is at least one evaluation row, and at least one for training.
+    """
+    generator = np.random.Generator(np.random.PCG64(options.seed))
+    rows = np.arange(len(groups))
+    if options.sample_size is not None and options.sample_size < len(rows):
+        rows = np.sort(generator.choice(rows, options.sample_size, replace=False))
+    if not options.split_eval:
+        return rows, rows[:0]
+    group_of = np.array(groups)[rows]
+    names, sizes = np.unique(group_of, return_counts=True)
+    if len(names) < 2:
+        raise DataError("split_eval: needs at least two rows (of different files, for code)")
+    wanted = max(1, round(options.split_eval * len(rows)))
+    order = generator.permutation(len(names))
+    num_groups = min(int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1, len(names) - 1)
+    held_out = np.isin(group_of, names[order[:num_groups]])
+    return rows[~held_out], rows[held_out]
+
+
+def _copy(spool: IO[bytes], starts: array[int], rows: np.ndarray, output: IO[bytes]) -> int:
+    for row in rows:
+        spool.seek(starts[int(row)])
+        output.write(spool.read(starts[int(row) + 1] - starts[int(row)]))
+    return len(rows)

@@ -134,27 +134,27 @@ class DraftConfig:
         (Gemma 3, multimodal) are looked into.
         """
         target = target.get_text_config() if hasattr(target, "get_text_config") else target
-        heads = target.num_attention_heads
+        if getattr(target, "is_heterogeneous", False):  # Gemma 4: layers of two head widths; the last is full attention
+            target = target.per_layer_config[target.num_hidden_layers - 1]
+        heads, kv_heads, head_dim = _llama_heads(target)
         values = {
             "algorithm": algorithm,
             "hidden_size": target.hidden_size,
-            "intermediate_size": target.intermediate_size,
+            "intermediate_size": _dense_width(target),
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(target, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
             "vocab_size": target.vocab_size,
             "draft_vocab_size": target.vocab_size
             if algorithm == "eagle1"
             else draft_vocab_size or min(32000, target.vocab_size),
-            "rms_norm_eps": getattr(target, "rms_norm_eps", 1e-5),
-            "max_position_embeddings": target.max_position_embeddings,
-            "rope_parameters": _plain_rope(target),
+            "rms_norm_eps": getattr(target, "rms_norm_eps", None) or 1e-5,
+            "max_position_embeddings": getattr(target, "max_position_embeddings", None) or 2048,
+            "rope_parameters": _plain_rope(target, head_dim),
             "bos_token_id": target.bos_token_id,
             "eos_token_id": target.eos_token_id,
             "pad_token_id": target.pad_token_id,
         }
-        if values["head_dim"] * heads != target.hidden_size and getattr(target, "kv_lora_rank", None):
-            values["head_dim"] = target.hidden_size // heads  # MLA targets: the draft is a plain Llama layer
         return cls.from_dict(values, source=f"derived from {target.model_type}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,12 +174,44 @@ def _is_number(value: Any, wanted: str) -> bool:
     return isinstance(value, int) or (wanted == "float" and isinstance(value, float))
 
 
-def _plain_rope(target: Any) -> dict[str, Any]:
-    """One flat `rope_parameters`; models with several (Gemma 3: full and sliding) give that of full attention."""
+def _llama_heads(target: Any) -> tuple[int, int, int]:
+    """(heads, key/value heads, head width) of a Llama layer for this target.
+
+    An MLA target (DeepSeek-V3, MiniCPM3) has no such heads: its draft takes the widest of 128, 64, ... that divides
+    the hidden size (flash kernels know few widths), and 8 key/value heads, or 4, where they divide.
+    """
+    hidden = int(target.hidden_size)
+    heads = int(target.num_attention_heads)
+    if getattr(target, "kv_lora_rank", None):
+        head_dim = next((d for d in (128, 64, 32, 16, 8) if hidden % d == 0 and hidden // d >= 4), hidden // heads)
+        heads = hidden // head_dim
+        return heads, next((n for n in (8, 4) if heads % n == 0), heads), head_dim
+    kv_heads = int(getattr(target, "num_key_value_heads", None) or heads)
+    return heads, kv_heads, int(getattr(target, "head_dim", None) or hidden // heads)
+
+
+def _dense_width(target: Any) -> int:
+    """Feed-forward width. Where the config gives that of one small expert (gpt-oss), three times the hidden size."""
+    hidden, width = int(target.hidden_size), int(getattr(target, "intermediate_size", None) or 0)
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if width == 0 or (width < 2 * hidden and any(getattr(target, key, None) for key in experts)):
+        return 3 * hidden
+    return width
+
+
+def _plain_rope(target: Any, head_dim: int) -> dict[str, Any]:
+    """One flat `rope_parameters`; models with several (Gemma 3: full and sliding) give that of full attention.
+
+    The draft rotates whole heads. LongRoPE factors of a target that rotates a part of each (Phi-4-mini) fit no longer,
+    and are left out.
+    """
     rope = getattr(target, "rope_parameters", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)]
     if nested:
         rope = rope.get("full_attention") or nested[0]
+    lists = [value for value in rope.values() if isinstance(value, list) and len(value) > 3]
+    if rope.get("rope_type") == "longrope" and any(len(value) != head_dim // 2 for value in lists):
+        return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_type": "default"}
     return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
 
 
@@ -189,7 +221,8 @@ class TTTSettings:
 
     loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
     compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
-    collect_rows: exact argmax, sampling acceptance and per-row results (evaluation). EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
+    collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
+    EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
     """
 
     num_steps: int = 7

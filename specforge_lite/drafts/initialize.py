@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.drafts.base import Draft
-from specforge_lite.nn.target_head import TargetHead, weight_files
+from specforge_lite.nn.target_head import ONE_PLUS_WEIGHT, TargetHead, weight_files
 
 INIT_STD = 0.02
 
@@ -43,40 +43,44 @@ def fit_own_embeddings(draft: Draft, target_head: TargetHead) -> None:
 
 @torch.no_grad()
 def init_from_target(draft: Draft, model_dir: str | Path, hf_config: Any, target_head: TargetHead) -> list[str]:
-    """Copy `lm_head` rows and `norm` from the target's head, and from its last layer o_proj, MLP, norms and the state
-    half of q, k, v (the embedding half stays random and small).
+    """Copy from the target's last layer o_proj, MLP, norms and q, k, v; EAGLE-3 also takes `lm_head` rows and `norm`
+    from the target's head. EAGLE-3's q, k, v have an embedding half, which stays random and small.
 
-    Tensors whose shape or name differs (another width, fused projections, experts, MLA) keep their random start; their
-    names are returned so that the caller can say so.
+    Tensors whose shape or name differs (another width, experts, MLA) keep their random start; their names are returned
+    so that the caller can say so.
     """
     config = draft.config
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    sources = _last_layer(Path(model_dir), text.num_hidden_layers)
+    _split_fused(sources, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim)
     kept: list[str] = []
-    if config.hidden_size == config.target_hidden_size:
+    copies = {
+        "self_attn.o_proj.weight": "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight": "mlp.gate_proj.weight",
+        "mlp.up_proj.weight": "mlp.up_proj.weight",
+        "mlp.down_proj.weight": "mlp.down_proj.weight",
+    }
+    if text.model_type not in ONE_PLUS_WEIGHT and not target_head.norm_centers:
+        copies["hidden_norm.weight"] = "input_layernorm.weight"
+        copies["post_attention_layernorm.weight"] = "post_attention_layernorm.weight"
+    layer = "midlayer."
+    if config.algorithm == "eagle1":
+        layer = "layers.0."
+        copies.pop("hidden_norm.weight", None)
+    elif config.hidden_size == config.target_hidden_size:
         head = target_head.lm_head_VH[draft.target_ids.to(target_head.lm_head_VH.device)].float()
         draft.get_parameter("lm_head.weight").copy_(head * target_head.logit_scale)
         draft.get_parameter("norm.weight").copy_(target_head.norm_weight_H)
     else:
         kept += ["lm_head", "norm"]
-    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    sources = _last_layer(Path(model_dir), text.num_hidden_layers)
-    plain_norms = not text.model_type.startswith("gemma")  # Gemma stores w - 1 and norms in other places
-    copies = {
-        "midlayer.self_attn.o_proj.weight": "self_attn.o_proj.weight",
-        "midlayer.mlp.gate_proj.weight": "mlp.gate_proj.weight",
-        "midlayer.mlp.up_proj.weight": "mlp.up_proj.weight",
-        "midlayer.mlp.down_proj.weight": "mlp.down_proj.weight",
-    }
-    if plain_norms:
-        copies["midlayer.hidden_norm.weight"] = "input_layernorm.weight"
-        copies["midlayer.post_attention_layernorm.weight"] = "post_attention_layernorm.weight"
     for name, source in copies.items():
-        if not _copy(draft.get_parameter(name), sources.get(source)):
-            kept.append(name.removesuffix(".weight"))
+        if not _copy(draft.get_parameter(layer + name), sources.get(source)):
+            kept.append(layer + name.removesuffix(".weight"))
     for letter in "qkv":
-        name = f"midlayer.self_attn.{letter}_proj.weight"
-        state_half = draft.get_parameter(name)[:, config.hidden_size :]
-        if not _copy(state_half, sources.get(f"self_attn.{letter}_proj.weight")):
-            kept.append(name.removesuffix(".weight"))
+        name = f"self_attn.{letter}_proj.weight"
+        state_columns = draft.get_parameter(layer + name)[:, -config.hidden_size :]
+        if not _copy(state_columns, sources.get(name)):
+            kept.append(layer + name.removesuffix(".weight"))
     return kept
 
 
@@ -85,6 +89,17 @@ def _copy(destination: Tensor, source: Tensor | None) -> bool:
         return False
     destination.copy_(source)
     return True
+
+
+def _split_fused(sources: dict[str, Tensor], num_queries: int, num_keys: int) -> None:
+    """Phi-3 and GLM-4 store q, k, v, or gate and up, as one matrix."""
+    fused = sources.get("self_attn.qkv_proj.weight")
+    if fused is not None and len(fused) == num_queries + 2 * num_keys:
+        for letter, part in zip("qkv", fused.split([num_queries, num_keys, num_keys])):
+            sources[f"self_attn.{letter}_proj.weight"] = part
+    fused = sources.get("mlp.gate_up_proj.weight")
+    if fused is not None:
+        sources["mlp.gate_proj.weight"], sources["mlp.up_proj.weight"] = fused.chunk(2)
 
 
 def _last_layer(directory: Path, num_layers: int) -> dict[str, Tensor]:

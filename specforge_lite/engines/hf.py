@@ -155,6 +155,8 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if decoder is model:  # Llama 4's text model calls itself its own decoder
+        decoder = getattr(model, "model", model)
     lists = [
         (name.count("."), module)
         for name, module in decoder.named_modules()

@@ -11,7 +11,7 @@ Shape letters: B rows, T padded length, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,14 @@ class GenerationResult:
 
 
 def generate_batch(
-    model: Any, requests: Sequence[GenerationRequest], eos_token_ids: Sequence[int], pad_token_id: int = 0
+    model: Any,
+    requests: Sequence[GenerationRequest],
+    eos_token_ids: Sequence[int],
+    pad_token_id: int = 0,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[GenerationResult]:
-    """Continue all `requests` as one batch; results in their order.
+    """Continue all `requests` as one batch; results in their order. `is_stopped` is asked between segments; once it
+    says yes, answers end where they are.
 
     Greedy answers equal those of each prompt alone up to fp rounding of the logits. Raises ValueError for an empty
     prompt or a request for no token.
@@ -56,7 +61,7 @@ def generate_batch(
     if not requests:
         return []
     batch = _Batch(model, requests, list(eos_token_ids), pad_token_id)
-    while batch.rows:
+    while batch.rows and not is_stopped():
         batch.run_segment()
     return [_cut(request, tokens, eos_token_ids) for request, tokens in zip(requests, batch.answers)]
 

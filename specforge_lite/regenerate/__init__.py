@@ -1,0 +1,1 @@
+"""Answers of the target for given prompts: what a draft should be trained on."""

@@ -1,0 +1,264 @@
+"""A regeneration run: rows stream in, a bounded number is in work, answers are appended as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from specforge_lite import log
+from specforge_lite.data.atomic import user_errors
+from specforge_lite.data.conversations import to_row
+from specforge_lite.data.reading import RowFile
+from specforge_lite.errors import EngineError
+from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
+from specforge_lite.regenerate.pool import ServerPool
+from specforge_lite.regenerate.rows import InputRow, RowSource
+from specforge_lite.regenerate.settings import RegenerateConfig
+from specforge_lite.regenerate.shards import ShardStore, sync_handles
+from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, regenerate, row_sampling
+from specforge_lite.types import Conversation
+
+SYNC_SECONDS = 2.0
+HEAD_BYTES = 1 << 20
+ROWS_PER_PLACE = 2  # rows in work per request place: those in a retry pause need no place
+
+
+class Backend(Protocol):
+    """Who answers: servers, or a model in this process."""
+
+    model: str
+
+    @property
+    def num_places(self) -> int: ...
+    @property
+    def status(self) -> str: ...
+    async def answer(self, question: Question) -> Answer: ...
+    async def close(self) -> None: ...
+
+
+@dataclass
+class Summary:
+    """How a run ended. num_kept: rows that were done before it started."""
+
+    num_answered: int = 0
+    num_errors: int = 0
+    num_kept: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+    reasons: dict[str, int] | None = None
+
+
+def run(config: RegenerateConfig) -> Summary:
+    """Regenerate a data set. Raises SpecforgeError; whatever ends it, what was answered is kept for the next run."""
+    with user_errors(config.prompts.output_dir), RowFile(config.prompts.raw_data_file) as file:
+        return asyncio.run(run_async(config, RowSource(file, config.prompts.sample_size)))
+
+
+async def run_async(config: RegenerateConfig, source: RowSource) -> Summary:
+    """`run`, inside an event loop of the caller's."""
+    stopped = _stop_on_sigterm()
+    async with AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(open_backend(config))
+        settings = run_settings(config, backend.model)
+        prompts = config.prompts
+        store = stack.enter_context(ShardStore(prompts.output_dir, prompts.num_per_shard, settings, prompts.resume))
+        if prompts.retry_errors:
+            log.info(f"--retry-errors: {store.retry_errors()} row(s) will be asked again")
+        summary = await Run(config, source, store, backend).go(stopped)
+        if prompts.output_file is not None and not summary.stopped:
+            log.info(f"{store.write_merged(prompts.output_file)} rows in {prompts.output_file}")
+    return summary
+
+
+@asynccontextmanager
+async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
+    """The servers, checked, or the model in this process; closed at the end."""
+    backend = config.backend
+    if backend.target_backend == "hf":
+        hf = open_hf(config)
+        try:
+            yield hf
+        finally:
+            await hf.close()
+        return
+    addresses = [parse_address(text) for text in dict.fromkeys(backend.server_address_port)]
+    async with open_session() as session:
+        clients = [ChatClient(session, a, backend.request_timeout, backend.extra_body) for a in addresses]
+        pool = ServerPool(
+            clients, backend.max_concurrency, backend.max_retries, backend.retry_base_seconds, backend.server_wait
+        )
+        try:
+            await pool.start(backend.model_name)
+            yield pool
+        finally:
+            await pool.close()
+
+
+def open_hf(config: RegenerateConfig) -> Backend:
+    """Load the model of `--target-backend hf`."""
+    from specforge_lite.regenerate.hf_backend import HfBackend
+
+    backend = config.backend
+    assert backend.model_name is not None
+    return HfBackend(backend.model_name, backend.target_dtype, backend.batch_size, backend.trust_remote_code)
+
+
+class Run:
+    """The moving parts of one run: one task per row in work, one that shows progress and syncs."""
+
+    def __init__(self, config: RegenerateConfig, source: RowSource, store: ShardStore, backend: Backend) -> None:
+        self.config, self.source, self.store, self.backend = config, source, store, backend
+        self.summary = Summary()
+        self._rows = self._needed_rows()
+
+    async def go(self, stopped: asyncio.Event) -> Summary:
+        """Work until the input is done or `stopped`. Raises EngineError when all servers are gone or no row was
+        answered."""
+        start = time.monotonic()
+        bar = log.progress(self.source.estimated_total, "regenerate", unit="row")
+        try:
+            await self._work(bar, stopped)
+        finally:
+            bar.close()
+            self.store.sync()
+            self.summary.seconds = time.monotonic() - start
+            self.summary.reasons = dict(self.store.reasons)
+            self.summary.num_answered, self.summary.num_errors = self.store.num_answered, self.store.num_errors
+            log.info(describe(self.summary, self.store.directory))
+        if self.summary.num_errors and not self.summary.num_answered and not self.summary.num_kept:
+            raise EngineError(f"no row was answered ({describe_reasons(self.summary)}); see {self.store.directory}")
+        return self.summary
+
+    async def _work(self, bar: Any, stopped: asyncio.Event) -> None:
+        ticker: asyncio.Future[Any] = asyncio.ensure_future(self._tick(bar))
+        stop: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
+        workers: asyncio.Future[Any] = asyncio.gather(
+            *(self._worker(bar) for _ in range(ROWS_PER_PLACE * self.backend.num_places))
+        )
+        try:
+            await asyncio.wait({workers, ticker, stop}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (workers, ticker):
+                if task.done():
+                    task.result()
+            if workers.done():
+                self.store.end_of_input()
+            self.summary.stopped = not workers.done()
+        finally:
+            for task in (workers, ticker, stop):
+                task.cancel()
+            await asyncio.gather(workers, ticker, stop, return_exceptions=True)
+
+    async def _worker(self, bar: Any) -> None:
+        for row in self._rows:
+            await self._do(row)
+            bar.update(1)
+
+    def _needed_rows(self) -> Iterator[InputRow]:
+        """Rows that have neither an answer nor an error row yet; shared by all workers."""
+        for row in self.source:
+            if self.store.is_needed(row.number):
+                yield row
+            else:
+                self.summary.num_kept += 1
+
+    async def _do(self, row: InputRow) -> None:
+        if row.conversation is None:
+            self.store.add_error(row.number, {"id": row.id, "reason": row.reason, "detail": row.detail})
+            return
+        sampling_config, prompts = self.config.sampling, self.config.prompts
+        sampling = row_sampling(
+            row.id,
+            sampling_config.seed,
+            sampling_config.temperature,
+            sampling_config.max_tokens,
+            sampling_config.top_p,
+        )
+        try:
+            result = await regenerate(
+                row.conversation, prompts.system_prompt, sampling, sampling_config.reasoning == "keep", self._ask
+            )
+        except RequestFailed as error:
+            asked = to_row(row.conversation)
+            self.store.add_error(row.number, {**asked, "reason": error.reason, "detail": error.detail})
+            return
+        answered = Conversation(row.id, result.messages, row.conversation.tools)
+        facts: dict[str, Any] = {"finish_reason": result.finish_reason, "temperature": sampling.temperature}
+        if result.num_recorded_turns_left:
+            facts["num_recorded_turns_left"] = result.num_recorded_turns_left
+        self.summary.num_tokens += result.completion_tokens
+        self.store.add_answer(row.number, {**to_row(answered), **facts})
+
+    async def _ask(self, question: Question) -> Answer:
+        return await self.backend.answer(question)
+
+    async def _tick(self, bar: Any) -> None:
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            await asyncio.to_thread(sync_handles, self.store.unsynced_handles())
+            total = self.source.estimated_total
+            bar.total = None if total is None else max(bar.n, total - self.summary.num_kept)
+            errors = f", errors {self.store.num_errors}" if self.store.num_errors else ""
+            bar.set_postfix_str(self.backend.status + errors, refresh=False)
+
+
+def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
+    """What makes two runs the same: regeneration.json, compared on resume. No addresses and no key are in it."""
+    sampling, prompts, backend = config.sampling, config.prompts, config.backend
+    return {
+        "input": file_fingerprint(prompts.raw_data_file),
+        "num_per_shard": prompts.num_per_shard,
+        "sample_size": prompts.sample_size,
+        "system_prompt": prompts.system_prompt,
+        "target_backend": backend.target_backend,
+        "model": model,
+        "extra_body": backend.extra_body,
+        "max_tokens": sampling.max_tokens,
+        "temperature": list(sampling.temperature),
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "reasoning": sampling.reasoning,
+    }
+
+
+def file_fingerprint(path: Path) -> str:
+    """Size and a hash of the first and the last MiB: tells files apart without reading 100 GB."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(HEAD_BYTES))
+        file.seek(max(0, size - HEAD_BYTES))
+        digest.update(file.read(HEAD_BYTES))
+    return f"{size}-{digest.hexdigest()[:32]}"
+
+
+def describe(summary: Summary, directory: Path) -> str:
+    """The last line of a run."""
+    parts = [f"{summary.num_answered} answered"]
+    if summary.num_errors:
+        parts.append(f"{summary.num_errors} given up ({describe_reasons(summary)})")
+    if summary.num_kept:
+        parts.append(f"{summary.num_kept} done before")
+    rate = summary.num_answered / summary.seconds if summary.seconds else 0.0
+    tokens = f", {summary.num_tokens / summary.seconds:.0f} tokens/s" if summary.num_tokens and summary.seconds else ""
+    spent = log.format_seconds(summary.seconds)
+    return f"{', '.join(parts)} in {spent} ({rate:.1f} rows/s{tokens}); {directory}"
+
+
+def describe_reasons(summary: Summary) -> str:
+    """`timeout 3, http-500 2`, the most frequent first."""
+    reasons = sorted((summary.reasons or {}).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} {count}" for reason, count in reasons)
+
+
+def _stop_on_sigterm() -> asyncio.Event:
+    """SIGTERM ends the run like Ctrl-C: files are synced and the next run goes on."""
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    return stopped

@@ -1,0 +1,151 @@
+"""One conversation, turn by turn: each assistant turn is replaced by the target's answer, and later turns see it.
+
+recorded   system  user  ASSISTANT  user  ASSISTANT           an answer that was cut off, or that does not fit the
+asked      [system user]  ->  A1                              recorded tool result after it, ends the conversation
+           [system user       A1    user]  ->  A2             there: what follows was said to somebody else
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from specforge_lite.types import Conversation
+
+Message = dict[str, Any]
+
+
+class RequestFailed(Exception):
+    """A row could not be answered. `reason` is a short name to count by; `retryable`: another attempt may work."""
+
+    def __init__(self, reason: str, detail: str, retryable: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.retryable = reason, detail, retryable
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row is answered."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: the conversation so far, ending with a user or tool turn."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the target said. finish_reason as servers name it: `stop`, `length`, `tool_calls`, ..."""
+
+    content: str
+    finish_reason: str
+    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    completion_tokens: int = 0
+
+
+@dataclass
+class Regenerated:
+    """The messages with the target's answers. num_recorded_turns_left: turns of the source that no longer fitted."""
+
+    messages: list[Message]
+    finish_reason: str
+    completion_tokens: int
+    num_recorded_turns_left: int
+
+
+async def regenerate(
+    conversation: Conversation,
+    system_prompt: str | None,
+    sampling: Sampling,
+    keep_reasoning: bool,
+    ask: Callable[[Question], Awaitable[Answer]],
+) -> Regenerated:
+    """Answer every turn of `conversation` anew. Raises RequestFailed."""
+    recorded = list(conversation.messages)
+    if system_prompt is not None and recorded[0]["role"] != "system":
+        recorded.insert(0, {"role": "system", "content": system_prompt})
+    result = Regenerated([], "", 0, 0)
+    at = 0
+    while at < len(recorded):
+        at = _copy_until_answer(recorded, at, result.messages)
+        answer = await ask(Question([_sent(m) for m in result.messages], conversation.tools, sampling))
+        kept_reasoning = answer.reasoning if keep_reasoning else ""
+        if not (answer.content.strip() or answer.tool_calls or kept_reasoning.strip()):
+            raise RequestFailed("empty-answer", f"turn {len(result.messages) + 1}: the target said nothing")
+        result.messages.append(_answer_message(answer, kept_reasoning))
+        result.finish_reason = answer.finish_reason
+        result.completion_tokens += answer.completion_tokens
+        replaced = recorded[at] if at < len(recorded) else None
+        at += 1
+        if not _goes_on(answer, replaced, recorded[at:]):
+            break
+        _adopt_call_ids(answer, recorded, at)
+    result.num_recorded_turns_left = max(0, len(recorded) - at)
+    return result
+
+
+def row_sampling(row_id: str, seed: int, temperatures: tuple[float, ...], max_tokens: int, top_p: float) -> Sampling:
+    """The sampling of a row: its temperature and seed follow from `seed` and its id alone, in whatever order rows run.
+
+    The seed fits into 31 bits, which every server accepts.
+    """
+    digest = hashlib.blake2b(f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    number, row_seed = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:12], "little") >> 1
+    return Sampling(max_tokens, temperatures[number % len(temperatures)], top_p, row_seed)
+
+
+def _copy_until_answer(recorded: list[Message], at: int, messages: list[Message]) -> int:
+    """Append recorded turns up to the next assistant turn; return its index, or the end where the last is a user's."""
+    while at < len(recorded) and recorded[at]["role"] != "assistant":
+        messages.append(recorded[at])
+        at += 1
+    return at
+
+
+def _sent(message: Message) -> Message:
+    """A message as a server is sent it: reasoning of earlier turns is not part of the prompt."""
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+
+def _answer_message(answer: Answer, reasoning: str) -> Message:
+    message: Message = {"role": "assistant", "content": answer.content}
+    if reasoning.strip():
+        message["reasoning_content"] = reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = answer.tool_calls
+    return message
+
+
+def _goes_on(answer: Answer, replaced: Message | None, rest: list[Message]) -> bool:
+    if not rest or answer.finish_reason == "length":
+        return False
+    if rest[0]["role"] != "tool":
+        return not answer.tool_calls
+    wanted = [_name(call) for call in (replaced or {}).get("tool_calls") or []]
+    return bool(answer.tool_calls) and [_name(call) for call in answer.tool_calls] == wanted
+
+
+def _adopt_call_ids(answer: Answer, recorded: list[Message], at: int) -> None:
+    """Tool results name the call they answer; give them the ids of the target's own calls, in order."""
+    for call in answer.tool_calls:
+        if at >= len(recorded) or recorded[at]["role"] != "tool":
+            return
+        if isinstance(call.get("id"), str):
+            recorded[at] = {**recorded[at], "tool_call_id": call["id"]}
+        at += 1
+
+
+def _name(call: dict[str, Any]) -> Any:
+    return (call.get("function") or {}).get("name")

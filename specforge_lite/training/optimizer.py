@@ -19,6 +19,7 @@ from specforge_lite.training.settings import OptimizerSection, warmup_length
 
 def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant."""
+    total_steps = config.schedule_steps or total_steps
     warmup = warmup_length(config, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -76,6 +77,8 @@ class DraftOptimizer:
         grad_norm = square_sum.sqrt() / divisor
         skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss_sum))).float()
         scale = divisor
+        if self._config.max_grad_value > 0:
+            self._clip_elements(divisor * self._config.max_grad_value)
         if self._config.max_grad_norm > 0:
             scale = divisor * (grad_norm / self._config.max_grad_norm).clamp(min=1.0)
         rate = learning_rate_at(self._config, step, self._total_steps)
@@ -84,6 +87,12 @@ class DraftOptimizer:
         self._adam.grad_scale, self._adam.found_inf = scale, skipped  # type: ignore[attr-defined]
         self._adam.step()
         return UpdateResult(grad_norm, skipped)
+
+    def _clip_elements(self, limit: Tensor) -> None:
+        """Clip the SUMMED gradients to +-limit (a scalar on their device), so that their means are clipped."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.clamp_(min=-limit, max=limit)
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Parameter name -> {"exp_avg", "exp_avg_sq" (shaped like it), "step" (scalar)}; the live tensors."""

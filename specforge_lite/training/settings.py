@@ -97,6 +97,10 @@ class OptimizerSection(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(0.5, ge=0, description="clip the gradient's norm; 0: do not")
+    max_grad_value: float = Field(0.0, ge=0, description="clip each element of the gradient instead; 0: do not")
+    schedule_steps: int | None = Field(
+        None, ge=1, description="length of the learning-rate schedule, where it is not that of the run"
+    )
 
 
 class CheckpointSection(Section):
@@ -176,6 +180,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
         found.append("offline_dir and train_data_path: give one; the offline directory holds its own samples")
     if optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None:
         found.append("warmup_steps and warmup_ratio: give one")
+    if optimizer.max_grad_norm > 0 and optimizer.max_grad_value > 0:
+        found.append("max_grad_norm and max_grad_value: give one, and 0 for the other")
     if optimizer.min_learning_rate > optimizer.learning_rate:
         found.append(
             f"min_learning_rate {optimizer.min_learning_rate:g} is above learning_rate {optimizer.learning_rate:g}"

@@ -31,7 +31,7 @@ install_engine() {  # install_engine VENV
     cp "$here/sglang_cpu/torchvision_on_cpu.py" "$site/torchvision_on_cpu.py"
     echo 'import torchvision_on_cpu' > "$site/torchvision_on_cpu.pth"
   fi
-  pip_in "$venv" install 'setuptools>=77'
+  pip_in "$venv" install --no-deps 'setuptools>=77'
   pip_in "$venv" install --no-deps --no-build-isolation --force-reinstall "$here/../specforge_lite/engines/plugins"
   rm -rf "$here/../specforge_lite/engines/plugins/build"
   "$venv/bin/python" - "$engine" <<'PY'

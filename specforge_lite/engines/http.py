@@ -62,6 +62,10 @@ class HttpLoop:
         """GET and parse the reply. Raises ServerGone or HttpStatus."""
         return await self._request("GET", url, None, timeout_s)
 
+    async def get_text(self, url: str) -> str:
+        """GET a body as it is. Raises ServerGone or HttpStatus."""
+        return await self._read("GET", url, None, 30.0)
+
     async def answers(self, url: str) -> bool:
         """True if a GET answers 200 within 5 seconds."""
         try:
@@ -71,16 +75,22 @@ class HttpLoop:
             return False
 
     async def _request(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        try:
+            parsed: dict[str, Any] = json.loads(await self._read(method, url, body, timeout_s))
+        except json.JSONDecodeError as error:
+            raise ServerGone(f"{url}: not JSON: {error}") from None
+        return parsed
+
+    async def _read(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> str:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=timeout_s, sock_connect=30)
         try:
             async with self._session.request(method, url, json=body, timeout=timeout) as reply:
                 text = await reply.text()
-                if reply.status != 200:
-                    raise HttpStatus(reply.status, _message(text))
-                parsed: dict[str, Any] = json.loads(text)
-                return parsed
-        except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ServerGone(f"{url}: {type(error).__name__}: {error}") from None
+        if reply.status != 200:
+            raise HttpStatus(reply.status, _message(text))
+        return text
 
     def close(self) -> None:
         """Cancel everything in flight and stop the thread; may be called twice."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,19 +38,6 @@ class Launch:
     num_ranks: int
     port: int
     gpu: bool
-
-    @property
-    def extra_args(self) -> list[str]:
-        """`--engine-arg key=value` as flags; a key alone is a switch. They come last, so they win."""
-        words: list[str] = []
-        for item in self.target.engine_arg:
-            key, equals, value = item.partition("=")
-            if not key.strip("-"):
-                raise ConfigError(f"engine_arg '{item}': expected key=value, e.g. --engine-arg max-running-requests=32")
-            words.append("--" + key.lstrip("-").replace("_", "-"))
-            if equals:
-                words.append(value)
-        return words
 
 
 @dataclass(frozen=True)
@@ -178,7 +165,7 @@ def _start_server(
         group = os.environ.get("GROUP_RANK", "0")
         spec = ServerSpec(
             name=f"{name} {interpreter.version} (tp {target.tp_size}, {'gpu' if launch.gpu else 'cpu'})",
-            command=launcher.command(launch) + launch.extra_args,
+            command=launcher.command(launch) + engine_arg_words(target.engine_arg),
             env=env,
             url=f"http://127.0.0.1:{launch.port}",
             health_path=launcher.dialect.health_path,
@@ -212,3 +199,16 @@ def cpu_thread_binding(tp_size: int) -> tuple[int, str]:
     threads = int(wanted) if wanted and wanted.isdigit() else threads
     groups = [cores[rank * share : rank * share + min(threads, share)] for rank in range(tp_size)]
     return threads, "|".join(",".join(str(core) for core in group) for group in groups)
+
+
+def engine_arg_words(items: Sequence[str]) -> list[str]:
+    """`--engine-arg key=value` as flags of the server; a key alone is a switch. They come last, so they win."""
+    words: list[str] = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not key.strip("-"):
+            raise ConfigError(f"engine_arg '{item}': expected key=value, e.g. --engine-arg max-running-requests=32")
+        words.append("--" + key.lstrip("-").replace("_", "-"))
+        if equals:
+            words.append(value)
+    return words

@@ -104,7 +104,8 @@ def _environment() -> Any:
             return jinja2.nodes.CallBlock(self.call_method("_mark", [message]), [], [], body).set_lineno(line)
 
         def _mark(self, message: Any, caller: Any) -> str:
-            return f"{MARK_START}{getattr(message, '_index', -1)}{MARK_SPLIT}{caller()}{MARK_END}"
+            index = message._index if isinstance(message, _Message) else -1
+            return f"{MARK_START}{index}{MARK_SPLIT}{caller()}{MARK_END}"
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)

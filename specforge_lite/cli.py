@@ -51,6 +51,9 @@ def parse_config(config_class: type[ConfigT], argv: list[str] | None = None, des
         _merge_yaml(config_class, leaves, Path(config_path), values, problems)
     for name, raw in namespace.items():
         _assign(values, leaves[name][0], name, raw)
+    for name, info in config_class.model_fields.items():  # a missing section is told by the keys it requires
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            values.setdefault(name, {})
     config: ConfigT | None = None
     try:
         config = config_class.model_validate(values)

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from specforge_lite.drafts.base import DraftConfig
 from specforge_lite.errors import CheckpointError
 from specforge_lite.log import info, warn
 from specforge_lite.training.distributed import World
-from specforge_lite.training.files import format_bytes, sha256_of, sync_file, write_json
+from specforge_lite.training.files import format_bytes, save_tensors, sha256_of, sync_file, tensor_bytes, write_json
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, iter_full
 
@@ -38,8 +38,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step_(\d+)")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Files besides the three tensor files are small; this much room is asked for on top of them.
-SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,23 +122,9 @@ def _write_directory(final: Path, tensors: dict[str, dict[str, Tensor]], documen
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write and fsync a safetensors file; raises OSError, a full disk included."""
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + SPARE_BYTES
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:  # the writer of safetensors hides errno, so look first
-        raise OSError(None, f"{path.name} needs {format_bytes(needed)}, {format_bytes(free)} are free")
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-    except Exception as error:  # SafetensorError carries the operating system's message as text
-        raise OSError(None, str(error)) from error
-    sync_file(path)
-
-
 def _room(directory: Path, tensors: dict[str, dict[str, Tensor]]) -> str:
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    free = shutil.disk_usage(directory).free
-    return f"a checkpoint takes {format_bytes(needed + SPARE_BYTES)}, {format_bytes(free)} are free"
+    needed = sum(tensor_bytes(group) for group in tensors.values())
+    return f"a checkpoint takes {format_bytes(needed)}, {format_bytes(shutil.disk_usage(directory).free)} are free"
 
 
 def _delete_oldest(output_dir: Path, keep: int | None) -> None:

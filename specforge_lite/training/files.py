@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 HASH_CHUNK_BYTES = 8 << 20
+# Room asked for besides the tensors of a file: its header, and the small files beside it.
+SPARE_BYTES = 1 << 20
 
 
 def sync_file(path: Path) -> None:
@@ -39,6 +47,24 @@ def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:
 def write_json(path: Path, value: Any, sync: bool = True) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), sync)
+
+
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write and fsync a safetensors file. Raises OSError, for a full disk as well."""
+    needed, free = tensor_bytes(tensors) + SPARE_BYTES, shutil.disk_usage(path.parent).free
+    if free < needed:  # the writer of safetensors hides errno, so look first
+        raise OSError(errno.ENOSPC, f"{path.name} needs {format_bytes(needed)}, {format_bytes(free)} are free")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # carries the operating system's message as text
+        raise OSError(errno.EIO, f"{path.name}: {error}") from error
+    path.chmod(0o644)  # safetensors makes it private to its owner
+    sync_file(path)
 
 
 def sha256_of(path: Path) -> str:

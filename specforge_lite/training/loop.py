@@ -196,9 +196,11 @@ class Trainer:
 
     def _report(self) -> None:
         interval, self._interval = self._interval, _Interval()
-        if not interval.num_steps:
-            return
         step = self.progress.step
+        if not interval.losses:
+            if interval.num_steps:
+                info(f"step {step}/{self.total_steps}: every step since the last line was skipped")
+            return
         seconds, wait_share = self._clock.interval(self.feed.wait_seconds)
         done = step - self._first_step
         per_step = (time.perf_counter() - self._started) / max(1, done)

@@ -19,28 +19,49 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from specforge_lite.cli import Section
+from specforge_lite.config import DataSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.engines.base import TargetEngine, TargetInfo
-from specforge_lite.engines.prefetch import SkipBudget, prefetch
+from specforge_lite.engines.prefetch import Prefetcher, SkipBudget, prefetch
 from specforge_lite.errors import CaptureError, ConfigError, DataError
 from specforge_lite.log import info, progress, warn
-from specforge_lite.training.files import format_bytes, sha256_of, sync_file, write_json
+from specforge_lite.training.files import format_bytes, save_tensors, sha256_of, sync_file, write_json
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 FORMAT_VERSION = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 1 << 30
 # Left free on the disk besides the predicted size.
 RESERVE_BYTES = 64 << 20
 TOKENS_PER_CAPTURE = 8192
+
+
+class CaptureSection(Section):
+    """Hidden states on disk."""
+
+    offline_dir: Path = Field(description="directory that receives the hidden states")
+    states_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="precision on disk; fp32 for a target that runs in fp32 and exact repeats"
+    )
+    shard_mb: int = Field(1024, ge=1, description="size of one file, and of what a killed capture may lose")
+    skip_budget: float = Field(0.001, ge=0, le=1, description="share of samples the engine may refuse")
+    prefetch_depth: int = Field(4, ge=1, description="capture requests under way")
+
+
+class CaptureConfig(Section):
+    """Capture hidden states to disk."""
+
+    target: TargetSection
+    data: DataSection = DataSection()
+    capture: CaptureSection
 
 
 @dataclass(frozen=True)
@@ -52,11 +73,10 @@ class OfflinePlan:
     num_bytes: int
 
 
-def plan_capture(
-    lengths: np.ndarray, num_aux_layers: int, hidden_size: int, dtype: str, shard_bytes: int = SHARD_BYTES
-) -> OfflinePlan:
+def plan_capture(lengths: np.ndarray, target: TargetInfo, config: CaptureSection) -> OfflinePlan:
     """Cut samples of the given lengths into shards; tokens x (aux layers + 1) x hidden x bytes per value."""
-    bytes_per_token = (num_aux_layers + 1) * hidden_size * DTYPES[dtype].itemsize
+    bytes_per_token = (len(target.aux_layer_ids) + 1) * target.hidden_size * DTYPES[config.states_dtype].itemsize
+    shard_bytes = config.shard_mb << 20
     shards: list[tuple[int, int]] = []
     start, filled = 0, 0
     for index, length in enumerate(lengths.tolist()):
@@ -70,56 +90,57 @@ def plan_capture(
     return OfflinePlan(shards, tokens, tokens * bytes_per_token)
 
 
-def check_room(directory: Path, needed: int) -> None:
-    """Raise ConfigError, with the numbers, if `needed` more bytes do not fit on the disk of `directory`."""
+def check_room(
+    directory: Path, datasets: dict[str, TokenizedDataset], target: TargetInfo, config: CaptureSection
+) -> None:
+    """Print what a capture will take; raise ConfigError if that, less what is done already, exceeds the free disk."""
+    total = done = 0
+    for part, dataset in datasets.items():
+        total += plan_capture(dataset.lengths, target, config).num_bytes
+        done += sum(path.stat().st_size for path in (directory / part).glob("states_*.safetensors"))
+    needed = max(0, total - done)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    info(f"hidden states will take {format_bytes(needed)} in {directory}; {format_bytes(free)} are free")
+    left = f", {format_bytes(done)} of it is there already" if done else ""
+    info(f"hidden states will take {format_bytes(total)} in {directory}{left}; {format_bytes(free)} are free")
     if needed + RESERVE_BYTES > free:
         raise ConfigError(
             f"{directory}: needs {format_bytes(needed)} (+ {format_bytes(RESERVE_BYTES)} reserve),"
-            f" {format_bytes(free)} are free; use --dtype bf16, fewer samples, or train online"
+            f" {format_bytes(free)} are free; use --states-dtype bf16, fewer samples, or train online"
         )
 
 
 # ------------------------------------------------------------------------------------------------------------- capture
 
 
-def capture_offline(
-    dataset: TokenizedDataset,
-    engine: TargetEngine,
-    directory: Path,
-    dtype: str = "bf16",
-    skip_budget: float = 0.0,
-    shard_bytes: int = SHARD_BYTES,
-    prefetch_depth: int = 4,
-) -> None:
+def capture_offline(dataset: TokenizedDataset, engine: TargetEngine, directory: Path, config: CaptureSection) -> None:
     """Write the states of every sample of `dataset` below `directory`, continuing what a killed run left.
 
-    Raises ConfigError when the disk is too small or `directory` holds the states of something else.
+    Raises ConfigError when `directory` holds the states of something else, DataError when the disk gets full.
     """
     target = engine.info
-    plan = plan_capture(dataset.lengths, len(target.aux_layer_ids), target.hidden_size, dtype, shard_bytes)
+    plan = plan_capture(dataset.lengths, target, config)
     identity = {
         "format": FORMAT_VERSION,
         "data": dataset.fingerprint,
-        "dtype": dtype,
-        "shard_bytes": shard_bytes,
+        "dtype": config.states_dtype,
+        "shard_mb": config.shard_mb,
         "target": {key: value for key, value in asdict(target).items() if key != "engine"},
     }
     _claim(directory, identity)
     done = _complete_shards(directory, len(plan.shards))
-    remaining = plan.num_bytes * (len(plan.shards) - len(done)) // max(1, len(plan.shards))
-    check_room(directory, remaining)
     _copy_dataset(dataset, directory / "dataset")
     if done:
         info(f"{directory}: {len(done)} of {len(plan.shards)} shards are complete already")
-    skips = SkipBudget(skip_budget, len(dataset))
+    skips = SkipBudget(config.skip_budget, len(dataset))
+    dtype = DTYPES[config.states_dtype]
     todo = [number for number in range(len(plan.shards)) if number not in done]
     total = sum(int(dataset.lengths[slice(*plan.shards[number])].sum()) for number in todo)
     with progress(total, "capture", unit="tok", unit_scale=True) as bar:
         for number in todo:
-            _capture_shard(dataset, engine, directory, number, plan.shards[number], dtype, skips, prefetch_depth, bar)
+            feed = prefetch(engine, _groups(dataset, *plan.shards[number]), config.prefetch_depth, skips)
+            with feed as captured:
+                _capture_shard(dataset, captured, target, directory, number, plan.shards[number], dtype, bar)
     facts = [json.loads(_sidecar(directory, number).read_text(encoding="utf-8")) for number in range(len(plan.shards))]
     num_missing = sum(shard["checksums"].count(None) for shard in facts)
     write_json(directory / "manifest.json", identity | {"num_shards": len(plan.shards), "num_missing": num_missing})
@@ -139,7 +160,7 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
                 f"{directory}: holds states with {key} {before.get(key)}, asked for {identity[key]};"
                 " choose another directory"
             )
-    elif any(directory.iterdir()):
+    elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ConfigError(f"{directory}: is not empty and holds no captured states; choose another directory")
     else:
         write_json(path, identity)
@@ -147,32 +168,29 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
 
 def _capture_shard(
     dataset: TokenizedDataset,
-    engine: TargetEngine,
+    captured: Prefetcher,
+    target: TargetInfo,
     directory: Path,
     number: int,
     span: tuple[int, int],
-    dtype: str,
-    skips: SkipBudget,
-    depth: int,
+    dtype: torch.dtype,
     bar: Any,
 ) -> None:
-    """Capture samples span[0] .. span[1]-1 into one file; it and its sidecar appear when they are complete."""
+    """Collect samples span[0] .. span[1]-1 in one file; it and its sidecar appear when they are complete."""
     first, end = span
     tokens = int(dataset.lengths[first:end].sum())
-    layers, hidden = len(engine.info.aux_layer_ids), engine.info.hidden_size
-    aux = torch.zeros(tokens, layers, hidden, dtype=DTYPES[dtype])
-    last = torch.zeros(tokens, hidden, dtype=DTYPES[dtype])
+    aux = torch.zeros(tokens, len(target.aux_layer_ids), target.hidden_size, dtype=dtype)
+    last = torch.zeros(tokens, target.hidden_size, dtype=dtype)
     start_of = {dataset.sample_id(i): int(s) for i, s in zip(range(first, end), _starts(dataset, first, end))}
     checksums: dict[str, int] = {}
     normed = True
-    with prefetch(engine, _groups(dataset, first, end), depth, skips) as captured:
-        for samples, states in captured:
-            for sample, state in zip(samples, states, strict=True):
-                at = slice(start_of[sample.sample_id], start_of[sample.sample_id] + len(sample))
-                aux[at], last[at] = state.aux_LAH.to("cpu", aux.dtype), state.last_LH.to("cpu", last.dtype)
-                normed = state.last_is_normed
-                checksums[sample.sample_id] = _checksum(aux[at], last[at])
-                bar.update(len(sample))
+    for samples, states in captured:
+        for sample, state in zip(samples, states, strict=True):
+            at = slice(start_of[sample.sample_id], start_of[sample.sample_id] + len(sample))
+            aux[at], last[at] = state.aux_LAH.to("cpu", aux.dtype), state.last_LH.to("cpu", last.dtype)
+            normed = state.last_is_normed
+            checksums[sample.sample_id] = _checksum(aux[at], last[at])
+            bar.update(len(sample))
     # one entry per sample, None for one that the engine refused
     facts = {"first": first, "end": end, "last_is_normed": normed, "checksums": [checksums.get(i) for i in start_of]}
     _write_shard(directory, number, {"aux": aux, "last": last}, facts)
@@ -182,12 +200,11 @@ def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor], facts
     path = _shard(directory, number)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        save_file(tensors, temporary)
-        sync_file(temporary)
+        save_tensors(tensors, temporary)
         facts = {**facts, "size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
         os.replace(temporary, path)
-    except Exception as error:
-        raise DataError(f"{path}: not written: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: not written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
     write_json(_sidecar(directory, number), facts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from specforge_lite.config import DataSection, TargetSection
 from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.vocab import VocabMap, open_or_build_vocab_map
@@ -41,13 +42,16 @@ def load_data(config: TrainConfig) -> RunData:
     if config.training.offline_dir is not None:
         parts = open_offline(config.training.offline_dir)
         return RunData(parts[0].dataset, parts[1].dataset if len(parts) > 1 else None)
-    tokenizer = load_tokenizer(config)
-    assert config.data.train_data_path is not None
-    train = open_or_build_dataset(config.data.train_data_path, tokenizer, config.data)
-    evaluation = None
-    if config.data.eval_data_path is not None:
-        evaluation = open_or_build_dataset(config.data.eval_data_path, tokenizer, config.data)
-    return RunData(train, evaluation)
+    train = open_dataset(config.data.train_data_path, config.target, config.data)
+    evaluation = config.data.eval_data_path
+    return RunData(train, open_dataset(evaluation, config.target, config.data) if evaluation is not None else None)
+
+
+def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> TokenizedDataset:
+    """Open or build the tokenized dataset of a file. Raises ConfigError without one."""
+    if path is None:
+        raise ConfigError("train_data_path: required (flag --train-data-path)")
+    return open_or_build_dataset(path, load_tokenizer(target), data)
 
 
 def open_offline(offline_dir: Path) -> list[OfflinePart]:
@@ -56,11 +60,10 @@ def open_offline(offline_dir: Path) -> list[OfflinePart]:
     return [OfflinePart(offline_dir / "train"), *([OfflinePart(evaluation)] if evaluation.exists() else [])]
 
 
-def load_tokenizer(config: TrainConfig) -> Any:
+def load_tokenizer(target: TargetSection) -> Any:
     """The target's tokenizer. Raises ConfigError with transformers' reason."""
     from transformers import AutoTokenizer
 
-    target = config.target
     try:
         return AutoTokenizer.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

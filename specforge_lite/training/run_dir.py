@@ -40,7 +40,7 @@ class RunDirectory:
 
     def __init__(self, config: CheckpointSection) -> None:
         self.path = config.output_dir
-        self._lock = _lock(self.path)
+        self._lock = lock_directory(self.path, "output_dir")
         self._last_beat = 0.0
         try:
             remove_leftovers(self.path)
@@ -63,19 +63,24 @@ class RunDirectory:
         self._lock.close()
 
 
-def _lock(directory: Path) -> IO[str]:
+def lock_directory(directory: Path, flag: str) -> IO[str]:
+    """Make the directory, and hold its lock as long as the result is open; the kernel frees it when we die.
+
+    Raises ConfigError when another process holds it, or when the directory cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         stream = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
     except OSError as error:
-        raise ConfigError(f"output_dir {directory}: {error.strerror or error}") from None
+        raise ConfigError(f"{flag} {directory}: {error.strerror or error}") from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.seek(0)
         holder = stream.read().strip() or "another process"
         stream.close()
-        raise ConfigError(f"output_dir {directory}: in use by {holder}; choose another --output-dir") from None
+        name = flag.replace("_", "-")
+        raise ConfigError(f"{flag} {directory}: in use by {holder}; choose another --{name}") from None
     stream.truncate(0)
     stream.write(f"process {os.getpid()} since {_now()}")
     stream.flush()
@@ -148,7 +153,7 @@ class StopRequest:
 def catch_signals() -> Iterator[StopRequest]:
     """Install the handlers of `StopRequest`, and a stack dump of all threads on SIGUSR1."""
     request = StopRequest()
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True, chain=False)
     before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request

@@ -155,6 +155,7 @@ def make_evaluator(
             batch_size=config.training.batch_size,
             max_samples=config.training.eval_max_samples,
             world=world,
+            skips=SkipBudget(config.training.skip_budget, len(dataset)),
         )
 
     return run

@@ -1,0 +1,221 @@
+"""Small training runs for the trainer's tests: random data on disk, the deterministic fake engine, a tiny draft.
+
+Runs in processes of their own come from a fork server that has imported torch once, so that starting one is cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specforge_lite.data.store import StoreWriter, TokenizedDataset
+from specforge_lite.data.vocab import build_vocab_map
+from specforge_lite.drafts import DraftConfig, build_draft
+from specforge_lite.drafts.initialize import init_random
+from specforge_lite.engines.base import TargetInfo
+from specforge_lite.engines.fake import FakeEngine, Fault
+from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.training.distributed import World, open_world
+from specforge_lite.training.loop import Trainer
+from specforge_lite.training.parts import RunData, RunModels
+from specforge_lite.training.reporting import Reporter, open_reporter
+from specforge_lite.training.run_dir import ExitSummary, StopRequest, catch_signals
+from specforge_lite.training.settings import TrainConfig
+from specforge_lite.training.setup import build_trainer
+
+VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
+INFO = TargetInfo(
+    "fake", num_layers=5, hidden_size=HIDDEN, vocab_size=VOCAB_SIZE, max_length=512, aux_layer_ids=(0, 1, 3)
+)
+
+
+@dataclass
+class Run:
+    """One run of the trainer. settings: flat TrainConfig leaves by section."""
+
+    root: Path
+    name: str = "run"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    latency_s: float = 0.0
+    num_samples: int = 24
+
+    @property
+    def output_dir(self) -> Path:
+        return self.root / self.name
+
+    def config(self) -> TrainConfig:
+        data = self.root / "train.jsonl"
+        data.touch()
+        values: dict[str, dict[str, Any]] = {
+            "target": {"target_model_path": str(self.root), "target_backend": "fake"},
+            "data": {"train_data_path": str(data), "cache_dir": str(self.root / "cache"), "max_length": 64},
+            "draft": {"draft_vocab_size": DRAFT_VOCAB_SIZE},
+            "training": {"total_steps": 6, "ttt_length": 3, "eval_interval": 0, "batch_size": 2},
+            "optimizer": {"learning_rate": 3e-3},
+            "checkpoint": {"output_dir": str(self.output_dir), "save_interval": 0},
+            "logging": {"log_interval": 1},
+            "distributed": {"dist_timeout": 1.0},
+        }
+        for section, leaves in self.settings.items():
+            values[section] |= leaves
+        return TrainConfig.model_validate(values)
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.metrics() if "loss" in row]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def step(self) -> int:
+        """Last step in the heartbeat file; 0 before there is one."""
+        path = self.output_dir / "heartbeat.json"
+        return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
+
+def make_dataset(directory: Path, num_samples: int = 24, seed: int = 0, prefix: str = "s") -> TokenizedDataset:
+    """Samples of 12..40 tokens with one or two supervised spans."""
+    if not (directory / "manifest.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(seed)
+        writer = StoreWriter(directory)
+        for index in range(num_samples):
+            length = int(generator.integers(12, 41))
+            ids = np.minimum(generator.geometric(0.06, length), VOCAB_SIZE) - 1
+            mask = np.zeros(length, dtype=bool)
+            mask[4 : 4 + length // 3] = True
+            mask[-5:] = True
+            writer.add(f"{prefix}{index}", index + 1, ids, mask)
+        writer.finish({"seed": seed, "num_samples": num_samples})
+    return TokenizedDataset.open(directory)
+
+
+def make_head(seed: int = 1) -> TargetHead:
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return TargetHead(randn(VOCAB_SIZE, HIDDEN), randn(VOCAB_SIZE, HIDDEN), torch.ones(HIDDEN), 1e-5)
+
+
+def make_models(data: TokenizedDataset, seed: int = 0) -> RunModels:
+    vocab_map = build_vocab_map(data, VOCAB_SIZE, DRAFT_VOCAB_SIZE, data.fingerprint)
+    config = DraftConfig(HIDDEN, 24, 4, 2, VOCAB_SIZE, DRAFT_VOCAB_SIZE, aux_layer_ids=INFO.aux_layer_ids)
+    draft = build_draft(config, vocab_map.d2t, vocab_map.t2d)
+    init_random(draft, seed)
+    identity = {"draft": config.to_dict(), "target": "t", "data": data.fingerprint, "vocab_map": vocab_map.fingerprint}
+    return RunModels(draft, make_head(), identity)
+
+
+@contextmanager
+def open_trainer(run: Run, world: World, reporter: Reporter, stop: StopRequest) -> Any:
+    data = make_dataset(run.root / f"data-{run.num_samples}", run.num_samples)
+    evaluation = make_dataset(run.root / "data-eval", 7, seed=9, prefix="e")
+    engine = FakeEngine(INFO, run.latency_s, run.faults)
+    try:
+        config = run.config()
+        models = make_models(data)
+        yield build_trainer(config, world, RunData(data, evaluation), engine, models, reporter, stop)
+    finally:
+        engine.close()
+
+
+def train(run: Run, change: Callable[[Trainer], None] | None = None) -> ExitSummary:
+    """Run the trainer in this process, with whatever world the environment names."""
+    config = run.config()
+    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
+        with open_trainer(run, world, reporter, stop) as trainer:
+            if change is not None:
+                change(trainer)
+            summary: ExitSummary = trainer.train()
+    if stop:
+        sys.exit(stop.exit_code)
+    return summary
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "draft.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["training_runs"])
+
+
+def _start_fork_server() -> None:
+    """The server does not get our sys.path (Python 3.11), so it finds the modules to preload by PYTHONPATH."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_ranks(
+    world_size: int, target: Callable[..., Any], arguments: tuple[Any, ...], log_dir: Path
+) -> list[ForkServerProcess]:
+    """Start one process per rank; each calls `target(*arguments)` with its output in log_dir/rank_R.log."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    _start_fork_server()
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        log = str(log_dir / f"rank_{rank}.log")
+        process = _context.Process(
+            target=_rank_main, args=(environment if world_size > 1 else {}, log, target, arguments)
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _rank_main(environment: dict[str, str], log: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    target(*arguments)
+
+
+def run_ranks(world_size: int, target: Callable[..., Any], arguments: tuple[Any, ...], log_dir: Path) -> list[int]:
+    """Exit codes of all ranks."""
+    processes = start_ranks(world_size, target, arguments, log_dir)
+    return wait(processes)
+
+
+def wait(processes: list[ForkServerProcess], timeout_s: float = 60) -> list[int]:
+    for process in processes:
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [int(process.exitcode or 0) for process in processes]

@@ -53,7 +53,6 @@ class ShardStore:
         self._unsynced: set[Path] = set()
         self.reasons: Counter[str] = Counter()
         self.num_answered = self.num_errors = self.num_kept = 0
-        directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(directory)
         try:
             for left in directory.glob(".*.tmp-*"):  # a crash inside `atomic_file`; nobody else writes here now
@@ -302,7 +301,11 @@ def write_sorted(part: Path, final: Path) -> None:
 
 
 def _lock(directory: Path) -> Any:
-    file = open(directory / LOCK, "a")  # noqa: SIM115  (held until the store is closed)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / LOCK, "a")  # noqa: SIM115  (held until the store is closed)
+    except OSError as error:
+        raise ConfigError(f"output_dir {directory}: {error.strerror or error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -38,8 +38,14 @@ class RowRejected(DataError):
     """A row that cannot be used; `reason` is the short name it is counted under."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(one_line(detail))
         self.reason = reason
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text that may quote data, as one printable line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return shown if len(text) <= limit else shown[:limit] + "..."
 
 
 def to_conversation(row: Any) -> Conversation:

@@ -234,6 +234,8 @@ class _Text:
                     message = getattr(error, "msg", str(error).split(";")[0])
                     raise DataError(f"{self._path}:{place}: not valid JSON: {message}") from None
                 continue
+            if end - self._at > MAX_ROW_BYTES:
+                raise DataError(f"{self._path}:{self.line}: a row longer than {MAX_ROW_BYTES >> 20} MiB")
             self.line += self._text.count("\n", self._at, end)
             self._at = end
             return value

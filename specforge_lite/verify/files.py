@@ -1,4 +1,4 @@
-"""Checks of a target's files: config, weights, frozen tensors, the draft's shape, tokenizer, chat template, loss mask."""
+"""Checks of a target's files: config, weights, frozen tensors, draft shape, tokenizer, chat template, loss mask."""
 
 from __future__ import annotations
 

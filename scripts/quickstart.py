@@ -1,0 +1,194 @@
+"""The whole pipeline on the target that ships with the package; `make quickstart` runs it.
+
+    prepare -> regenerate answers with the target -> cache and vocabulary map -> train EAGLE-3 online -> evaluate
+    -> export and check -> generate with and without the draft
+
+Every stage is a command that you can run by hand; each is printed before it runs. Stages that are done are not run
+again (delete the output directory to start over).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from specforge_lite.cli import Section, parse_config
+from specforge_lite.errors import EngineError
+from specforge_lite.log import format_seconds, info, run_script
+from specforge_lite.report import write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
+NUM_TRAIN, NUM_EVAL = 1000, 40
+CHAIN = 5
+
+
+class QuickstartConfig(Section):
+    """The pipeline on the shipped target."""
+
+    engine: Literal["hf", "sglang", "vllm"] = Field("hf", description="runs the target in every stage")
+    output_dir: Path = Path("outputs/quickstart")
+    num_train: int = Field(NUM_TRAIN, ge=8, description="prompts to train on")
+    num_eval: int = Field(NUM_EVAL, ge=1, description="other prompts, to evaluate and decode")
+    num_epochs: int = Field(5, ge=1)
+    num_procs: int = Field(min(2, os.cpu_count() or 1), ge=1, description="trainer processes")
+
+
+class Stages:
+    """Runs commands one after another and keeps what is done."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, done: Path, command: Sequence[str], threads: int = 0) -> None:
+        """Run `command` unless `done` exists. Raises EngineError naming the stage when it fails."""
+        if done.exists():
+            info(f"\n== {name}: done before ({done})")
+            return
+        info(f"\n== {name}\n$ {shlex.join(_short(word) for word in command)}")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
+        start = time.monotonic()
+        result = subprocess.run(list(command), env=environment, cwd=ROOT)
+        if result.returncode < 0 or result.returncode == 130:
+            raise KeyboardInterrupt
+        if result.returncode:
+            raise EngineError(f"quickstart: stage '{name}' ended with exit code {result.returncode}; see above")
+        self.seconds[name] = time.monotonic() - start
+
+
+def _short(word: str) -> str:
+    return "python" if word == sys.executable else word.replace(f"{ROOT}/", "")
+
+
+def main() -> None:
+    config = parse_config(QuickstartConfig, description=__doc__ or "")
+    out = config.output_dir.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    stages = Stages(out)
+    python, target = sys.executable, str(TARGET)
+    num_rows = config.num_train + config.num_eval
+
+    stages.run(
+        "prepare",
+        out / "data" / "gsm8k-sample_train.jsonl",
+        [python, "scripts/prepare_data.py", "--dataset", "gsm8k-sample", "--output-path", str(out / "data"),
+         "--sample-size", str(num_rows), "--split-eval", str(config.num_eval / num_rows), "--seed", "0"],
+    )  # fmt: skip
+    for split in ("eval", "train"):
+        regenerate(stages, config, split)
+    data = [
+        "--target-model-path", target, "--train-data-path", str(out / "train.jsonl"),
+        "--eval-data-path", str(out / "eval.jsonl"), "--cache-dir", str(out / "cache"),
+        "--max-length", "512",
+    ]  # fmt: skip
+    draft_config = ["--draft-model-config", "configs/tiny-target-eagle3.json"]
+    stages.run(
+        "build cache and vocabulary map",
+        out / "cache" / ".built",
+        [python, "scripts/build_eagle3_dataset_cache.py", *data, *draft_config,
+         "--view-train-data", "1"],
+    )  # fmt: skip
+    (out / "cache" / ".built").touch()
+    run_dir, exported = out / "run", out / "draft"
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.num_procs)]
+    stages.run(
+        "train EAGLE-3 online",
+        exported / "config.json",
+        [*launcher, "scripts/train_eagle3_online.py", *data, *draft_config,
+         "--output-dir", str(run_dir), "--target-backend", config.engine, "--target-dtype", "float32",
+         "--num-epochs", str(config.num_epochs), "--batch-size", "2", "--learning-rate", "2e-3", "--ttt-length", "5",
+         "--warmup-ratio", "0.05", "--log-interval", "20", "--eval-interval", "500", "--save-interval", "500",
+         "--save-total-limit", "2"],
+        threads=1,
+    )  # fmt: skip
+    stages.run(
+        "export",
+        exported / "config.json",
+        [python, "scripts/export_draft.py", "--checkpoint", str(run_dir), "--output-dir", str(exported)],
+    )
+    stages.run(
+        "check the exported draft",
+        out / "checked",
+        [python, "scripts/check_draft.py", str(exported), "--target-model-path", target],
+    )
+    stages.run(
+        "evaluate",
+        out / "evaluation.json",
+        [python, "scripts/evaluate_draft.py", *data[:2], *data[4:], "--draft-model-path", str(exported),
+         "--target-backend", config.engine,         "--target-dtype", "float32", "--save-results", str(out / "evaluation.json")],
+    )  # fmt: skip
+    stages.run(
+        "generate with and without the draft",
+        out / "decoding.json",
+        [python, "scripts/compare_generation.py", "--base-model-path", target, "--draft-model-path", str(exported),
+         "--prompts", str(out / "eval.jsonl"), "--num-draft-tokens", str(CHAIN),
+         "--output", str(out / "decoding.json")],
+        threads=1,
+    )  # fmt: skip
+    finish(out, run_dir, time.monotonic() - started)
+
+
+def regenerate(stages: Stages, config: QuickstartConfig, split: str) -> None:
+    """Let the target answer the prompts itself: a draft learns to guess what its target says, not what a book says."""
+    out = stages.output_dir
+    stages.run(
+        f"regenerate answers ({split})",
+        out / f"{split}.jsonl",
+        [sys.executable, "scripts/generate_data_by_target.py", "--model-name", str(TARGET), "--raw-data-file",
+         str(out / "data" / f"gsm8k-sample_{split}.jsonl"), "--output-dir", str(out / f"regenerated_{split}"),
+         "--output-file", str(out / f"{split}.jsonl"), "--target-backend", "hf", "--target-dtype", "float32",
+         "--max-tokens", "160"],
+    )  # fmt: skip
+
+
+def finish(out: Path, run_dir: Path, seconds: float) -> None:
+    """The table, the report, and the RESULT line."""
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    decoding = json.loads((out / "decoding.json").read_text())
+    provenance_file = run_dir / "provenance.json"
+    provenance = json.loads(provenance_file.read_text()) if provenance_file.exists() else None
+    report = write_report(
+        out / "report.html",
+        title="specforge_lite quickstart",
+        metrics_path=run_dir / "metrics.jsonl",
+        evaluation=evaluation,
+        decoding=decoding,
+        provenance=provenance,
+    )
+    tokens = decoding["num_tokens"]
+    saved = 1 - decoding["num_passes"] / decoding["num_passes_without"]
+    identical = decoding["num_identical"] == decoding["num_prompts"]
+    table = Table(title=f"{decoding['num_prompts']} prompts the draft was not trained on, chains of {CHAIN}")
+    for column in ("", "without draft", "with draft"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("acceptance length, decoded", "1.00", f"{decoding['acceptance_length']:.2f}")
+    for k, accuracy in enumerate(evaluation["accuracy"][:CHAIN]):
+        table.add_row(f"accuracy, step {k}", "", f"{accuracy:.1%}")
+    passes = [decoding[key] / tokens for key in ("num_passes_without", "num_passes")]
+    table.add_row("target passes per token", *(f"{value:.2f}" for value in passes))
+    table.add_row("tokens/s", f"{decoding['tokens_per_second_without']:.0f}", f"{decoding['tokens_per_second']:.0f}")
+    table.add_row("outputs identical", "", "yes" if identical else "no")
+    Console().print(table)
+    info(f"report: {report}\ntotal time: {format_seconds(seconds)}")
+    print(
+        f"RESULT acceptance_length={decoding['acceptance_length']:.2f} forward_passes_saved={saved:.0%}"
+        f" identical={'yes' if identical else 'no'}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -77,7 +77,7 @@ def test_an_idle_batch_has_a_gradient_of_exactly_zero(tmp_path: Path) -> None:
 
 def test_gradients_are_views_of_one_buffer(tmp_path: Path) -> None:
     models = make_models(make_dataset(tmp_path / "data"))
-    parallel = ReplicatedDraft(models.draft, ONE, DistributedSection(), torch.float32)
+    parallel = ReplicatedDraft(models.draft, ONE)
     to_batch = BatchMaker(models.target_head, 3, CPU, torch.float32)
     parallel.begin_step()
     before = {name: p.grad.data_ptr() for name, p in parallel.parameters.items() if p.grad is not None}
@@ -240,8 +240,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other_data = Run(tmp_path, num_samples=20, settings={"training": {"total_steps": 8}})
     with pytest.raises(CheckpointError, match=r"step_6: data was \w+, this run has \w+.*--allow-vocab-mismatch"):
         train(other_data)
-    identity = run.output_dir / "step_6" / "identity.json"
-    shutil.copy(identity, tmp_path / "kept")
+    forced = Run(
+        tmp_path, num_samples=20, settings={"training": {"total_steps": 8}, "draft": {"allow_vocab_mismatch": True}}
+    )
+    saved = weights(run.output_dir / "step_6")
+    train(forced)
+    assert torch.equal(weights(run.output_dir / "step_8")["d2t"], saved["d2t"])
+    assert forced.metrics()[-2]["epoch"] == pytest.approx(2 * 2 / 20)  # two steps of two into the other data
+    shutil.rmtree(run.output_dir / "step_8")
     with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
         train(Run(tmp_path, settings={"training": {"total_steps": 8, "seed": 1}}))
 

@@ -121,13 +121,10 @@ class MetricBuffer:
         """Copy everything to the host (this waits for the device) and start anew."""
         rows = torch.stack(self._rows).cpu()
         local = torch.stack(self._local).cpu()
-        flags = [torch.cat(docs) if docs else torch.zeros(0) for docs in self._bad_docs]
-        bad = torch.cat(flags).cpu().bool().tolist()
-        fetched = Fetched(self.num_steps, self._steps, rows, local, self._sample_ids, [])
-        start = 0
-        for part in flags:
-            fetched.bad_docs.append(bad[start : start + len(part)])
-            start += len(part)
+        flags = [flag for docs in self._bad_docs for flag in docs]
+        bad = iter(torch.cat(flags).tolist() if flags else [])
+        bad_docs = [[next(bad) for _ in ids] for ids in self._sample_ids]
+        fetched = Fetched(self.num_steps, self._steps, rows, local, self._sample_ids, bad_docs)
         self.__init__(self.num_steps)  # type: ignore[misc]
         return fetched
 

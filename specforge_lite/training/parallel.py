@@ -13,10 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
 from specforge_lite.drafts.base import Draft, TTTSettings
 from specforge_lite.errors import CheckpointError
@@ -68,7 +65,7 @@ class ParallelDraft:
 class ReplicatedDraft(ParallelDraft):
     """Every rank holds the whole draft; gradients live in one flat buffer."""
 
-    def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
+    def __init__(self, draft: Draft, world: World) -> None:
         self.draft = draft.to(world.device)
         self._world = world
         trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
@@ -94,102 +91,24 @@ class ReplicatedDraft(ParallelDraft):
 
     @torch.no_grad()
     def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
-        _check_shape(name, tensor.shape, full)
+        check_shape(name, tensor.shape, full)
         tensor.copy_(full)
 
     def frozen(self) -> dict[str, Tensor]:
-        return _frozen(self.draft)
+        return frozen_tensors(self.draft)
 
     def checksum(self) -> int | None:
         return sum(int(p.detach().view(torch.int32).long().sum()) for p in self.parameters.values())
 
 
-class ShardedDraft(ParallelDraft):
-    """FSDP2: parameters, gradients and optimizer state of the draft are sharded over all ranks."""
-
-    def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
-        self._world = world
-        self._mesh = init_device_mesh(world.device.type, (world.world_size,))
-        if not config.cpu_offload:
-            draft.to(world.device)
-        fully_shard(
-            draft,
-            mesh=self._mesh,
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
-            offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
-        )
-        for name, buffer in draft.named_buffers():
-            _set_buffer(draft, name, buffer.to(world.device))
-        self.draft = draft
-        self._root: nn.Module = draft
-        draft.set_gradient_divide_factor(1.0)  # type: ignore[operator]  # sums, not means
-        draft.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no pre-multiplied sum
-        self._dtensors: dict[str, DTensor] = {
-            name: p for name, p in draft.named_parameters() if p.requires_grad and isinstance(p, DTensor)
-        }
-        # The optimizer sees plain local tensors: the update is element-wise, and DTensor dispatch costs host time.
-        with torch.no_grad():
-            self.parameters = {n: nn.Parameter(p.to_local()) for n, p in self._dtensors.items()}
-
-    def begin_step(self) -> None:
-        for parameter in self._dtensors.values():
-            parameter.grad = None
-
-    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
-        return self.draft(batch, target_head, ttt)  # type: ignore[no-any-return]
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self._root.set_requires_gradient_sync(last)  # type: ignore[operator]
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def reduce_gradients(self) -> Tensor:
-        squares = []
-        for name, parameter in self._dtensors.items():
-            gradient = parameter.grad
-            assert isinstance(gradient, DTensor), f"{name} got no gradient"
-            local = gradient.to_local()
-            self.parameters[name].grad = local
-            squares.append(local.square().sum())
-        return self._world.sum_(torch.stack(squares).sum())
-
-    @torch.no_grad()
-    def full(self, name: str, tensor: Tensor) -> Tensor:
-        like = self._dtensors[name]
-        shard = DTensor.from_local(
-            tensor.detach().to(self._world.device),
-            self._mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
-        return shard.full_tensor().cpu()
-
-    @torch.no_grad()
-    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
-        like = self._dtensors[name]
-        _check_shape(name, like.shape, full)
-        whole = full.to(self._world.device, tensor.dtype)
-        shard = distribute_tensor(whole, self._mesh, like.placements, src_data_rank=None)
-        tensor.copy_(shard.to_local())
-
-    def frozen(self) -> dict[str, Tensor]:
-        whole = {}
-        for name, tensor in _frozen(self.draft).items():
-            whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        return whole
-
-
-SHARDINGS: dict[str, type[ReplicatedDraft] | type[ShardedDraft]] = {"ddp": ReplicatedDraft, "fsdp2": ShardedDraft}
-
-
 def spread_draft(draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> ParallelDraft:
     """Place a draft (fp32, the same weights on every rank) as `--sharding` says."""
     draft.float()
-    return SHARDINGS[config.sharding](draft, world, config, compute_dtype)
+    if config.sharding == "ddp":
+        return ReplicatedDraft(draft, world)
+    from specforge_lite.training.sharded import ShardedDraft  # torch's FSDP takes a second to import
+
+    return ShardedDraft(draft, world, config, compute_dtype)
 
 
 def iter_full(parallel: ParallelDraft, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -198,20 +117,15 @@ def iter_full(parallel: ParallelDraft, tensors: dict[str, Tensor]) -> Iterator[t
         yield name, parallel.full(name, tensor)
 
 
-def _frozen(draft: Draft) -> dict[str, Tensor]:
+def frozen_tensors(draft: Draft) -> dict[str, Tensor]:
+    """Parameters that are not trained and persistent buffers, by name."""
     saved: dict[str, Tensor] = {name: p for name, p in draft.named_parameters() if not p.requires_grad}
     persistent = draft.state_dict().keys()
     saved.update({name: b for name, b in draft.named_buffers() if name in persistent})
     return saved
 
 
-def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    persistent = leaf not in owner._non_persistent_buffers_set
-    owner.register_buffer(leaf, value, persistent=persistent)
-
-
-def _check_shape(name: str, expected: torch.Size, full: Tensor) -> None:
+def check_shape(name: str, expected: torch.Size, full: Tensor) -> None:
+    """Raise CheckpointError unless a tensor of a checkpoint has the shape that the draft expects."""
     if full.shape != expected:
         raise CheckpointError(f"{name}: shape {list(full.shape)} in the checkpoint, {list(expected)} in this draft")

@@ -87,13 +87,18 @@ def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
             device=str(world.device),
         )
     try:
-        _check_max_length(config, engine.info)
+        _check_target(config, engine.info)
         yield engine
     finally:
         engine.close()
 
 
-def _check_max_length(config: TrainConfig, target: TargetInfo) -> None:
+def _check_target(config: TrainConfig, target: TargetInfo) -> None:
+    if config.target.tp_size > 1 and target.engine == "hf":
+        raise ConfigError(
+            f"tp_size {config.target.tp_size}: the hf engine runs a target on one device;"
+            " give --target-backend sglang or vllm for a target that needs several"
+        )
     if config.training.offline_dir is None and config.data.max_length > target.max_length:
         raise ConfigError(f"max_length {config.data.max_length}: the target accepts at most {target.max_length} tokens")
 
@@ -226,4 +231,5 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         loss_mask_alignment=training.loss_mask_alignment,
         compute_dtype=dtype,
         activation_checkpointing=training.activation_checkpointing,
+        compile=training.compile,
     )

@@ -153,7 +153,7 @@ class StopRequest:
 def catch_signals() -> Iterator[StopRequest]:
     """Install the handlers of `StopRequest`, and a stack dump of all threads on SIGUSR1."""
     request = StopRequest()
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True, chain=False)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
     before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request

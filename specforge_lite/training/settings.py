@@ -63,7 +63,7 @@ class TrainingSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU"
     )
-    compile: bool = Field(False, description="torch.compile the draft")
+    compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
     activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
     seed: int = Field(0, ge=0, description="order of the samples, initial weights, noise")
     skip_budget: float = Field(

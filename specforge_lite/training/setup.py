@@ -31,7 +31,7 @@ from specforge_lite.training.evaluate import EvalResult, evaluate
 from specforge_lite.training.feed import BatchMaker, Feed
 from specforge_lite.training.loop import Progress, Trainer
 from specforge_lite.training.optimizer import DraftOptimizer
-from specforge_lite.training.parallel import ParallelDraft, spread_draft
+from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors, spread_draft
 from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt_settings
 from specforge_lite.training.reporting import Reporter
 from specforge_lite.training.run_dir import StopRequest
@@ -58,8 +58,6 @@ def build_trainer(
     progress = Progress(data=plan.state_dict())
     if resume is not None:
         progress = restore_run(*resume, parallel, optimizer, plan, world)
-    if config.training.compile:
-        models.draft.compile(dynamic=True)
     ttt = ttt_settings(config, dtype)
     to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
     skips = SkipBudget(config.training.skip_budget, -(-len(data.train) // world.world_size))
@@ -167,7 +165,9 @@ def make_evaluator(
 def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[Path, SavedState] | None:
     """The newest complete checkpoint of the output directory; rank 0 looks and checks, all ranks know.
 
-    With `--allow-vocab-mismatch` the draft takes over the checkpoint's vocabulary map.
+    The draft takes over what is saved and not trained: its vocabulary map (another one only with
+    `--allow-vocab-mismatch`) and, where it has one, its own embedding table. `data` is empty where the position in the
+    data means nothing, because they are others.
     """
     answer: dict[str, Any] = {}
     if world.is_main:
@@ -175,7 +175,10 @@ def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[P
             path = newest_complete(config.checkpoint.output_dir)
             if path is not None:
                 check_identity(path, models.identity, config)
-                answer = {"path": str(path), "state": read_state(path).to_dict()}
+                state = read_state(path)
+                if read_json(path / "identity.json")["data"] != models.identity["data"]:
+                    state = replace(state, data={})
+                answer = {"path": str(path), "state": state.to_dict()}
         except CheckpointError as error:
             answer = {"problem": str(error)}
     answer = json.loads(world.broadcast_text(json.dumps(answer)))
@@ -183,8 +186,7 @@ def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[P
         raise CheckpointError(answer["problem"])
     if not answer:
         return None
-    if config.draft.allow_vocab_mismatch:
-        _take_saved_vocabulary(Path(answer["path"]), models, world)
+    _take_saved_constants(Path(answer["path"]), models, world)
     return Path(answer["path"]), SavedState(**answer["state"])
 
 
@@ -210,12 +212,14 @@ def _leaves(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for section in config.values() for key, value in section.items()}
 
 
-def _take_saved_vocabulary(path: Path, models: RunModels, world: World) -> None:
-    d2t, t2d = models.draft.d2t.clone(), models.draft.t2d.to(torch.uint8)
-    if world.is_main:
-        _, tensors = load_draft_tensors(path)
-        d2t, t2d = tensors["d2t"], tensors["t2d"].to(torch.uint8)
-    models.draft.set_vocab(world.broadcast_(d2t), world.broadcast_(t2d).bool())
+def _take_saved_constants(path: Path, models: RunModels, world: World) -> None:
+    draft = models.draft
+    saved = load_draft_tensors(path)[1] if world.is_main else {}
+    for name, tensor in frozen_tensors(draft).items():
+        value = saved.get(name, tensor).detach()
+        check_shape(name, tensor.shape, value)
+        with torch.no_grad():  # bool and small: gloo has no bool
+            tensor.copy_(world.broadcast_(value.to(torch.uint8) if value.dtype == torch.bool else value.clone()))
 
 
 def restore_run(
@@ -224,11 +228,14 @@ def restore_run(
     """Weights, optimizer, random numbers and the position in the data of a checkpoint."""
     restore(path, parallel, optimizer, world)
     restore_rng(path, state, world)
-    plan.load_state(state.data)
+    if state.data:
+        plan.load_state_dict(state.data)
+    else:
+        info("the data are others than those of the checkpoint: their first epoch begins")
     info(f"resumed from {path}")
     return Progress(
         step=state.step,
-        data=state.data,
+        data=plan.state_dict(),
         skipped_before=int(state.counters["skipped_samples"]),
         nonfinite_steps=int(state.counters["nonfinite_steps"]),
         seconds_before=state.counters["seconds"],

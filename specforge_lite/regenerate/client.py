@@ -111,11 +111,13 @@ class ChatClient:
             return None
 
     async def ask(self, model: str, question: Question) -> Answer:
-        """One chat completion. Raises RequestFailed (RateLimited), ServerGone."""
+        """One chat completion, or text completion of token ids. Raises RequestFailed (RateLimited), ServerGone."""
         sampling = question.sampling
+        is_chat = question.prompt_ids is None
+        prompt = {"messages": question.messages} if is_chat else {"prompt": question.prompt_ids}
         body: dict[str, Any] = {
             "model": model,
-            "messages": question.messages,
+            **prompt,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -125,11 +127,14 @@ class ChatClient:
             body["seed"] = sampling.seed
         if question.tools:
             body["tools"] = question.tools
+        if question.stop_token_ids:
+            body["stop_token_ids"] = question.stop_token_ids
         limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * sampling.max_tokens
         body |= self.extra_body
-        status, headers, reply = await self._send("POST", "/chat/completions", body, self.timeout_s, limit)
+        path = "/chat/completions" if is_chat else "/completions"
+        status, headers, reply = await self._send("POST", path, body, self.timeout_s, limit)
         check_status(status, headers, reply)
-        return parse_answer(reply)
+        return parse_answer(reply, is_chat)
 
     async def _send(
         self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, max_bytes: int
@@ -213,8 +218,8 @@ def parse_retry_after(value: str | None) -> float | None:
     return max(0.0, seconds) if seconds < float("inf") else None
 
 
-def parse_answer(body: bytes) -> Answer:
-    """A chat completion's first choice. Raises RequestFailed: `wrong-json`, `wrong-form`, `lone-surrogate`."""
+def parse_answer(body: bytes, is_chat: bool = True) -> Answer:
+    """First choice of a chat or text completion. Raises RequestFailed: `wrong-json`, `wrong-form`, `lone-surrogate`."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -222,7 +227,7 @@ def parse_answer(body: bytes) -> Answer:
         raise RequestFailed("wrong-json", f"{len(body)} bytes that are not JSON: '{start}'", True) from None
     try:
         choice = value["choices"][0]
-        message = choice["message"]
+        message = choice["message"] if is_chat else {"content": _text(choice["text"])}
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
         answer = Answer(
             content=_text(message.get("content")),
@@ -236,7 +241,7 @@ def parse_answer(body: bytes) -> Answer:
         raise RequestFailed("lone-surrogate", "the answer holds half a surrogate pair", True) from None
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         place = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise RequestFailed("wrong-form", f"JSON, but no chat completion ({place})", True) from None
+        raise RequestFailed("wrong-form", f"JSON, but no completion ({place})", True) from None
     return answer
 
 

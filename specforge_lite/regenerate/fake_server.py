@@ -114,10 +114,17 @@ class FakeServer:
             return self.always
         if self.faults.get(text):
             return self.faults[text].pop(0)
-        number = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
-        if self.num_requests[text] == 1 and number % 10_000 < 10_000 * self.fault_share:
-            return self.fault_kinds[number // 10_000 % len(self.fault_kinds)]
+        if self.num_requests[text] == 1 and self.fails_first(text):
+            return self.fault_kinds[_number(text) // 10_000 % len(self.fault_kinds)]
         return None
+
+    def fails_first(self, text: str) -> bool:
+        """True for the share of texts whose first request is answered with a fault."""
+        return _number(text) % 10_000 < 10_000 * self.fault_share
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
 def reply_to(body: dict[str, Any], text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from specforge_lite.engines.hf import default_device, load_target_model
 from specforge_lite.engines.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
-from specforge_lite.errors import ConfigError
+from specforge_lite.regenerate.fim import load_tokenizer
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 BATCHES_WAITING = 8
@@ -24,8 +24,6 @@ class HfBackend:
         self.model = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path
         self.lm = load_target_model(model_path, dtype, default_device(), trust_remote_code)
         self.tokenizer: Any = load_tokenizer(model_path, trust_remote_code)
-        if not self.tokenizer.chat_template:
-            raise ConfigError(f"model_name {model_path}: its tokenizer has no chat template, so it cannot be asked")
         self.batch_size = batch_size
         text_config = self.lm.config.get_text_config()
         self.max_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
@@ -48,12 +46,13 @@ class HfBackend:
     async def answer(self, question: Question) -> Answer:
         """Generate the next turn. Raises RequestFailed for a prompt that fills the context."""
         request = self._request(question)
+        self.eos_token_ids += [token for token in question.stop_token_ids if token not in self.eos_token_ids]
         future: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         result = await future
-        return self._to_answer(result)
+        return self._to_answer(result, is_chat=question.prompt_ids is None)
 
     async def close(self) -> None:
         """Stop within SEGMENT_TOKENS tokens."""
@@ -64,13 +63,7 @@ class HfBackend:
 
     def _request(self, question: Question) -> GenerationRequest:
         sampling = question.sampling
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                question.messages, tools=question.tools, add_generation_prompt=True, return_dict=True
-            )
-        except Exception as error:  # templates are programs of the model's authors; they raise what they like
-            raise RequestFailed("chat-template", f"{type(error).__name__}: {error}") from None
-        prompt_ids = list(encoded["input_ids"])
+        prompt_ids = question.prompt_ids if question.prompt_ids is not None else self._render(question)
         room = self.max_length - len(prompt_ids)
         if room < 1:
             detail = f"the prompt has {len(prompt_ids)} tokens, the target takes {self.max_length}"
@@ -78,6 +71,17 @@ class HfBackend:
         return GenerationRequest(
             prompt_ids, min(sampling.max_tokens, room), sampling.temperature, sampling.top_p, sampling.seed
         )
+
+    def _render(self, question: Question) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise RequestFailed("chat-template", "the target's tokenizer has no chat template")
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                question.messages, tools=question.tools, add_generation_prompt=True, return_dict=True
+            )
+        except Exception as error:  # templates are programs of the model's authors; they raise what they like
+            raise RequestFailed("chat-template", f"{type(error).__name__}: {error}") from None
+        return list(encoded["input_ids"])
 
     async def _run(self) -> None:
         await asyncio.sleep(0)  # let every row that is ready put its question first
@@ -106,21 +110,11 @@ class HfBackend:
                     future.set_result(result)
             await asyncio.sleep(0)  # rows that go on, or new ones, join the next batch
 
-    def _to_answer(self, result: GenerationResult) -> Answer:
+    def _to_answer(self, result: GenerationResult, is_chat: bool) -> Answer:
         text = self.tokenizer.decode(result.token_ids, skip_special_tokens=True)
-        thought = _THOUGHT.match(text)
+        thought = _THOUGHT.match(text) if is_chat else None
         reasoning, content = (thought[1].strip(), text[thought.end() :]) if thought else ("", text)
         return Answer(content, result.finish_reason, reasoning, [], len(result.token_ids))
-
-
-def load_tokenizer(model_path: str, trust_remote_code: bool) -> Any:
-    """The model's tokenizer. Raises ConfigError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model_name {model_path}: no tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def take_alike(waiting: list[tuple[GenerationRequest, Any]], count: int) -> list[tuple[GenerationRequest, Any]]:

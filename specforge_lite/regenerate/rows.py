@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.data.conversations import RowRejected, to_conversation
+from specforge_lite.data.fim import FimRow, is_fim_row
 from specforge_lite.data.reading import BadRow, RowFile
 from specforge_lite.errors import DataError
+from specforge_lite.regenerate.fim import read_fim_row
 from specforge_lite.types import Conversation
 
 COUNT_UP_TO_BYTES = 64 << 20
@@ -18,11 +20,12 @@ COUNT_UP_TO_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class InputRow:
-    """Row `number` (0-based) of the input. `conversation` is None where `reason` says why it cannot be asked."""
+    """Row `number` (0-based) of the input: a conversation, a hole in code, or the reason why it cannot be asked."""
 
     number: int
     id: str
     conversation: Conversation | None = None
+    fim: FimRow | None = None
     reason: str = ""
     detail: str = ""
 
@@ -58,13 +61,16 @@ class RowSource:
 
     def _read(self, line: int, value: Any) -> InputRow:
         if isinstance(value, BadRow):
-            return InputRow(self.num_rows, self._unique(f"line-{line}"), None, value.reason, value.detail)
+            return InputRow(self.num_rows, self._unique(f"line-{line}"), reason=value.reason, detail=value.detail)
         try:
+            if is_fim_row(value):
+                fim = read_fim_row(value)
+                return InputRow(self.num_rows, self._unique(fim.id), fim=fim)
             conversation = to_conversation(value)
         except RowRejected as error:
             own = value.get("id") if isinstance(value, dict) else None
             name = own if isinstance(own, str) and own.strip() and own.isprintable() else f"line-{line}"
-            return InputRow(self.num_rows, self._unique(name), None, error.reason, f"line {line}: {error}")
+            return InputRow(self.num_rows, self._unique(name), reason=error.reason, detail=f"line {line}: {error}")
         unique = self._unique(conversation.id)
         return InputRow(self.num_rows, unique, Conversation(unique, conversation.messages, conversation.tools))
 

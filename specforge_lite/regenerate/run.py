@@ -8,21 +8,25 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from specforge_lite import log
 from specforge_lite.data.atomic import user_errors
 from specforge_lite.data.conversations import to_row
+from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
-from specforge_lite.errors import EngineError
+from specforge_lite.errors import ConfigError, EngineError
 from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
+from specforge_lite.regenerate.fim import FimPrompts, load_tokenizer
+from specforge_lite.regenerate.hf_backend import HfBackend
 from specforge_lite.regenerate.pool import ServerPool
 from specforge_lite.regenerate.rows import InputRow, RowSource
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.shards import ShardStore, sync_handles
-from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, regenerate, row_sampling
+from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, Sampling, regenerate, row_sampling
 from specforge_lite.types import Conversation
 
 SYNC_SECONDS = 2.0
@@ -104,8 +108,6 @@ async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
 
 def open_hf(config: RegenerateConfig) -> Backend:
     """Load the model of `--target-backend hf`."""
-    from specforge_lite.regenerate.hf_backend import HfBackend
-
     backend = config.backend
     assert backend.model_name is not None
     return HfBackend(backend.model_name, backend.target_dtype, backend.batch_size, backend.trust_remote_code)
@@ -170,34 +172,57 @@ class Run:
                 self.summary.num_kept += 1
 
     async def _do(self, row: InputRow) -> None:
-        if row.conversation is None:
-            self.store.add_error(row.number, {"id": row.id, "reason": row.reason, "detail": row.detail})
-            return
-        sampling_config, prompts = self.config.sampling, self.config.prompts
-        sampling = row_sampling(
-            row.id,
-            sampling_config.seed,
-            sampling_config.temperature,
-            sampling_config.max_tokens,
-            sampling_config.top_p,
-        )
+        config = self.config.sampling
+        sampling = row_sampling(row.id, config.seed, config.temperature, config.max_tokens, config.top_p)
         try:
-            result = await regenerate(
-                row.conversation, prompts.system_prompt, sampling, sampling_config.reasoning == "keep", self._ask
-            )
+            if row.fim is not None:
+                answered, facts = await self._fill(row.fim, sampling)
+            elif row.conversation is not None:
+                answered, facts = await self._converse(row.conversation, sampling)
+            else:
+                raise RequestFailed(row.reason, row.detail)
         except RequestFailed as error:
-            asked = to_row(row.conversation)
-            self.store.add_error(row.number, {**asked, "reason": error.reason, "detail": error.detail})
+            asked = row.fim.to_row() if row.fim else to_row(row.conversation) if row.conversation else {}
+            facts = {"reason": error.reason, "detail": error.detail}
+            self.store.add_error(row.number, {**asked, "id": row.id, **facts})
             return
-        answered = Conversation(row.id, result.messages, row.conversation.tools)
-        facts: dict[str, Any] = {"finish_reason": result.finish_reason, "temperature": sampling.temperature}
+        self.summary.num_tokens += facts.pop("completion_tokens")
+        self.store.add_answer(row.number, {**answered, "id": row.id, **facts, "temperature": sampling.temperature})
+
+    async def _converse(self, conversation: Conversation, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The answered row in normal form, and facts about the answer."""
+        keep_reasoning = self.config.sampling.reasoning == "keep"
+        result = await regenerate(
+            conversation, self.config.prompts.system_prompt, sampling, keep_reasoning, self.backend.answer
+        )
+        facts: dict[str, Any] = {
+            "finish_reason": result.finish_reason,
+            "completion_tokens": result.completion_tokens,
+        }
         if result.num_recorded_turns_left:
             facts["num_recorded_turns_left"] = result.num_recorded_turns_left
-        self.summary.num_tokens += result.completion_tokens
-        self.store.add_answer(row.number, {**to_row(answered), **facts})
+        return to_row(Conversation(conversation.id, result.messages, conversation.tools)), facts
 
-    async def _ask(self, question: Question) -> Answer:
-        return await self.backend.answer(question)
+    async def _fill(self, row: FimRow, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
+        prompts = self._fim_prompts
+        sampling = replace(sampling, max_tokens=prompts.max_tokens)
+        question = Question([], None, sampling, prompts.prompt_ids(row), prompts.end_token_ids)
+        answer = await self.backend.answer(question)
+        if not answer.content.strip():
+            raise RequestFailed("empty-answer", "the target put nothing into the hole")
+        facts = {"finish_reason": answer.finish_reason, "completion_tokens": answer.completion_tokens}
+        return replace(row, middle=answer.content).to_row(), facts
+
+    @cached_property
+    def _fim_prompts(self) -> FimPrompts:
+        config, backend = self.config.sampling, self.config.backend
+        if isinstance(self.backend, HfBackend):
+            tokenizer = self.backend.tokenizer
+        elif backend.tokenizer_path is not None:
+            tokenizer = load_tokenizer(backend.tokenizer_path, backend.trust_remote_code)
+        else:
+            raise ConfigError("tokenizer_path: required for fill-in-the-middle rows (the target's model directory)")
+        return FimPrompts(tokenizer, config.fim_order, config.fim_max_length, config.max_tokens)
 
     async def _tick(self, bar: Any) -> None:
         while True:
@@ -225,6 +250,7 @@ def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
         "reasoning": sampling.reasoning,
+        "fim": [sampling.fim_order, sampling.fim_max_length],
     }
 
 

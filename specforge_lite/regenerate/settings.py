@@ -56,6 +56,9 @@ class BackendSection(Section):
     extra_body: dict[str, Any] = Field(
         {}, description='JSON object added to each request, e.g. {"chat_template_kwargs": {"enable_thinking": true}}'
     )
+    tokenizer_path: str | None = Field(
+        None, description="directory of the target's tokenizer; needed for fill-in-the-middle rows with servers"
+    )
     batch_size: int = Field(64, ge=1, description="rows generated together (hf)")
     target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of hf")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model (hf)")
@@ -97,6 +100,11 @@ class SamplingSection(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens with this much mass")
     seed: int = Field(0, ge=0, description="which row gets which temperature, and its random numbers")
     reasoning: Literal["keep", "drop"] = Field("keep", description="keep reasoning as `reasoning_content`, or drop it")
+
+    fim_order: Literal["psm", "spm"] = Field("psm", description="order of fill-in-the-middle prompts")
+    fim_max_length: int = Field(
+        2048, ge=16, description="tokens of a fill-in-the-middle prompt and its answer; the code around is cut to fit"
+    )
 
     @field_validator("temperature")
     @classmethod

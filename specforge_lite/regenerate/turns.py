@@ -37,11 +37,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """One request: the conversation so far, ending with a user or tool turn."""
+    """One request: the conversation so far, ending with a user or tool turn, or the token ids of a prompt to go on
+    with, and what ends the answer."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     sampling: Sampling
+    prompt_ids: list[int] | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

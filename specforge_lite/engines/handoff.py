@@ -56,7 +56,7 @@ class Handoff(Protocol):
     place: str
     """What the server must say it stores to; equal to its SPECFORGE_CAPTURE."""
 
-    async def take(self, key: str, timeout_s: float = TAKE_SECONDS) -> Blob:
+    async def take(self, key: str, timeout_s: float) -> Blob:
         """Wait for the sample, check it, delete it. Raises LostSample."""
         ...
 
@@ -104,7 +104,7 @@ class TmpfsHandoff:
         self.directory = directory
         self.place = f"tmpfs:{directory}"
 
-    async def take(self, key: str, timeout_s: float = TAKE_SECONDS) -> Blob:
+    async def take(self, key: str, timeout_s: float) -> Blob:
         path = os.path.join(self.directory, key)
         deadline, delay = time.monotonic() + timeout_s, 0.0005
         while True:
@@ -171,7 +171,7 @@ class MooncakeHandoff:
         self._store = _open_mooncake_store(address)
         self._to_remove: list[str] = []
 
-    async def take(self, key: str, timeout_s: float = TAKE_SECONDS) -> Blob:
+    async def take(self, key: str, timeout_s: float) -> Blob:
         return await asyncio.to_thread(self._take, key, timeout_s)
 
     def _take(self, key: str, timeout_s: float) -> Blob:

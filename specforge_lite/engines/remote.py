@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from specforge_lite.engines import handoff
 from specforge_lite.engines.base import TargetInfo, check_capture
 from specforge_lite.engines.environment import PLUGIN_VERSION
 from specforge_lite.engines.handoff import Blob, Handoff, LostSample, NoSpace, open_handoff
@@ -29,6 +30,7 @@ from specforge_lite.types import CapturedStates, TokenizedSample
 MAX_ATTEMPTS = 6
 PROBE_TOKENS = 16
 POLL_SECONDS = 0.5
+RETRY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ class RemoteEngine:
         self._http.close()
         if self._server is not None:
             self._server.stop()
-        for handoff in self._handoffs.values():
-            handoff.close()
+        for opened in self._handoffs.values():
+            opened.close()
         if self._run_dir is not None:
             self._run_dir.close()
 
@@ -172,7 +174,7 @@ class RemoteEngine:
                             f"{self._space_hint(error)}"
                         ) from None
                     self._tell(f"sample {sample.sample_id}: {error}; asking again")
-                    await asyncio.sleep(min(0.1 * 2**attempt, 10.0))
+                    await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
         return CapturedStates(
             sample_id=sample.sample_id,
             input_ids_L=blob.input_ids_L,
@@ -201,7 +203,7 @@ class RemoteEngine:
             raise CaptureError(f"{url}: {facts['error']}")
         if facts.get("plugin") != PLUGIN_VERSION:
             raise CaptureError(f"{url}: capture plugin {facts.get('plugin')}, expected {PLUGIN_VERSION}")
-        return await self._handoff(str(facts["place"]), url).take(key)
+        return await self._handoff(str(facts["place"]), url).take(key, handoff.TAKE_SECONDS)
 
     def _handoff(self, place: str, url: str) -> Handoff:
         if self._place is not None and place != self._place:

@@ -28,6 +28,7 @@ class CaptureWriter:
     """
 
     def __init__(self, engine: str, layer_ids: Sequence[int], last_is_normed: bool) -> None:
+        self._place = os.environ[SWITCH]
         self._sink: TmpfsSink | MooncakeSink | None = None
         self._facts = {
             "engine": engine,
@@ -45,7 +46,7 @@ class CaptureWriter:
 
     def reply(self, key: str) -> dict[str, str]:
         """What the client is told: enough to check that this plugin, and not a stock path, handled its request."""
-        return {**self._facts, "key": key, "place": os.environ[SWITCH]}
+        return {**self._facts, "key": key, "place": self._place}
 
     def submit(self, key: str, input_ids: Sequence[int], aux: Any, last: Any, ready: Any = None) -> None:
         """Store aux [L, A, H] and last [L, H]. `ready`: CUDA event after which they are complete (None: the current

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.templates.base import Chat, ChatTemplate, Message
-from specforge_lite.data.templates.jinja import generation_template, marks_generation, render_source
+from specforge_lite.data.templates.jinja import generation_template, marks_generation, render_source, without_marks
 from specforge_lite.errors import DataError, suggest
 
 
@@ -99,7 +99,7 @@ def difference_from_own(
         rendering = template.render(Chat(answered))
         ours = rendering.text[: rendering.spans[-1][0]]
         try:
-            own = render_source(own_template, Chat([*system, *turns]), variables, prompt=True)
+            own = without_marks(render_source(own_template, Chat([*system, *turns]), variables, prompt=True))
         except DataError:  # a template may refuse system prompts
             continue
         # Reasoning models open or close a thought in the prompt; which one is the user's choice of template.

@@ -57,6 +57,11 @@ class _Renderer:
         canvas.add(pieces[-1])
 
 
+def without_marks(text: str) -> str:
+    """Rendered text without the marks of generation blocks."""
+    return re.sub(f"{MARK_START}-?[0-9]+{MARK_SPLIT}|{MARK_END}", "", text)
+
+
 def generation_template(source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
     """A `ChatTemplate` that renders the tokenizer's own Jinja `source`; `special_tokens` such as `bos_token` are
     its variables. Rendering raises DataError with the template's own complaint."""

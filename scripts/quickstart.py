@@ -128,7 +128,8 @@ def main() -> None:
         "evaluate",
         out / "evaluation.json",
         [python, "scripts/evaluate_draft.py", *data[:2], *data[4:], "--draft-model-path", str(exported),
-         "--target-backend", config.engine,         "--target-dtype", "float32", "--save-results", str(out / "evaluation.json")],
+         "--target-backend", config.engine, "--target-dtype", "float32",
+         "--save-results", str(out / "evaluation.json")],
     )  # fmt: skip
     stages.run(
         "generate with and without the draft",

@@ -4,8 +4,8 @@
     python scripts/train_tiny_target.py --chat-data data/gsm8k_train.jsonl --output-dir outputs/tiny_target
 
 A byte-level BPE of 4,096 tokens and a Llama of 2.5M parameters, on chats (any normal-form jsonl) and on functions of
-the running Python's standard library, part of them with a span of lines cut out (fill-in-the-middle). Muon for matrices,
-AdamW for the rest, two linear decays. The shipped target took 15.3M tokens, 69 minutes on two cores.
+the running Python's standard library, part of them with a span of lines cut out (fill-in-the-middle). Muon for
+matrices, AdamW for the rest, two linear decays. The shipped target took 15.3M tokens, 69 minutes on two cores.
 """
 
 from __future__ import annotations

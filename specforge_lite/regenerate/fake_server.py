@@ -30,6 +30,7 @@ def answer_to(text: str) -> str:
 class FakeServer:
     """`await start()`, then `address`; `await stop()`.
 
+    latency_s: of each answer; with `jitter` j each text has its own, between (1 - j) and (1 + j) times that.
     faults: text of the last message -> kinds of replies for the first requests with it, one after another.
     fault_share: this share of texts (by hash) has its first request answered with one of `fault_kinds`.
     num_requests counts by text; max_in_flight and authorizations say what clients did.
@@ -38,12 +39,13 @@ class FakeServer:
     def __init__(
         self,
         latency_s: float = 0.0,
+        jitter: float = 0.0,
         faults: Mapping[str, Sequence[str]] | None = None,
         fault_share: float = 0.0,
         fault_kinds: Sequence[str] = ("http-500", "http-429", "half-body", "wrong-json", "disconnect"),
         model: str = "fake-model",
     ) -> None:
-        self.latency_s, self.model = latency_s, model
+        self.latency_s, self.jitter, self.model = latency_s, jitter, model
         self.faults = {text: list(kinds) for text, kinds in (faults or {}).items()}
         self.fault_share, self.fault_kinds = fault_share, list(fault_kinds)
         self.always: str | None = None  # a kind that every completion gets from now on
@@ -100,7 +102,7 @@ class FakeServer:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             if self.latency_s:
-                await asyncio.sleep(self.latency_s)
+                await asyncio.sleep(self.latency_of(text))
             kind = self._fault_of(text)
             if kind is not None:
                 self.num_faults[kind] += 1
@@ -117,6 +119,10 @@ class FakeServer:
         if self.num_requests[text] == 1 and self.fails_first(text):
             return self.fault_kinds[_number(text) // 10_000 % len(self.fault_kinds)]
         return None
+
+    def latency_of(self, text: str) -> float:
+        """Seconds until a request with this text is answered."""
+        return self.latency_s * (1 + self.jitter * (2 * (_number(text) / 16**12) - 1))
 
     def fails_first(self, text: str) -> bool:
         """True for the share of texts whose first request is answered with a fault."""
@@ -233,7 +239,7 @@ FAULTS: dict[str, FaultReply] = {
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    server = FakeServer(args.latency, fault_share=args.fault_share)
+    server = FakeServer(args.latency, args.jitter, fault_share=args.fault_share)
     await server.start(args.port)
     print(server.address, flush=True)
     await asyncio.Event().wait()
@@ -243,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per answer")
+    parser.add_argument("--jitter", type=float, default=0.0, help="0.5: latencies from half to one and a half")
     parser.add_argument("--fault-share", type=float, default=0.0, help="share of prompts that fail once")
     try:
         asyncio.run(_serve(parser.parse_args()))

@@ -1,0 +1,188 @@
+"""Speed-up of a draft on benchmark prompts, in a real engine, the way users will see it.
+
+    python benchmarks/bench_model_speedup.py --model-path TARGET --speculative-draft-model-path DRAFT \\
+        --backend sglang --config-list 1,3,1,4 4,3,1,4 4,7,10,60 --benchmark-list mtbench:80 gsm8k:200
+
+A configuration is B,STEPS,TOPK,VERIFY: requests in flight, draft steps, candidates per step, tokens verified at once
+(the root included); STEPS 0 is no draft. The run without a draft is made once per batch size, asked for or not.
+
+Writes --output (JSON lines, one per benchmark and configuration), a table, and beside it a bar chart as .png and a page
+as .html. Started again with the same --output it skips what is finished. scripts/plan_speculation.py reads the rows.
+
+The one statistic: acceptance length = completion tokens / verification passes, over all requests
+(specforge_lite/speedup/statistics.py defines all others).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from specforge_lite.cli import Section, parse_config
+from specforge_lite.errors import ConfigError
+from specforge_lite.log import info, run_script
+from specforge_lite.provenance import collect_provenance
+from specforge_lite.report import write_report
+from specforge_lite.speedup.chat import Chat
+from specforge_lite.speedup.configs import BenchConfig, check_backend
+from specforge_lite.speedup.engines import EngineOptions, check_options, choose_backend, session_opener
+from specforge_lite.speedup.present import print_table, save_chart
+from specforge_lite.speedup.prompts import BenchmarkRequest, load_prompts
+from specforge_lite.speedup.rows import ResultFile, fingerprint
+from specforge_lite.speedup.run import Workload, run_benchmark
+
+DEFAULT_BENCHMARKS = ("mtbench:80", "gsm8k:200", "humaneval:200", "math500:200")
+
+
+class EngineSection(Section):
+    """The target, its draft and the engine that runs them."""
+
+    model_path: str = Field(
+        description="Hugging Face directory or hub name of the target",
+        json_schema_extra={"flags": ["--target-model-path", "--base-model-path"]},
+    )
+    speculative_draft_model_path: str | None = Field(
+        None, description="exported draft", json_schema_extra={"flags": ["--draft-model-path"]}
+    )
+    backend: Literal["auto", "sglang", "vllm", "hf"] = Field(
+        "auto",
+        description="auto: sglang where installed, else vllm, else hf",
+        json_schema_extra={"flags": ["--engine"]},
+    )
+    tp_size: int = Field(1, ge=1, description="tensor-parallel size of the server")
+    port: int | None = Field(None, ge=1, le=65535, description="of the server, on loopback; default: a free one")
+    mem_fraction_static: float | None = Field(
+        None, gt=0, lt=1, description="share of GPU memory for the server", json_schema_extra={"flags": ["--mem-frac"]}
+    )
+    target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as stored", json_schema_extra={"flags": ["--dtype"]}
+    )
+    engine_python: str | None = Field(None, description="python interpreter of the engine's environment")
+    engine_arg: tuple[str, ...] = Field((), description="key=value passed to the server untouched; may repeat")
+    engine_devices: str | None = Field(None, description="CUDA_VISIBLE_DEVICES of the server; cpu: none")
+    startup_minutes: float = Field(20.0, gt=0, description="how long a server may take to start")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class WorkSection(Section):
+    """What is asked, and how often at a time."""
+
+    config_list: tuple[str, ...] = Field(("1,3,1,4",), description="B,STEPS,TOPK,VERIFY; STEPS 0: no draft")
+    benchmark_list: tuple[str, ...] = Field(
+        DEFAULT_BENCHMARKS, description="mtbench, gsm8k, humaneval, math500, alpaca or a file of prompts; NAME:COUNT"
+    )
+    data_dir: Path | None = Field(None, description="local copies of the benchmarks' files")
+    from_hub: bool = Field(False, description="fetch benchmarks through `datasets` rather than from the package")
+    num_shots: int = Field(0, ge=0, le=5, description="worked examples before each gsm8k question")
+    max_new_tokens: int = Field(1024, ge=1, json_schema_extra={"flags": ["--max-tokens"]})
+    temperature: float = Field(0.0, ge=0)
+    system_prompt: str | None = Field(None, description="added to prompts that have none")
+    chat_template_kwargs: str | None = Field(None, description='JSON for the template: {"enable_thinking": false}')
+    raw_prompts: bool = Field(False, description="no chat template (base models)")
+    seed: int = Field(0, description="of sampling with --backend hf")
+    output: Path = Field(Path("outputs/speedup/results.jsonl"), description="JSON lines")
+
+
+class BenchmarkConfig(Section):
+    """Speed-up of a draft on benchmark prompts."""
+
+    engine: EngineSection
+    work: WorkSection = WorkSection()
+
+
+def main() -> None:
+    config = parse_config(BenchmarkConfig, description=__doc__ or "")
+    configs = [BenchConfig.parse(text) for text in config.work.config_list]
+    requests = [BenchmarkRequest.parse(text) for text in config.work.benchmark_list]
+    options = engine_options(config)
+    check_backend(configs, options.backend)
+    check_options(options, any(not c.speculation.is_baseline for c in configs))
+
+    chat = Chat.of_model(
+        options.model_path,
+        template_kwargs(config.work.chat_template_kwargs),
+        config.work.system_prompt,
+        config.work.raw_prompts,
+        options.trust_remote_code,
+    )
+    work = config.work
+    prompts = {r.label: load_prompts(r, work.data_dir, work.num_shots, work.from_hub) for r in requests}
+    if len(prompts) < len(requests):
+        raise ConfigError("benchmark_list: two entries have the same name")
+    results = ResultFile(work.output, settings_of(config, options))
+    longest = max(chat.longest(some, work.max_new_tokens) for some in prompts.values())
+    rows = run_benchmark(
+        configs,
+        Workload(prompts, chat, work.max_new_tokens, greedy=work.temperature == 0),
+        results,
+        session_opener(options, longest),
+    )
+
+    print_table(rows)
+    save_chart(rows, work.output.with_suffix(".png"))
+    page = write_report(
+        work.output.with_suffix(".html"),
+        title=f"Speed-up on {options.backend}: {Path(options.model_path).name}",
+        speedup_rows=[row.to_dict() for row in rows],
+        provenance=collect_provenance(config.model_dump(mode="json")),
+    )
+    info(f"wrote {work.output}, {work.output.with_suffix('.png').name}, {page.name}")
+
+
+def engine_options(config: BenchmarkConfig) -> EngineOptions:
+    engine, work = config.engine, config.work
+    return EngineOptions(
+        backend=choose_backend(engine.backend),
+        model_path=engine.model_path,
+        draft_path=engine.speculative_draft_model_path,
+        temperature=work.temperature,
+        seed=work.seed,
+        dtype=engine.target_dtype,
+        tp_size=engine.tp_size,
+        port=engine.port,
+        mem_frac=engine.mem_fraction_static,
+        engine_python=engine.engine_python,
+        engine_args=engine.engine_arg,
+        engine_devices=engine.engine_devices,
+        startup_minutes=engine.startup_minutes,
+        trust_remote_code=engine.trust_remote_code,
+        log_dir=work.output.parent / "logs",
+    )
+
+
+def template_kwargs(text: str | None) -> dict[str, Any]:
+    """--chat-template-kwargs as a mapping."""
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ConfigError(f"chat_template_kwargs: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"chat_template_kwargs: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def settings_of(config: BenchmarkConfig, options: EngineOptions) -> dict[str, Any]:
+    """What rows of one file must share."""
+    engine, work = config.engine, config.work
+    return {
+        "backend": options.backend,
+        "model_path": options.model_path,
+        "draft": fingerprint(options.draft_path),
+        "dtype": options.dtype,
+        "tp_size": options.tp_size,
+        "engine_arg": list(engine.engine_arg),
+        "temperature": work.temperature,
+        "max_new_tokens": work.max_new_tokens,
+        "system_prompt": work.system_prompt,
+        "chat_template_kwargs": template_kwargs(work.chat_template_kwargs),
+        "raw_prompts": work.raw_prompts,
+        "num_shots": work.num_shots,
+        "seed": work.seed,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

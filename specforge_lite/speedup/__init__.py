@@ -1,0 +1,1 @@
+"""Speed-up of speculative decoding on benchmark prompts, measured the way users will see it."""

@@ -1,0 +1,153 @@
+"""Statistics of answered requests, each with one definition.
+
+    acceptance length   completion tokens / verification passes, over all requests (what SGLang reports). The first
+                        token of an answer comes from the prompt's own pass and counts as a token. Without a draft: 1.
+    per position        share of the passes that accepted drafted token k and all before it, k = 0, 1, ...
+    latency per token   of a request: (last token - first token) / (tokens - 1); median, 95th percentile over requests
+    time to first token from sending a request to its first token
+    throughput          completion tokens of all requests / wall time of the whole run
+    speed-up            throughput / throughput without a draft, same engine, prompts and batch size
+
+Intervals are 95% percentile bootstrap intervals over prompts (conversations), which are what one would draw again.
+With B requests in flight throughput is B x tokens / time in flight, so its interval comes from each prompt's tokens and
+seconds in flight, scaled to the measured value; that of the speed-up resamples the same prompts on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answered request. prompt: index of the conversation; passes: verification passes (None: not known for this
+    request alone); accepted_at[k]: passes that accepted drafted token k. Seconds count from sending the request."""
+
+    prompt: int
+    turn: int
+    category: str
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+    passes: int | None
+    accepted_at: tuple[int, ...]
+    first_token_seconds: float
+    seconds: float
+    finish_reason: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def latency_per_token(self) -> float | None:
+        """Seconds per token after the first; None for an answer of one token."""
+        if self.num_tokens < 2:
+            return None
+        return (self.seconds - self.first_token_seconds) / (self.num_tokens - 1)
+
+
+def acceptance_length(records: Sequence[Record]) -> float | None:
+    """Completion tokens / passes; None where no passes are known."""
+    passes = sum(record.passes or 0 for record in records)
+    return sum(record.num_tokens for record in records) / passes if passes else None
+
+
+def share_per_position(accepted_at: Iterable[Sequence[int]], passes: int) -> list[float]:
+    """Sums of `accepted_at` over requests / passes."""
+    total: list[int] = []
+    for counts in accepted_at:
+        total += [0] * (len(counts) - len(total))
+        for k, count in enumerate(counts):
+            total[k] += count
+    return [count / passes for count in total] if passes else []
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Linear interpolation between order statistics (numpy's default); None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def by_category(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of each category, categories in order of appearance."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.category, []).append(record)
+    return groups
+
+
+@dataclass(frozen=True)
+class PromptSums:
+    """Per prompt, in the order of prompt index: tokens, passes, seconds in flight (float64 arrays [P])."""
+
+    prompts: tuple[int, ...]
+    tokens: np.ndarray
+    passes: np.ndarray
+    seconds: np.ndarray
+
+
+def sums_by_prompt(records: Sequence[Record]) -> PromptSums:
+    """Add up the turns of each prompt."""
+    sums: dict[int, list[float]] = {}
+    for record in records:
+        row = sums.setdefault(record.prompt, [0.0, 0.0, 0.0])
+        for i, value in enumerate((record.num_tokens, record.passes or 0, record.seconds)):
+            row[i] += value
+    prompts = tuple(sorted(sums))
+    columns = np.array([sums[p] for p in prompts], dtype=np.float64).reshape(len(prompts), 3).T
+    return PromptSums(prompts, columns[0], columns[1], columns[2])
+
+
+def bootstrap_ratio(
+    numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray], seed: int = 0
+) -> tuple[float, float] | None:
+    """95% interval of the product of sum(numerators[i]) / sum(denominators[i]), resampling prompts.
+
+    All arrays are [P] in the same order of prompts; every resample draws the same prompts for all of them. None for
+    fewer than two prompts.
+    """
+    count = len(numerators[0])
+    if count < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+    values = np.ones(NUM_RESAMPLES)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for numerator, denominator in zip(numerators, denominators):
+            values = values * numerator[draws].sum(1) / denominator[draws].sum(1)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def scaled(interval: tuple[float, float] | None, factor: float) -> tuple[float, float] | None:
+    """Both ends times `factor`."""
+    return (interval[0] * factor, interval[1] * factor) if interval is not None else None
+
+
+def identical_share(records: Sequence[Record], baseline: Sequence[Record]) -> float | None:
+    """Share of the prompts answered by both whose token ids are the same in every turn; None without such a prompt."""
+    mine, theirs = _answers(records), _answers(baseline)
+    both = mine.keys() & theirs.keys()
+    return sum(mine[p] == theirs[p] for p in both) / len(both) if both else None
+
+
+def _answers(records: Sequence[Record]) -> dict[int, list[tuple[int, tuple[int, ...]]]]:
+    answers: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    for record in sorted(records, key=lambda r: (r.prompt, r.turn)):
+        answers.setdefault(record.prompt, []).append((record.turn, record.token_ids))
+    return answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pydantic import Field
@@ -25,7 +26,10 @@ class CheckConfig(Section):
 
 
 def main() -> int:
-    config = parse_config(CheckConfig)
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):  # `check_draft.py DIRECTORY` needs no flag
+        words.insert(0, "--draft-model-path")
+    config = parse_config(CheckConfig, words)
     path = config.target_model_path
     target = load_target_config(path, config.trust_remote_code) if path else None
     trained = draft_config_of(read_draft_files(config.checkpoint)).aux_layer_ids if config.checkpoint else None

@@ -20,7 +20,7 @@ LAYERS = {
     "regenerate": 6, "training": 6, "inference": 6,
     "export": 7, "contract": 7, "report": 8, "speedup": 8, "planner": 8, "verify": 8, "bundle": 8, "compare": 9, "evaluation": 9,
 }  # fmt: skip
-ALLOWED_SIDEWAYS = {("log", "errors"), ("training", "inference"), ("export", "contract")}
+ALLOWED_SIDEWAYS = {("log", "errors"), ("training", "inference"), ("export", "contract"), ("planner", "speedup")}
 FORBIDDEN = {("engines", "drafts"), ("engines", "data"), ("data", "nn"), ("nn", "data")}
 # Importable with torch alone: a GPU machine may have nothing else.
 TORCH_ONLY = ("nn", "drafts", "types", "errors", "log")

@@ -15,6 +15,7 @@ from specforge_lite.export import export_draft
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
 from specforge_lite.inference.decode import Decoding
 from specforge_lite.inference.drafter import Drafter
+from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.output import StopRules
 from specforge_lite.inference.target import ExactReplay
 from specforge_lite.inference.verify import Sampling
@@ -245,6 +246,30 @@ def test_trees_are_those_of_a_plain_search_without_a_cache(families, algorithm: 
 
     watched(speculative, PROMPTS[:2], shape, check)
     assert len(checked) == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_output": True, "fc_norm": True}, {"target_hidden_size": 48}])
+def test_the_fused_step_equals_the_drafts_own(options: dict) -> None:
+    """Also after the table of positions has grown, and with the fused matrices behind the draft's own parameters."""
+    draft, oracle = random_draft(**options), random_draft(**options)
+    step = step_of(draft)
+    assert isinstance(step, FusedStep)
+    for first, last in ((0, 5), (290, 300)):
+        positions = torch.arange(first, last).expand(2, -1)
+        state, embeds = torch.randn(2, last - first, 32), torch.randn(2, last - first, 32)
+
+        def attend(q, k, v):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        step.cover(last, CPU, torch.float32)
+        torch.testing.assert_close(
+            step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
+        )
+    torch.testing.assert_close(
+        draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
+    )
+    draft.requires_grad_(True)
+    assert step_of(draft) == draft.step  # a draft in training keeps its parameters
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from specforge_lite.drafts import Draft
+from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import Candidates, TokenTree, TreeShape, best_tree, chain_tree
 
@@ -40,11 +41,12 @@ class Drafter:
         own_table = getattr(draft, "embed_tokens", None)
         self.table_VD = table_VD if own_table is None else own_table.weight
         self.head: Head = head or draft.logits
+        self.step = step_of(draft)
         self.device = table_VD.device
         self.dtype = next(draft.parameters()).dtype
-        self.maps_tokens = bool(draft.d2t.any())
+        self.target_ids_Vd = draft.target_ids if bool(draft.d2t.any()) else None
         self.num_forwards = self.num_true_rows = self.num_speculative_rows = 0
-        self.seconds = 0.0
+        self.seconds, self.clock = 0.0, time.perf_counter
         self.cache = SlotCache(1, 0, 0, self.device)
         self.state_B1D = torch.empty(0)
         self.logits_BVd = torch.empty(0)
@@ -148,38 +150,42 @@ class Drafter:
     ) -> tuple[Tensor, Tensor]:
         """One pass of the layer over rows planned by `cache.begin`; `offset`: RoPE positions behind the true rows.
         True rows have consecutive positions, speculative ones of one level share theirs."""
-        start = time.perf_counter()
-        cache, width = self.cache, tokens_BT.shape[1]
-        lengths = cache.lengths if cache.plan.row is None else [cache.lengths[cache.plan.row]]
-        positions_BT = torch.tensor(lengths, device=self.device)[:, None] + offset
-        if speculative:
-            positions_BT = positions_BT.expand(-1, width)
-        else:
-            positions_BT = positions_BT + torch.arange(width, device=self.device)
+        start = self.clock()
+        positions_BT = self._positions(tokens_BT.shape[1], offset, speculative)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.slot_layers[0].update(k, v)
+            keys, values = self.cache.slot_layers[0].update(k, v)
             shared = q.shape[1] != keys.shape[1]
             return scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
         embeds_BTD = embedding(tokens_BT, self.table_VD).to(self.dtype)
-        result = self.draft.step(state_BTD, embeds_BTD, positions_BT, attend)
+        result = self.step(state_BTD, embeds_BTD, positions_BT, attend)
         self.num_forwards += 1
         if speculative:
             self.num_speculative_rows += tokens_BT.numel()
-        self.seconds += time.perf_counter() - start
+        self.seconds += self.clock() - start
         return result
 
+    def _positions(self, width: int, offset: int, speculative: bool) -> Tensor:
+        """RoPE positions [B, width] of rows planned by `cache.begin`."""
+        lengths = self.cache.lengths if self.cache.plan.row is None else [self.cache.lengths[self.cache.plan.row]]
+        if isinstance(self.step, FusedStep):
+            self.step.cover(max(lengths) + offset + width, self.device, self.dtype)
+        if speculative:
+            return torch.tensor([[length + offset] * width for length in lengths], device=self.device)
+        firsts_B1 = torch.tensor(lengths, device=self.device)[:, None]
+        return firsts_B1 + torch.arange(width, device=self.device)
+
     def _first_state(self, features: Tensor) -> Tensor:
-        start = time.perf_counter()
+        start = self.clock()
         state = self.draft.first_state(features.to(self.dtype))
-        self.seconds += time.perf_counter() - start
+        self.seconds += self.clock() - start
         return state
 
     def _logits(self, head_in: Tensor) -> Tensor:
-        start = time.perf_counter()
+        start = self.clock()
         logits = self.head(head_in)
-        self.seconds += time.perf_counter() - start
+        self.seconds += self.clock() - start
         return logits
 
     def _remember(self, state_B1D: Tensor, head_in_B1D: Tensor, row: int | None) -> None:
@@ -197,7 +203,7 @@ class Drafter:
         return logits.float().log_softmax(-1).clamp_(max=0)
 
     def _to_target(self, draft_ids: Tensor) -> Tensor:
-        return self.draft.draft_to_target(draft_ids) if self.maps_tokens else draft_ids
+        return draft_ids if self.target_ids_Vd is None else self.target_ids_Vd[draft_ids]
 
 
 def _rows(x_BFD: Tensor, index_BM: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ H target hidden size, D draft hidden size, A aux layers, V target vocabulary, Vd
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # importing torch takes seconds; preparing and tokenizing data does not need it
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class DraftBatch:
 
 def collate(samples: list[TokenizedSample], last_normed: list[Tensor], aux: list[Tensor]) -> DraftBatch:
     """Lay samples, their normed last states [L, H] and aux states [L, A, H] back to back."""
+    import torch
+
     offsets = [0]
     for sample in samples:
         offsets.append(offsets[-1] + len(sample))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from specforge_lite.errors import DataError
 from specforge_lite.types import TokenizedSample
@@ -190,6 +189,8 @@ class TokenizedDataset(Sequence[TokenizedSample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        import torch
+
         index = int(index) % len(self)
         start, end = (int(i) for i in self._arrays["offsets"][index : index + 2])
         return TokenizedSample(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from specforge_lite.config import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
@@ -57,6 +56,8 @@ class TokenRow:
     span_cut_off: bool = False
 
     def to_sample(self) -> TokenizedSample:
+        import torch
+
         return TokenizedSample(
             self.sample_id, torch.from_numpy(self.input_ids.astype(np.int64)), torch.from_numpy(self.loss_mask.copy())
         )

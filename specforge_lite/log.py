@@ -32,7 +32,13 @@ def warn(message: str) -> None:
     _write(f"warning: {message}" if rank in (None, "0") else f"warning (rank {rank}): {message}", sys.stderr)
 
 
+# Called with ("info" or "warning", message) for every line that is shown, e.g. by a run's log file.
+sinks: list[Callable[[str, str], None]] = []
+
+
 def _write(message: str, stream: Any) -> None:
+    for sink in sinks:
+        sink("info" if stream is sys.stdout else "warning", message)
     try:
         from tqdm import tqdm
     except ImportError:  # torch-only machines run the benchmarks without tqdm

@@ -165,11 +165,12 @@ def test_sums_become_means() -> None:
 def test_step_line() -> None:
     metrics = {
         "loss": 3.4123, "acc0": 0.5189, "tau": 2.304, "tokens_per_second": 812.4, "wait_share": 0.031,
-        "memory_bytes": int(1.9 * 2**30), "eta_seconds": 720, "skipped_samples": 0, "nonfinite_steps": 0,
+        "memory_bytes": int(1.9 * 2**30), "eta_seconds": 720, "skipped_samples": 0, "nonfinite_steps": 0, "engine": "",
     }  # fmt: skip
     line = step_line(120, 800, metrics)
     assert line == "step 120/800 loss 3.412 acc0 0.519 tau 2.30 tok/s 812 wait 3% mem 1.9G eta 12m"
     assert step_line(120, 800, metrics | {"skipped_samples": 3}).endswith("eta 12m skipped 3")
+    assert step_line(120, 800, metrics | {"engine": "engine restarted 1x"}).endswith("eta 12m engine restarted 1x")
 
 
 def test_spikes_need_a_history_and_a_jump() -> None:

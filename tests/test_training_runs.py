@@ -3,13 +3,14 @@ refused samples are skipped within their budgets."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import INFO, Run, make_dataset, make_head, make_models, train, weights
+from training_runs import INFO, Run, capture, make_dataset, make_head, make_models, train, weights
 
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.drafts import TTTSettings
@@ -303,25 +304,37 @@ def test_a_loss_spike_is_logged_with_its_samples(tmp_path: Path, capsys: pytest.
 
     train(run, change)
     assert "step 38: loss spike" in capsys.readouterr().err
-    assert '"event": "loss_spike", "step": 38' in (tmp_path / "log.jsonl").read_text()
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    spike = next(event for event in events if event["event"] == "loss_spike")
+    assert spike["step"] == 38
+    assert len(spike["sample_ids"]) == 2
+    assert {"start", "info", "warning", "metrics", "checkpoint", "end"} <= {event["event"] for event in events}
 
 
 # ------------------------------------------------------------------------------------------------------------- offline
 
 
-def test_offline_states_give_the_losses_of_the_engine(tmp_path: Path) -> None:
-    data, evaluation = make_dataset(tmp_path / "data-24"), make_dataset(tmp_path / "data-eval", 7, seed=9)
-    config = CaptureSection(offline_dir=tmp_path / "off", states_dtype="fp32", shard_mb=1)
-    for part, dataset in (("train", data), ("eval", evaluation)):
-        capture_offline(dataset, FakeEngine(INFO), tmp_path / "off" / part, config)
-    parts = [OfflinePart(tmp_path / "off" / part) for part in ("train", "eval")]
-    engine = OfflineEngine(parts)
-    for dataset, part in ((data, parts[0]), (evaluation, parts[1])):  # sample ids are the same in both
-        assert part.dataset.fingerprint == dataset.fingerprint
+def test_offline_training_is_online_training(tmp_path: Path) -> None:
+    online = Run(tmp_path, "online")
+    train(online)
+    capture(online)
+    offline = Run(tmp_path, "offline-run", offline=True)
+    train(offline)
+    assert offline.losses() == online.losses()
+    assert_same_checkpoint(online.output_dir / "step_6", offline.output_dir / "step_6")
+    results = [next(row for row in run.metrics() if "eval/loss" in row) for run in (online, offline)]
+    assert results[0]["eval/loss"] == results[1]["eval/loss"]
+
+
+def test_parts_with_the_same_sample_ids_are_told_apart(tmp_path: Path) -> None:
+    config = CaptureSection(offline_dir=tmp_path, states_dtype="bf16")
+    datasets = [make_dataset(tmp_path / name, 5, seed) for name, seed in (("a", 0), ("b", 1))]
+    for part, dataset in zip("xy", datasets):
+        capture_offline(dataset, FakeEngine(INFO), tmp_path / part, config)
+    engine = OfflineEngine([OfflinePart(tmp_path / part) for part in "xy"])
+    for dataset in datasets:
         for sample, state in zip(dataset, FakeEngine(INFO).capture(list(dataset))):
-            read = engine.capture([sample])[0]
-            assert torch.equal(read.aux_LAH, state.aux_LAH)
-            assert torch.equal(read.last_LH, state.last_LH)
+            assert torch.equal(engine.capture([sample])[0].aux_LAH, state.aux_LAH.bfloat16())
 
 
 def test_a_killed_capture_continues_and_damage_is_found(tmp_path: Path) -> None:

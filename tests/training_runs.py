@@ -26,11 +26,12 @@ from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.data.vocab import build_vocab_map
 from specforge_lite.drafts import DraftConfig, build_draft
 from specforge_lite.drafts.initialize import init_random
-from specforge_lite.engines.base import TargetInfo
+from specforge_lite.engines.base import TargetEngine, TargetInfo
 from specforge_lite.engines.fake import FakeEngine, Fault
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
+from specforge_lite.training.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
 from specforge_lite.training.parts import RunData, RunModels
 from specforge_lite.training.reporting import Reporter, open_reporter
 from specforge_lite.training.run_dir import ExitSummary, StopRequest, catch_signals
@@ -53,6 +54,7 @@ class Run:
     faults: dict[str, Fault] = field(default_factory=dict)
     latency_s: float = 0.0
     num_samples: int = 24
+    offline: bool = False  # from states that `capture` wrote
 
     @property
     def output_dir(self) -> Path:
@@ -124,13 +126,24 @@ def make_models(data: TokenizedDataset, seed: int = 0) -> RunModels:
 def open_trainer(run: Run, world: World, reporter: Reporter, stop: StopRequest) -> Any:
     data = make_dataset(run.root / f"data-{run.num_samples}", run.num_samples)
     evaluation = make_dataset(run.root / "data-eval", 7, seed=9, prefix="e")
-    engine = FakeEngine(INFO, run.latency_s, run.faults)
+    engine: TargetEngine = FakeEngine(INFO, run.latency_s, run.faults)
+    if run.offline:
+        parts = [OfflinePart(run.root / "offline" / part) for part in ("train", "eval")]
+        data, evaluation, engine = parts[0].dataset, parts[1].dataset, OfflineEngine(parts)
     try:
         config = run.config()
         models = make_models(data)
         yield build_trainer(config, world, RunData(data, evaluation), engine, models, reporter, stop)
     finally:
         engine.close()
+
+
+def capture(run: Run, dtype: str = "fp32") -> None:
+    """Write the states that an `offline` run reads."""
+    config = CaptureSection.model_validate({"offline_dir": run.root / "offline", "states_dtype": dtype, "shard_mb": 1})
+    for part, name, count, seed, prefix in (("train", "data-24", 24, 0, "s"), ("eval", "data-eval", 7, 9, "e")):
+        dataset = make_dataset(run.root / name, count, seed, prefix)
+        capture_offline(dataset, FakeEngine(INFO), run.root / "offline" / part, config)
 
 
 def train(run: Run, change: Callable[[Trainer], None] | None = None) -> ExitSummary:

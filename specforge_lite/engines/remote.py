@@ -131,6 +131,12 @@ class RemoteEngine:
             check_capture(sample, state, self.info)
         return states
 
+    def health(self) -> str:
+        """What is out of order, in a few words for the trainer's step line; empty when nothing is."""
+        if self._server is not None and self._server.restarts:
+            return f"engine restarted {self._server.restarts}x"
+        return ""
+
     def close(self) -> None:
         """Cancel what is in flight, stop a launched server, delete the run's directory; may be called twice."""
         if self._closed:

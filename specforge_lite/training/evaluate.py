@@ -24,7 +24,7 @@ from specforge_lite.engines.base import TargetEngine
 from specforge_lite.engines.prefetch import SkipBudget
 from specforge_lite.errors import DataError
 from specforge_lite.training.distributed import World
-from specforge_lite.training.feed import BatchMaker, Dataset, Feed
+from specforge_lite.training.feed import BatchMaker, Dataset, Feed, prefetch_depth
 from specforge_lite.types import DraftBatch, StepOutput
 
 Forward = Callable[[DraftBatch], StepOutput]
@@ -210,7 +210,8 @@ def evaluate(
     count = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     plan = evaluation_batches(count, batch_size, world.rank, world.world_size)
     skips = skips or SkipBudget(num_samples=count)
-    feed = Feed((PlannedStep([indices], {}) for indices in plan), dataset, engine, to_batch, skips)
+    steps = (PlannedStep([indices], {}) for indices in plan)
+    feed = Feed(steps, dataset, engine, to_batch, skips, prefetch_depth(engine, batch_size))
     try:
         rows = list(_rows(forward, (batch for step in feed for batch in step.batches), chain_length, on_batch))
     finally:

@@ -16,8 +16,6 @@ from specforge_lite.engines.prefetch import SkipBudget, prefetch
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
 
-PREFETCH_DEPTH = 4
-
 
 class Dataset(Protocol):
     """What training needs of `data.cache.TokenizedDataset` or `training.offline.OfflineDataset`."""
@@ -50,7 +48,7 @@ class Feed:
         engine: TargetEngine,
         to_batch: BatchMaker,
         skips: SkipBudget,
-        depth: int = PREFETCH_DEPTH,
+        depth: int = 2,
     ) -> None:
         self._steps, self._dataset, self._to_batch = steps, dataset, to_batch
         self._planned: deque[PlannedStep] = deque()
@@ -90,6 +88,11 @@ class Feed:
             samples, states = first if number == 0 else next(self._prefetcher)
             self._num_skipped += len(indices) - len(samples)
             yield self._to_batch(samples, states)
+
+
+def prefetch_depth(engine: TargetEngine, batch_size: int) -> int:
+    """Micro batches to capture ahead: enough to keep the engine's request slots full, and never fewer than two."""
+    return max(2, -(-engine.max_concurrency // batch_size))
 
 
 class BatchMaker:

@@ -51,6 +51,7 @@ class StepProfiler:
     def _end(self) -> None:
         assert self._profiler is not None
         self._profiler.__exit__(None, None, None)
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # on hosts other than rank 0's
         self._profiler.export_chrome_trace(str(self._path))
         self._profiler = None
         self._start = None

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from specforge_lite import log
 from specforge_lite.errors import ConfigError
 from specforge_lite.log import info
 from specforge_lite.provenance import without_secrets
@@ -195,26 +197,35 @@ class ExitSummary:
 
 
 class EventLog:
-    """`--log-file`: every event of the run as one JSON line {"time", "event", ...}; nothing without a path."""
+    """`--log-file`: every event of the run, and every line shown, as one JSON line {"time", "event", ...}."""
 
     def __init__(self, path: Path | None) -> None:
         self._stream: IO[str] | None = None
+        self._lock = threading.Lock()  # engines warn from threads of their own
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
+                self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+                log.sinks.append(self._shown)
             except OSError as error:
                 raise ConfigError(f"log_file {path}: {error.strerror or error}") from None
 
     def write(self, event: str, facts: dict[str, Any]) -> None:
         """Append one line."""
-        if self._stream is not None:
-            self._stream.write(json.dumps({"time": _now(), "event": event, **facts}) + "\n")
-            self._stream.flush()
+        with self._lock:
+            if self._stream is not None:
+                self._stream.write(json.dumps({"time": _now(), "event": event, **facts}) + "\n")
+                self._stream.flush()
+
+    def _shown(self, kind: str, message: str) -> None:
+        self.write(kind, {"message": message})
 
     def close(self) -> None:
+        """Close the file; may be called twice."""
         if self._stream is not None:
+            log.sinks.remove(self._shown)
             self._stream.close()
+            self._stream = None
 
 
 def _now() -> str:

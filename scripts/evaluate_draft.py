@@ -165,7 +165,8 @@ def print_steps(result: EvalResult, title: str) -> None:
 
 
 def print_comparison(estimated: Acceptance, decoded: Decoded) -> None:
-    table = Table(title="share of passes that accepted drafted token k")
+    info("share of verification passes that accepted drafted token k:")
+    table = Table()
     for column in ("k", "estimated", "decoded"):
         table.add_column(column, justify="right")
     for k, pair in enumerate(zip(estimated.per_position, decoded.acceptance.per_position)):

@@ -1,0 +1,25 @@
+"""Run a script's `main` in this process: its logic is tested without starting an interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_in_process(name: str, words: list[str]) -> int:
+    """Call `main` of scripts/NAME.py with these arguments; errors come out as exceptions. Returns its exit code."""
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *words])
+        return int(module.main() or 0)

@@ -21,6 +21,7 @@ from training_runs import Run, run_ranks, start_ranks, train, wait
 from specforge_lite.engines.fake import Fault
 from specforge_lite.training.checkpoint import verify_checkpoint
 from specforge_lite.training.failures import BEAT_SECONDS
+from specforge_lite.training.feed import Feed, StepBatches
 from specforge_lite.training.loop import Trainer
 
 SHARED_SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,15 +74,26 @@ def test_two_ranks_train_as_one_does_whatever_the_sharding(tmp_path: Path) -> No
     assert back.losses()[-2:] == pytest.approx(longer.losses()[-2:], rel=1e-4)
 
 
+class ShortFeed(Feed):
+    """A feed that ends after three steps."""
+
+    def __init__(self, whole: Feed) -> None:
+        self.__dict__ = whole.__dict__
+        self._left = 3
+
+    def __next__(self) -> StepBatches:
+        self._left -= 1
+        if self._left < 0:
+            raise StopIteration
+        return super().__next__()
+
+
 def end_early(run: Run) -> None:
     """Rank 1 runs out of data after three steps."""
 
     def change(trainer: Trainer) -> None:
         if os.environ["RANK"] == "1":
-            feed, given = trainer.feed, iter(range(3))
-            original = feed.__next__
-            trainer.feed = type("Short", (), {"__next__": lambda self: (next(given), original())[1]})()  # type: ignore[assignment]
-            trainer.feed.num_skipped, trainer.feed.wait_seconds = 0, 0.0  # type: ignore[misc]
+            trainer.feed = ShortFeed(trainer.feed)
 
     summary = train(run, change)
     assert (summary.reason, summary.step) == ("out of data", 3)

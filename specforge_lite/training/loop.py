@@ -137,15 +137,19 @@ class Trainer:
             self._drain()
             self._report()
         self.reporter.beat(step, self.total_steps, "training")
-        if self.evaluator is not None and (last or _is_due(step, settings.training.eval_interval)):
+        by_epoch = self._epochs_are_due(settings.training.eval_epochs)
+        if self.evaluator is not None and (last or by_epoch or _is_due(step, settings.training.eval_interval)):
             self.evaluate()
         if not last and self._save_is_due(step):
             self.save()
 
     def _save_is_due(self, step: int) -> bool:
-        every = self.config.checkpoint.save_epochs
-        by_epoch = every is not None and self._epoch_ended and self.progress.data["epoch"] % every == 0
+        by_epoch = self._epochs_are_due(self.config.checkpoint.save_epochs)
         return by_epoch or _is_due(step, self.config.checkpoint.save_interval)
+
+    def _epochs_are_due(self, every: int | None) -> bool:
+        """True at the end of every `every`-th epoch."""
+        return every is not None and self._epoch_ended and self.progress.data["epoch"] % every == 0
 
     def _finish(self, reason: str) -> ExitSummary:
         if len(self._metrics):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from specforge_lite.errors import ConfigError
 from specforge_lite.log import info
 from specforge_lite.nn.target_head import TargetHead, load_target_head
 from specforge_lite.training.distributed import World
+from specforge_lite.training.eagle1 import Eagle1TrainingSection
 from specforge_lite.training.offline import OfflineEngine, OfflinePart
 from specforge_lite.training.settings import TrainConfig
 
@@ -145,12 +147,12 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
     """The draft's shape from `--draft-model-config`, or derived from the target; aux layers are the engine's."""
     section = config.draft
     if section.draft_model_config is not None:
-        draft = DraftConfig.from_json(section.draft_model_config)
+        draft = read_draft_config(section.draft_model_config, config.algorithm)
         if section.draft_vocab_size is not None:
             draft = draft.replace(draft_vocab_size=section.draft_vocab_size)
     else:
-        draft = DraftConfig.from_target(target_config, section.draft_vocab_size)
-    changes: dict[str, Any] = {"aux_layer_ids": target.aux_layer_ids}
+        draft = DraftConfig.from_target(target_config, section.draft_vocab_size, config.algorithm)
+    changes: dict[str, Any] = {"aux_layer_ids": target.aux_layer_ids if config.algorithm == "eagle3" else None}
     if section.norm_output is not None:
         changes["norm_output"] = section.norm_output
     if section.fc_norm is not None:
@@ -168,6 +170,19 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
         if ours != theirs:
             raise ConfigError(f"draft config: {name} {ours}, the target has {theirs}")
     return draft
+
+
+def read_draft_config(path: Path, algorithm: str) -> DraftConfig:
+    """A draft's config.json for `algorithm`; a plain Llama config, as EAGLE's are, fits both."""
+    draft = DraftConfig.from_json(path)
+    if draft.algorithm == algorithm:
+        return draft
+    file = path / "config.json" if path.is_dir() else path
+    architecture = "".join(json.loads(file.read_text(encoding="utf-8")).get("architectures") or [])
+    if "Eagle" in architecture:
+        script = "train_eagle3_online.py" if draft.algorithm == "eagle3" else "train_eagle1.py"
+        raise ConfigError(f"{path}: architectures {architecture}: that is trained with scripts/{script}")
+    return draft.replace(algorithm=algorithm, draft_vocab_size=draft.vocab_size)
 
 
 @dataclass
@@ -224,7 +239,7 @@ def _digest(data: bytes) -> str:
 def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
     """The draft's own view of the settings."""
     training = config.training
-    return TTTSettings(
+    settings = TTTSettings(
         num_steps=training.ttt_length,
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
@@ -233,3 +248,6 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,
     )
+    if isinstance(training, Eagle1TrainingSection):
+        settings = replace(settings, v_weight=training.v_weight, p_weight=training.p_weight, noise=training.noise)
+    return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -75,6 +75,7 @@ class TrainingSection(Section):
     eval_interval: int = Field(
         1000, ge=0, description="evaluate every so many steps, and at the end; 0: at the end only"
     )
+    eval_epochs: int | None = Field(None, ge=1, description="also evaluate after every so many epochs")
     eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
     eval_chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the estimated acceptance length")
     offline_dir: Path | None = Field(
@@ -152,6 +153,8 @@ class DistributedSection(Section):
 
 class TrainConfig(Section):
     """Train an EAGLE draft online: a frozen target gives hidden states, the draft learns from them."""
+
+    algorithm: ClassVar[str] = "eagle3"
 
     target: TargetSection
     data: DataSection = DataSection()

@@ -140,7 +140,9 @@ def make_evaluator(
     dataset = data.eval
     if dataset is None:
         return None
-    settings = replace(ttt, collect_rows=True)
+    # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
+    chain = config.training.eval_chain_length if config.algorithm == "eagle1" else 1
+    settings = replace(ttt, collect_rows=True, num_steps=max(ttt.num_steps, chain))
 
     def run() -> EvalResult:
         return evaluate(

@@ -72,6 +72,7 @@ class Trainer:
     total_steps: int
     documents: dict[str, Any]
     evaluator: Callable[[], EvalResult] | None = None
+    engine_health: Callable[[], str] = str  # what is out of order with the engine, for the step line
 
     def __post_init__(self) -> None:
         self._metrics = MetricBuffer(self.ttt.num_steps)
@@ -101,7 +102,9 @@ class Trainer:
                 self.train_step(batches)
                 profiler.step(self.progress.step)
                 self._after_step()
-        return self._finish(reason)
+        summary = self._finish(reason)
+        self.feed.close()
+        return summary
 
     def train_step(self, step: StepBatches) -> None:
         """One optimizer step of this rank; leaves sums on the device."""
@@ -220,6 +223,7 @@ class Trainer:
             "eta_seconds": per_step * (self.total_steps - step),
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": self.progress.nonfinite_steps,
+            "engine": self.engine_health(),
         }
         if self._slots.slots:
             metrics["packing_efficiency"] = self._slots.take()

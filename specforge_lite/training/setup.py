@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -28,7 +28,7 @@ from specforge_lite.training.checkpoint import (
 )
 from specforge_lite.training.distributed import World
 from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.feed import BatchMaker, Feed
+from specforge_lite.training.feed import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.loop import Progress, Trainer
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors, spread_draft
@@ -36,6 +36,13 @@ from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt
 from specforge_lite.training.reporting import Reporter
 from specforge_lite.training.run_dir import StopRequest
 from specforge_lite.training.settings import TrainConfig, run_length
+
+
+@runtime_checkable
+class ReportsHealth(Protocol):
+    """An engine that can say what is out of order with it, in a few words; nothing when all is well."""
+
+    def health(self) -> str: ...
 
 
 def build_trainer(
@@ -70,13 +77,14 @@ def build_trainer(
         optimizer=optimizer,
         target_head=models.target_head,
         ttt=ttt,
-        feed=Feed(plan.steps(), data.train, engine, to_batch, skips),
+        feed=Feed(plan.steps(), data.train, engine, to_batch, skips, _depth(config, data, engine)),
         reporter=reporter,
         stop=stop,
         progress=progress,
         total_steps=total_steps,
         documents=run_documents(config, models),
         evaluator=make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
+        engine_health=engine.health if isinstance(engine, ReportsHealth) else str,
     )
 
 
@@ -93,6 +101,14 @@ def make_plan(config: TrainConfig, data: RunData, world: World) -> BatchPlan:
         seed=training.seed,
         max_tokens_per_batch=training.max_tokens_per_batch,
     )
+
+
+def _depth(config: TrainConfig, data: RunData, engine: TargetEngine) -> int:
+    """Micro batches to capture ahead, by how many samples one has."""
+    samples, budget = config.training.batch_size, config.training.max_tokens_per_batch
+    if budget is not None:
+        samples = max(1, int(budget / data.train.lengths.mean()))
+    return prefetch_depth(engine, samples)
 
 
 def run_documents(config: TrainConfig, models: RunModels) -> dict[str, Any]:

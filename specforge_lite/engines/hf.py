@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
+from specforge_lite.engines.hf_tp import Lockstep, as_world, open_group
 from specforge_lite.errors import CaptureError, ConfigError
 from specforge_lite.log import info as log_info
 from specforge_lite.types import CapturedStates, TokenizedSample
@@ -32,6 +33,7 @@ class HfEngine:
 
     model_path: local directory or hub name. dtype: `auto` (as stored), `float32`, `bfloat16`, `float16`.
     device: default CUDA if there is one. output_device: where states go; default: they stay on `device`.
+    tp: ranks that hold the target together (transformers' own tensor parallelism; every torchrun rank makes an engine).
     Results do not depend on which samples are captured together, up to fp rounding.
 
     Raises ConfigError for a model that cannot be loaded or aux layers it does not have.
@@ -47,12 +49,15 @@ class HfEngine:
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         output_device: str | torch.device | None = None,
+        tp: int | None = None,
+        wait_minutes: float = 20.0,
     ) -> None:
         self.model_path = str(model_path)
         self.trust_remote_code = trust_remote_code
         self.device = torch.device(device) if device is not None else default_device()
         self.output_device = torch.device(output_device) if output_device is not None else self.device
-        self.model = load_target_model(self.model_path, dtype, self.device, trust_remote_code)
+        group = open_group(tp, self.device, wait_minutes) if tp is not None and tp > 1 else None
+        self.model = load_target_model(self.model_path, dtype, self.device, trust_remote_code, group)
         self.decoder, layers = find_decoder(self.model)
         text_config = self.model.config.get_text_config()
         self.info = TargetInfo(
@@ -67,6 +72,7 @@ class HfEngine:
         self._taps: dict[int, Tensor] = {}
         self._hooks = [layers[i].register_forward_hook(self._tap(i)) for i in self.info.aux_layer_ids]
         self._lock = threading.Lock()
+        self._lockstep = Lockstep(group, self.device, self._capture) if group is not None else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -82,21 +88,30 @@ class HfEngine:
         """
         for sample in samples:
             check_sample(sample, self.info)
+        if self._lockstep is not None:
+            return self._lockstep.capture(samples)
+        return self._capture(samples, range(len(samples)))
+
+    def _capture(self, samples: Sequence[TokenizedSample], wanted: range) -> list[CapturedStates]:
+        """Run all `samples`, return the states of those in `wanted`."""
         captured: dict[int, CapturedStates] = {}
         with self._lock:
             for batch in length_buckets([len(s) for s in samples], self._length_group):
-                for index, states in zip(batch, self._forward([samples[i] for i in batch])):
-                    captured[index] = states
-        return [captured[i] for i in range(len(samples))]
+                rows = [row for row, index in enumerate(batch) if index in wanted]
+                for row, states in zip(rows, self._forward([samples[i] for i in batch], rows)):
+                    captured[batch[row]] = states
+        return [captured[i] for i in wanted]
 
     def close(self) -> None:
-        """Remove the hooks; the model itself goes with the object."""
+        """Remove the hooks; the model itself goes with the object. With `tp` it waits for the other ranks."""
+        if self._lockstep is not None:
+            self._lockstep.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     @torch.no_grad()
-    def _forward(self, samples: list[TokenizedSample]) -> list[CapturedStates]:
+    def _forward(self, samples: list[TokenizedSample], rows: list[int]) -> list[CapturedStates]:
         input_ids_BT, attention_mask_BT = right_pad(samples, self.device)
         self._taps.clear()
         output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
@@ -105,15 +120,15 @@ class HfEngine:
         self._taps.clear()
         return [
             CapturedStates(
-                sample_id=sample.sample_id,
-                input_ids_L=sample.input_ids_L,
+                sample_id=samples[row].sample_id,
+                input_ids_L=samples[row].input_ids_L,
                 # clone: a view would keep the padded batch alive as long as its longest-lived sample
-                aux_LAH=aux_BTAH[row, : len(sample)].clone().to(self.output_device),
-                last_LH=last_BTH[row, : len(sample)].clone().to(self.output_device),
+                aux_LAH=aux_BTAH[row, : len(samples[row])].clone().to(self.output_device),
+                last_LH=last_BTH[row, : len(samples[row])].clone().to(self.output_device),
                 aux_layer_ids=self.info.aux_layer_ids,
                 last_is_normed=True,
             )
-            for row, sample in enumerate(samples)
+            for row in rows
         ]
 
     def _tap(self, layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -130,8 +145,13 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def load_target_model(model_path: str, dtype: str, device: torch.device, trust_remote_code: bool) -> Any:
-    """Load a causal LM, or the text-generating model of a multimodal family, frozen and in eval mode."""
+def load_target_model(
+    model_path: str, dtype: str, device: torch.device, trust_remote_code: bool, tp_group: Any = None
+) -> Any:
+    """Load a causal LM, or the text-generating model of a multimodal family, frozen and in eval mode.
+
+    tp_group: process group to split it over (each rank loads its part only).
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
@@ -139,7 +159,16 @@ def load_target_model(model_path: str, dtype: str, device: torch.device, trust_r
         remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         known = type(config) in AutoModelForCausalLM._model_mapping or remote
         auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
-        model: Any = auto_class.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+        if tp_group is not None:
+            from transformers.distributed import DistributedConfig
+
+            split = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
+            with as_world(tp_group):
+                model: Any = auto_class.from_pretrained(
+                    model_path, dtype=dtype, trust_remote_code=trust_remote_code, distributed_config=split
+                )
+            return model.eval().requires_grad_(False)
+        model = auto_class.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"target_model_path {model_path}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False)

@@ -22,6 +22,8 @@ def _open_hf(target: TargetSection, context: EngineContext) -> TargetEngine:
         dtype=target.target_dtype,
         device=context.device,
         trust_remote_code=target.trust_remote_code,
+        tp=target.tp_size,
+        wait_minutes=context.wait_minutes,
     )
 
 

@@ -96,11 +96,6 @@ def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
 
 
 def _check_target(config: TrainConfig, target: TargetInfo) -> None:
-    if config.target.tp_size > 1 and target.engine == "hf":
-        raise ConfigError(
-            f"tp_size {config.target.tp_size}: the hf engine runs a target on one device;"
-            " give --target-backend sglang or vllm for a target that needs several"
-        )
     if config.training.offline_dir is None and config.data.max_length > target.max_length:
         raise ConfigError(f"max_length {config.data.max_length}: the target accepts at most {target.max_length} tokens")
 

@@ -127,6 +127,13 @@ def test_earlier_reasoning_is_not_drawn() -> None:
         assert "Add." not in render(TEMPLATES[name], messages).text
 
 
+def test_tool_results_that_are_json_or_come_from_nowhere() -> None:
+    messages = [TOOLS[0], TOOLS[1], {"role": "tool", "content": '{"a": 1}'}, TOOLS[3]]
+    assert '\n\n"{\\"a\\": 1}"<|eot_id|>' in render(TEMPLATES["llama3.1"], messages).text
+    with pytest.raises(DataError, match="a tool result without a tool call"):
+        render(TEMPLATES["gpt-oss"], [TOOLS[0], TOOLS[3], TOOLS[2], TOOLS[3]])
+
+
 def test_typescript_types() -> None:
     assert typescript_type({"type": "array", "items": {"type": "integer"}}) == "number[]"
     assert typescript_type({"type": "string", "enum": ["a", "b"]}) == '"a" | "b"'

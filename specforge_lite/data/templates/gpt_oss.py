@@ -92,6 +92,8 @@ def draw(chat: Chat, canvas: Canvas) -> None:
         if message["role"] == "user":
             canvas.add(f"{START}user{MESSAGE}{message['content']}{END}")
         elif message["role"] == "tool":
+            if not called:
+                raise DataError("harmony has no form for a tool result without a tool call")
             content = to_json(message["content"])
             canvas.add(f"{START}functions.{called} to=assistant{CHANNEL}commentary{MESSAGE}{content}{END}")
         else:

@@ -6,9 +6,7 @@ date is the one 3.1 and 3.3 print when nobody gives another (3.2 prints today's,
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import Any
 
 from specforge_lite.data.templates.base import Canvas, Chat, ChatTemplate, Message, to_json, tool_functions
 from specforge_lite.errors import DataError
@@ -36,16 +34,9 @@ def _answer(message: Message) -> str:
     return str(message["content"]).strip() + END
 
 
-def _tool_result(content: Any) -> str:
-    """The result as JSON; text that is JSON already is not quoted twice."""
-    try:
-        return to_json(json.loads(content))
-    except ValueError:
-        return to_json(content)
-
-
 def draw(chat: Chat, canvas: Canvas, dates: str) -> None:
-    """All turns; content is stripped, tools stand in the first user turn, results are turns of `ipython`."""
+    """All turns; content is stripped, tools stand in the first user turn, results are turns of `ipython`, always
+    quoted: the official template takes text for a list of characters and calls `tojson` on it."""
     system, rest = chat.split_system()
     canvas.add(BEGIN)
     if system is not None or dates:
@@ -58,7 +49,7 @@ def draw(chat: Chat, canvas: Canvas, dates: str) -> None:
             canvas.add(_header("assistant"))
             canvas.add(_answer(message), trained=index >= chat.train_from)
         elif message["role"] == "tool":
-            canvas.add(f"{_header('ipython')}{_tool_result(message['content'])}{END}")
+            canvas.add(f"{_header('ipython')}{to_json(message['content'])}{END}")
         else:
             preface, tools = (TOOLS_BEFORE + tools if tools else ""), ""
             canvas.add(f"{_header(message['role'])}{preface}{content}{END}")

@@ -270,7 +270,7 @@ def test_auto_asks_the_server_what_it_is(server: CaptureServer, tiny_target: Pat
 
 def launch(tiny_target: Path, gpu: bool, **values: object) -> Launch:
     info = TargetInfo("sglang", 8, 128, 4096, 512, (1, 3, 4))
-    return Launch("py", section(tiny_target, **values), info, 520, 2, 30000, gpu)
+    return Launch("py", section(tiny_target, **values), info, 520, 2, "127.0.0.1", 30000, gpu)
 
 
 def test_sglang_flags(tiny_target: Path) -> None:

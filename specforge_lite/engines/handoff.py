@@ -13,8 +13,10 @@ import mmap
 import os
 import socket
 import struct
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +30,7 @@ from specforge_lite.log import warn
 
 FORMAT = "specforge-capture-1"
 TAKE_SECONDS = 30.0
+MOONCAKE_THREADS = 16
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 
 
@@ -164,15 +167,19 @@ def check_space(directory: Path, needed_bytes: int) -> None:
 
 
 class MooncakeHandoff:
-    """Objects in a Mooncake store. Removal may lag behind (a lease may still be held) and is retried at close."""
+    """Objects in a Mooncake store. Its calls block, so they run in threads of their own. An object that could not be
+    removed (a lease may still be held, or it came too late) is tried again with every later one and at close."""
 
     def __init__(self, address: str) -> None:
         self.place = f"mooncake:{address}"
         self._store = _open_mooncake_store(address)
+        self._threads = ThreadPoolExecutor(MOONCAKE_THREADS, thread_name_prefix="mooncake")
         self._to_remove: list[str] = []
+        self._lock = threading.Lock()
+        self._closed = False
 
     async def take(self, key: str, timeout_s: float) -> Blob:
-        return await asyncio.to_thread(self._take, key, timeout_s)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._take, key, timeout_s)
 
     def _take(self, key: str, timeout_s: float) -> Blob:
         deadline, delay = time.monotonic() + timeout_s, 0.001
@@ -181,29 +188,34 @@ class MooncakeHandoff:
                 reason = bytes(self._store.get(f"{key}.failed")).decode(errors="replace")
                 self._remove(f"{key}.failed")
                 raise NoSpace(reason) if "-200" in reason else LostSample(reason)
-            if time.monotonic() > deadline:
-                self._to_remove.append(key)
+            if self._closed or time.monotonic() > deadline:
+                self._remove(key)
                 raise LostSample(f"object {key} did not appear within {timeout_s:.0f}s")
             time.sleep(delay)
             delay = min(2 * delay, 0.05)
-        raw = bytearray(self._store.get(key))
+        raw = bytearray(self._store.get(key))  # empty if it was evicted just now, which decode refuses
         self._remove(key)
         return decode(raw, key)
 
     def _remove(self, key: str) -> None:
-        self._to_remove.append(key)
-        self._to_remove = [name for name in self._to_remove if self._store.remove(name, True) != 0]
+        with self._lock:
+            self._to_remove.append(key)
+            self._to_remove = [name for name in self._to_remove[-1000:] if self._store.remove(name, True) != 0]
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._threads.shutdown(wait=True)
         for name in self._to_remove:
             self._store.remove(name, True)
-        self._to_remove = []
         self._store.close()
 
 
 def _open_mooncake_store(address: str) -> Any:
     """Connect to the master at `tcp://HOST:PORT` or `rdma://HOST:PORT/DEVICE`; lends the store no memory."""
     os.environ.setdefault("MC_STORE_MEMCPY", "0")  # the local shortcut crashes on hosts without RDMA
+    os.environ.setdefault("GLOG_minloglevel", "2")  # its information lines are not for our user
     try:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:

@@ -36,6 +36,7 @@ class Launch:
     info: TargetInfo
     context_length: int
     num_ranks: int
+    host: str
     port: int
     gpu: bool
 
@@ -51,8 +52,7 @@ class Launcher:
 
 def open_remote(launcher: Launcher, target: TargetSection, context: EngineContext) -> RemoteEngine:
     """Return a probed engine. Raises ConfigError, EngineError or CaptureError; nothing is left running then."""
-    wanted = read_target_info(target, launcher.dialect.name)
-    wanted = replace(wanted, max_length=min(wanted.max_length, context.max_length))
+    wanted = limit_length(read_target_info(target, launcher.dialect.name), context.max_length)
     engine = (
         _attach(launcher, target, context, wanted) if target.target_url else _launch(launcher, target, context, wanted)
     )
@@ -62,6 +62,11 @@ def open_remote(launcher: Launcher, target: TargetSection, context: EngineContex
         engine.close()
         raise
     return engine
+
+
+def limit_length(info: TargetInfo, max_length: int) -> TargetInfo:
+    """`info` with a length limit of at most `max_length`: a server need not reserve memory for more."""
+    return replace(info, max_length=min(info.max_length, max_length))
 
 
 def _attach(launcher: Launcher, target: TargetSection, context: EngineContext, wanted: TargetInfo) -> RemoteEngine:
@@ -87,7 +92,7 @@ def _launch(launcher: Launcher, target: TargetSection, context: EngineContext, w
         started: tuple[LaunchedServer, RunDirectory] | SpecforgeError | None = None
     else:
         try:
-            started = _start_server(launcher, target, context, wanted)
+            started = start_server(launcher, target, context, wanted)
         except SpecforgeError as error:
             started = error
     message: tuple[str, str, str] | None = None
@@ -133,9 +138,18 @@ def _share_with_host(message: tuple[str, str, str] | None) -> tuple[str, str, st
     return failed[0] if failed else mine[0]
 
 
-def _start_server(
-    launcher: Launcher, target: TargetSection, context: EngineContext, wanted: TargetInfo
+def start_server(
+    launcher: Launcher,
+    target: TargetSection,
+    context: EngineContext,
+    wanted: TargetInfo,
+    host: str = "127.0.0.1",
+    port: int | None = None,
 ) -> tuple[LaunchedServer, RunDirectory]:
+    """Start a capture server of this process and wait until it is healthy; the run directory is the server's.
+
+    Raises ConfigError or EngineError, and leaves nothing behind then.
+    """
     name = launcher.dialect.name
     interpreter = find_interpreter(name, target.engine_python)
     check_plugin(interpreter)
@@ -155,7 +169,8 @@ def _start_server(
             info=wanted,
             context_length=wanted.max_length + CONTEXT_MARGIN,
             num_ranks=num_ranks,
-            port=free_port(),
+            host=host,
+            port=port or free_port(),
             gpu=has_gpu(target.engine_devices),
         )
         env = launcher.env(launch) | {"SPECFORGE_CAPTURE": handoff or f"tmpfs:{run_dir.path}"}
@@ -167,7 +182,7 @@ def _start_server(
             name=f"{name} {interpreter.version} (tp {target.tp_size}, {'gpu' if launch.gpu else 'cpu'})",
             command=launcher.command(launch) + engine_arg_words(target.engine_arg),
             env=env,
-            url=f"http://127.0.0.1:{launch.port}",
+            url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{launch.port}",
             health_path=launcher.dialect.health_path,
             log_path=log_dir / (f"{name}-server.log" if group == "0" else f"{name}-server-{group}.log"),
             run_dir=run_dir.path,

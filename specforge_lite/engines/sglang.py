@@ -13,7 +13,9 @@ from specforge_lite.engines.launch import Launch, Launcher, cpu_thread_binding, 
 from specforge_lite.engines.remote import RemoteEngine, ServerFacts
 from specforge_lite.errors import EngineError
 
+# An idle scheduler polls without pause, and on a CPU that takes a core from the trainer.
 CPU_FLAGS = ["--device", "cpu", "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
+CPU_FLAGS += ["--sleep-on-idle"]  # an idle scheduler polls without pause, which takes a core from the trainer
 MOST_POOLED_TOKENS_CPU = 32768
 
 
@@ -54,7 +56,7 @@ def capture_command(launch: Launch) -> list[str]:
     """The server's command line, without what the user adds."""
     target = launch.target
     words = [launch.python, "-m", "sglang.launch_server", "--model-path", target.target_model_path]
-    words += ["--host", "127.0.0.1", "--port", str(launch.port), "--tp-size", str(target.tp_size)]
+    words += ["--host", launch.host, "--port", str(launch.port), "--tp-size", str(target.tp_size)]
     words += ["--dtype", target.target_dtype, "--context-length", str(launch.context_length)]
     # The algorithm only names the convention of the layer ids here; no draft is loaded.
     words += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
@@ -91,6 +93,9 @@ def cpu_env(tp_size: int) -> dict[str, str]:
     return env
 
 
+LAUNCHER = Launcher(SglangDialect(), capture_command, server_env)
+
+
 def open_sglang(target: TargetSection, context: EngineContext) -> RemoteEngine:
     """Launch SGLang, or attach to it at `--target-url`."""
-    return open_remote(Launcher(SglangDialect(), capture_command, server_env), target, context)
+    return open_remote(LAUNCHER, target, context)

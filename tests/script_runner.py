@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_in_process(name: str, words: list[str]) -> int:
-    """Call `main` of scripts/NAME.py with these arguments; errors come out as exceptions. Returns its exit code."""
+def load_script(name: str) -> Any:
+    """scripts/NAME.py as a module."""
     path = ROOT / "scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     assert spec is not None
@@ -20,6 +21,12 @@ def run_in_process(name: str, words: list[str]) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def run_in_process(name: str, words: list[str]) -> int:
+    """Call `main` of scripts/NAME.py with these arguments; errors come out as exceptions. Returns its exit code."""
+    module = load_script(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(path), *words])
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
         return int(module.main() or 0)

@@ -124,6 +124,6 @@ def sample_walk(
 def near_ties(logits_PV: Tensor, units: float) -> list[bool]:
     """Rows of logits [P, V] whose best entry leads the next one by less than `units` units in the last place of the
     row's largest logit: passes of different shapes may disagree on their argmax."""
-    best_P1 = logits_PV.amax(-1, keepdim=True)
-    margin_P1 = units * torch.finfo(logits_PV.dtype).eps * logits_PV.abs().amax(-1, keepdim=True)
+    least_P1, best_P1 = logits_PV.aminmax(dim=-1, keepdim=True)
+    margin_P1 = units * torch.finfo(logits_PV.dtype).eps * torch.maximum(best_P1.abs(), least_P1.abs())
     return ((logits_PV > best_P1 - margin_P1).sum(-1) > 1).tolist()  # type: ignore[no-any-return]

@@ -152,6 +152,7 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str) -> None:
          str(out / "data" / f"gsm8k-sample_{split}.jsonl"), "--output-dir", str(out / f"regenerated_{split}"),
          "--output-file", str(out / f"{split}.jsonl"), "--target-backend", "hf", "--target-dtype", "float32",
          "--max-tokens", "160"],
+        threads=1,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specforge_lite.data.atomic import atomic_directory, exclusive
 from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.data.vocab import build_vocab_map
 from specforge_lite.drafts import DraftConfig, build_draft
@@ -92,19 +93,24 @@ class Run:
 
 def make_dataset(directory: Path, num_samples: int = 24, seed: int = 0, prefix: str = "s") -> TokenizedDataset:
     """Samples of 12..40 tokens with one or two supervised spans."""
-    if not (directory / "manifest.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        generator = np.random.default_rng(seed)
-        writer = StoreWriter(directory)
-        for index in range(num_samples):
-            length = int(generator.integers(12, 41))
-            ids = np.minimum(generator.geometric(0.06, length), VOCAB_SIZE) - 1
-            mask = np.zeros(length, dtype=bool)
-            mask[4 : 4 + length // 3] = True
-            mask[-5:] = True
-            writer.add(f"{prefix}{index}", index + 1, ids, mask)
-        writer.finish({"seed": seed, "num_samples": num_samples})
+    with exclusive(directory, "test data"):  # ranks ask at the same time
+        if not directory.exists():
+            with atomic_directory(directory) as temporary:
+                _write_dataset(temporary, num_samples, seed, prefix)
     return TokenizedDataset.open(directory)
+
+
+def _write_dataset(directory: Path, num_samples: int, seed: int, prefix: str) -> None:
+    generator = np.random.default_rng(seed)
+    writer = StoreWriter(directory)
+    for index in range(num_samples):
+        length = int(generator.integers(12, 41))
+        ids = np.minimum(generator.geometric(0.06, length), VOCAB_SIZE) - 1
+        mask = np.zeros(length, dtype=bool)
+        mask[4 : 4 + length // 3] = True
+        mask[-5:] = True
+        writer.add(f"{prefix}{index}", index + 1, ids, mask)
+    writer.finish({"seed": seed, "num_samples": num_samples})
 
 
 def make_head(seed: int = 1) -> TargetHead:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from specforge_lite.cli import Section
 from specforge_lite.config import DataSection, TargetSection
+from specforge_lite.log import info
+from specforge_lite.training.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
 
 TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
 
@@ -66,6 +68,9 @@ class TrainingSection(Section):
     compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
     activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
     seed: int = Field(0, ge=0, description="order of the samples, initial weights, noise")
+    deepspeed_config: Path | None = Field(
+        None, description="ds_config.json of an EAGLE run: its settings hold where no flag is given"
+    )
     skip_budget: float = Field(
         0.001, ge=0, le=1, description="share of samples that may be skipped because the engine refused them"
     )
@@ -164,6 +169,23 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection
     logging: LoggingSection = LoggingSection()
     distributed: DistributedSection = DistributedSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_files(cls, values: Any) -> Any:
+        """What EAGLE users keep in files: ds_config.json, and `length` (K) in the draft's config.json."""
+        if not isinstance(values, dict):
+            return values
+        path = (values.get("training") or {}).get("deepspeed_config")
+        if path is not None:
+            settings, unused = read_deepspeed_config(Path(path))
+            if unused:
+                info(f"{path}: no effect here: {', '.join(unused)}")
+            values = merge_deepspeed(values, settings)
+        steps = eagle_length((values.get("draft") or {}).get("draft_model_config"))
+        if steps is None or cls.algorithm != "eagle3":
+            return values
+        return merge_deepspeed(values, {"training": {"ttt_length": steps}})
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:

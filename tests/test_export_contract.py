@@ -276,3 +276,46 @@ def test_compare_with_the_target(exported: Path) -> None:
     assert "target_hidden_size 32 != the target's 64" in broken(exported, target=tiny_config(8, hidden_size=64))
     assert "vocab_size 100 != the target's 128" in broken(exported, target=tiny_config(8, vocab_size=128))
     assert "would capture layers [1, 3, 4]; the target has outputs 0..3" in broken(exported, target=tiny_config(5))
+
+
+# ------------------------------------------------------------------------------------------------------------ EAGLE-1
+
+
+@pytest.fixture
+def exported_eagle1(tmp_path: Path) -> Path:
+    return export_draft(random_draft(algorithm="eagle1"), tmp_path / "eagle1", dtype="float32")
+
+
+def test_eagle1_is_exported_with_a_zero_bias_and_without_a_map(exported_eagle1: Path) -> None:
+    tensors = load_file(exported_eagle1 / "model.safetensors")
+    assert sorted(tensors) == [
+        "fc.bias",
+        "fc.weight",
+        "layers.0.mlp.down_proj.weight",
+        "layers.0.mlp.gate_proj.weight",
+        "layers.0.mlp.up_proj.weight",
+        "layers.0.post_attention_layernorm.weight",
+        "layers.0.self_attn.k_proj.weight",
+        "layers.0.self_attn.o_proj.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "layers.0.self_attn.v_proj.weight",
+    ]
+    assert not tensors["fc.bias"].any()
+    config = json.loads((exported_eagle1 / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle", "EagleLlamaForCausalLM"]
+    assert all(finding.level == "ok" for finding in check_draft(exported_eagle1, target=tiny_config(8)))
+    loaded, draft = load_draft(exported_eagle1), random_draft(algorithm="eagle1")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in draft.state_dict().items())
+
+
+def test_eagle1_biases_that_one_engine_would_not_have(exported_eagle1: Path) -> None:
+    edit_tensors(exported_eagle1, lambda tensors: tensors.pop("fc.bias"))
+    assert "fc.bias is missing: SGLang's EAGLE-1 fc has a bias" in broken(exported_eagle1)
+    edit_tensors(exported_eagle1, lambda tensors: tensors.update({"fc.bias": torch.ones(32)}))
+    assert "fc.bias is not zero: vLLM's EAGLE-1 fc has no bias" in broken(exported_eagle1)
+
+
+def test_a_trained_eagle1_bias_is_used_here(exported_eagle1: Path) -> None:
+    """SafeAILab's EAGLE-1 checkpoints have one."""
+    edit_tensors(exported_eagle1, lambda tensors: tensors.update({"fc.bias": torch.arange(32.0)}))
+    assert torch.equal(load_draft(exported_eagle1).fc.bias, torch.arange(32.0))

@@ -41,12 +41,12 @@ class ServeTargetConfig(Section):
 def main() -> None:
     config = parse_config(ServeTargetConfig, description=__doc__ or "")
     serve = config.serve
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     with CaptureHost(
         config.target, serve.host, serve.port, serve.max_length, serve.log_dir, serve.startup_minutes
     ) as server:
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         place = "" if config.target.handoff == "tmpfs" else " --handoff mooncake --mooncake-address ..."
         info(f"attach with: --target-backend {server.engine} --target-url {server.url}{place}")
         server.wait(stop)

@@ -6,7 +6,8 @@ Nothing in `train_step` waits for the device. Every `--log-interval` steps the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.drafts.base import TTTSettings
-from specforge_lite.errors import TrainingError
+from specforge_lite.errors import CaptureError, EngineError, TrainingError
 from specforge_lite.log import info
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.training.checkpoint import SavedState, save_checkpoint
@@ -91,7 +92,7 @@ class Trainer:
         self.stop.in_loop = True
         with StepProfiler(self.config.training, self.config.checkpoint.output_dir, self.world) as profiler:
             while self.progress.step < self.total_steps:
-                batches = None if self.stop else next(self.feed, None)
+                batches = None if self.stop else self._next_batches()
                 out_of_data = batches is None and not self.stop
                 verdict = self.world.agree(self.progress.step, bool(self.stop), out_of_data, self.feed.num_skipped)
                 self._num_skipped = self.progress.skipped_before + verdict.num_skipped_samples
@@ -99,12 +100,27 @@ class Trainer:
                     reason = f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
                     break
                 assert batches is not None
-                self.train_step(batches)
+                with self._naming_the_checkpoint():
+                    self.train_step(batches)
                 profiler.step(self.progress.step)
                 self._after_step()
         summary = self._finish(reason)
         self.feed.close()
         return summary
+
+    def _next_batches(self) -> StepBatches | None:
+        with self._naming_the_checkpoint():
+            return next(self.feed, None)
+
+    @contextmanager
+    def _naming_the_checkpoint(self) -> Iterator[None]:
+        """What the engine raises ends the run; say where it can go on."""
+        try:
+            yield
+        except (EngineError, CaptureError) as error:
+            self.reporter.finish(self.summary(f"{type(error).__name__}: {error}"))
+            kept = self.progress.last_checkpoint or "none"
+            raise type(error)(f"{error}; last good checkpoint: {kept}") from None
 
     def train_step(self, step: StepBatches) -> None:
         """One optimizer step of this rank; leaves sums on the device."""

@@ -1,0 +1,24 @@
+"""The live checks against vLLM."""
+
+from __future__ import annotations
+
+from live_suite import CaptureChecks, RefusalChecks, TensorParallelChecks, TrainingChecks, oracle
+
+__all__ = ["oracle"]
+
+
+class TestCapture(CaptureChecks):
+    engine_name = "vllm"
+
+
+class TestTensorParallel(TensorParallelChecks):
+    engine_name = "vllm"
+
+
+class TestTraining(TrainingChecks):
+    engine_name = "vllm"
+
+
+class TestRefusal(RefusalChecks):
+    engine_name = "vllm"
+    plain_server_error = "the capture plugin is not at work in this server"

@@ -87,7 +87,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Result of decoding: acceptance, and how many tokens of the file's answers came out before the first difference."""
+    """Result of decoding: acceptance, and tokens of the file's answers that came out before the first difference."""
 
     acceptance: Acceptance
     num_answers: int

@@ -83,8 +83,8 @@ def save_chart(rows: Sequence[SpeedupRow], path: Path) -> None:
             if row.speedup_interval:
                 low, high = row.speedup_interval
                 axes.plot([place, place], [low, high], color="#222222", linewidth=0.9)
-            axes.annotate(f"{height:.2f}", (place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=6.5,
-                          color="white")  # fmt: skip
+            top = max(height, row.speedup_interval[1] if row.speedup_interval else 0.0)
+            axes.annotate(f"{height:.2f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(benchmarks)), benchmarks)
     axes.set_ylabel("speed-up")

@@ -41,7 +41,7 @@ class QuickstartConfig(Section):
     output_dir: Path = Path("outputs/quickstart")
     num_train: int = Field(NUM_TRAIN, ge=8, description="prompts to train on")
     num_eval: int = Field(NUM_EVAL, ge=1, description="other prompts, to evaluate and decode")
-    num_epochs: int = Field(5, ge=1)
+    num_epochs: int = Field(4, ge=1)
     num_procs: int = Field(min(2, os.cpu_count() or 1), ge=1, description="trainer processes")
 
 

@@ -134,7 +134,7 @@ def test_an_answer_with_its_passes_and_times(backend: str) -> None:
         assert reply.accepted_at == (2, 1)
         assert 0.02 <= reply.first_token_seconds < reply.seconds
         assert reply.seconds - reply.first_token_seconds >= 0.06 * 0.9
-        assert reply.finish_reason == "length"
+        assert (reply.finish_reason, reply.num_first_tokens) == ("length", 1)
         path, body = server.seen[-1]
         if backend == "sglang":
             assert (path, server.seen[0][0]) == ("/generate", "/flush_cache")

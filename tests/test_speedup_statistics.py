@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,23 @@ def test_small_statistics() -> None:
     assert quantile([4.0, 1.0], 0.95) == pytest.approx(3.85)
     assert quantile([], 0.5) is None
     assert record(0, 1, 0).latency_per_token is None
+    joined = replace(record(0, 11, 5), num_first_tokens=6)  # six tokens in the first chunk, five in the second after
+    assert joined.latency_per_token == pytest.approx(1.0 / 5)
+    assert replace(joined, num_first_tokens=11).latency_per_token is None
+
+
+def test_cost_of_a_pass_is_not_fooled_by_tokens_that_came_together() -> None:
+    """As DRAFTED, but the client slept through half of one answer and all of another: 5 tokens after 6 took 0.5 s, so
+    all 10 after the first would have taken 1.0 s; the one that came at once tells nothing, its passes cost as much."""
+    slept = [
+        replace(DRAFTED[0], num_first_tokens=6, first_token_seconds=0.7),
+        DRAFTED[1],
+        record(2, 9, 2, (2, 2, 2), first=1.0, seconds=1.0),
+    ]
+    slept[2] = replace(slept[2], num_first_tokens=9)
+    row = make_row(KEY, Measurement(slept, 1.7, Counters(), 0), {}, True)
+    assert row.seconds_per_pass == pytest.approx((1.0 + 2.0) / 15 * 23 / 10)
+    assert row.latency_per_token_ms == pytest.approx(1000 * (0.1 + 0.4) / 2)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0, 1))

@@ -69,6 +69,7 @@ class Conversation:
                 first_token_seconds=reply.first_token_seconds,
                 seconds=reply.seconds,
                 finish_reason=reply.finish_reason,
+                num_first_tokens=reply.num_first_tokens,
             )
         )
         self.messages.append({"role": "assistant", "content": self.chat.decode(reply.token_ids)})

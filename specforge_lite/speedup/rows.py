@@ -205,10 +205,16 @@ def _categories(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _seconds_per_pass(records: Sequence[Record], passes: int, speculation: Speculation) -> float | None:
+    """Decoding time / passes. What came with the first token is counted at the rate of what came after it."""
+    timed = [(record, rate) for record in records if (rate := record.latency_per_token) is not None]
+    decoding = sum(rate * (record.num_tokens - 1) for record, rate in timed)
+    tokens = sum(record.num_tokens - 1 for record, _ in timed)
+    if not tokens:
+        return None
     if speculation.is_baseline:
-        passes = sum(record.num_tokens - 1 for record in records)
-    decoding = sum(record.seconds - record.first_token_seconds for record in records)
-    return decoding / passes if passes else None
+        return decoding / tokens
+    every = sum(record.num_tokens - 1 for record in records)
+    return decoding / tokens * every / passes if passes else None
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -150,7 +150,8 @@ class SglangDialect:
         accepted_at = tuple(sum(histogram[k:]) for k in range(1, len(histogram)))
         passes = int(facts.get("spec_verify_ct", 0)) if speculative else None
         reason = (facts.get("finish_reason") or {}).get("type", "")
-        return Reply(tuple(tokens), passes, accepted_at, 0.0, 0.0, str(reason))
+        at_first = len(chunks[0]["output_ids"])
+        return Reply(tuple(tokens), passes, accepted_at, 0.0, 0.0, str(reason), at_first)
 
     def forget(self, fetch: Fetch) -> None:
         fetch("POST", "/flush_cache")
@@ -178,7 +179,8 @@ class VllmDialect:
         accepted_at = tuple(sum(n > k for n in accepted) for k in range(max(accepted, default=0)))
         tokens = tuple(token for step in steps for token in step)
         reason = next((str(c["finish_reason"]) for c in choices if c.get("finish_reason")), "")
-        return Reply(tokens, len(accepted) if speculative else None, accepted_at if speculative else (), 0, 0, reason)
+        passes = len(accepted) if speculative else None
+        return Reply(tokens, passes, accepted_at if speculative else (), 0.0, 0.0, reason, len(steps[0]))
 
     def forget(self, fetch: Fetch) -> None:
         """Nothing to do: the server is started without prefix caching."""

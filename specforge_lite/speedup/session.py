@@ -25,6 +25,7 @@ class Reply:
     first_token_seconds: float
     seconds: float
     finish_reason: str = ""
+    num_first_tokens: int = 1
 
 
 @dataclass(frozen=True)

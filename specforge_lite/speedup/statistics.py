@@ -3,7 +3,8 @@
     acceptance length   completion tokens / verification passes, over all requests (what SGLang reports). The first
                         token of an answer comes from the prompt's own pass and counts as a token. Without a draft: 1.
     per position        share of the passes that accepted drafted token k and all before it, k = 0, 1, ...
-    latency per token   of a request: (last token - first token) / (tokens - 1); median, 95th percentile over requests
+    latency per token   of a request: (last token - first) / (tokens after those that came with the first); median and
+                        95th percentile over requests
     time to first token from sending a request to its first token
     throughput          completion tokens of all requests / wall time of the whole run
     speed-up            throughput / throughput without a draft, same engine, prompts and batch size
@@ -28,7 +29,8 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Record:
     """One answered request. prompt: index of the conversation; passes: verification passes (None: not known for this
-    request alone); accepted_at[k]: passes that accepted drafted token k. Seconds count from sending the request."""
+    request alone); accepted_at[k]: passes that accepted drafted token k. Seconds count from sending the request;
+    num_first_tokens came together with the first (a slow client gets several at once)."""
 
     prompt: int
     turn: int
@@ -40,6 +42,7 @@ class Record:
     first_token_seconds: float
     seconds: float
     finish_reason: str = ""
+    num_first_tokens: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -47,10 +50,10 @@ class Record:
 
     @property
     def latency_per_token(self) -> float | None:
-        """Seconds per token after the first; None for an answer of one token."""
-        if self.num_tokens < 2:
+        """Seconds per token after the first; None for an answer that came all at once."""
+        if self.num_tokens <= self.num_first_tokens:
             return None
-        return (self.seconds - self.first_token_seconds) / (self.num_tokens - 1)
+        return (self.seconds - self.first_token_seconds) / (self.num_tokens - self.num_first_tokens)
 
 
 def acceptance_length(records: Sequence[Record]) -> float | None:

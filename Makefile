@@ -21,7 +21,7 @@ check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest tests/test_layering.py -q
+	$(PY) -m pytest tests/test_layering.py
 
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .

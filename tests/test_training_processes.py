@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from training_runs import Run, run_ranks, start_ranks, train, wait
 
 from specforge_lite.engines.fake import Fault
@@ -28,6 +27,9 @@ SHARED_SETTINGS: dict[str, dict[str, Any]] = {
     "training": {"batch_size": 1, "total_steps": 10},
     "checkpoint": {"save_interval": 5},
 }
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def log_of(directory: Path, rank: int = 0) -> str:

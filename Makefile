@@ -48,11 +48,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 
 # An engine's environment is rebuilt when its lock, its installer or our plugin changes.
 PLUGIN_FILES := $(wildcard specforge_lite/engines/plugins/pyproject.toml specforge_lite/engines/plugins/specforge_capture/*.py)
+STAND_IN_FILES := $(wildcard engine_envs/sglang_cpu/*.py engine_envs/sglang_cpu/sgl_kernel/*.py)
 
 engine-sglang: .venv-sglang/.installed
 engine-vllm: .venv-vllm/.installed
 
-.venv-%/.installed: engine_envs/install.sh engine_envs/%-cpu.txt engine_envs/%-gpu.txt $(PLUGIN_FILES)
+.venv-%/.installed: engine_envs/install.sh engine_envs/%-cpu.txt engine_envs/%-gpu.txt $(PLUGIN_FILES) $(STAND_IN_FILES)
 	PYTHON=$(PYTHON) engine_envs/install.sh $* .venv-$*
 	touch $@
 

@@ -63,12 +63,20 @@ def _write_masks(flat, masks, seq_lens, size, mask_mode):
 
 
 def verify_tree_greedy_cpu(
-    predicts, accept_index, accept_token_num, candidates, index, next_token, next_sibling, target_predict
+    predicts,
+    accept_index,
+    accept_token_num,
+    candidates,
+    retrive_index,
+    retrive_next_token,
+    retrive_next_sibling,
+    target_predict,
 ):
     """Walk each tree along the target's own choices. Fills, in place: `predicts` (flat) the target's token after
-    every accepted node, `accept_index` [B, steps + 1] the accepted nodes, `accept_token_num` [B] drafts accepted."""
-    tokens, flat = candidates.tolist(), index.tolist()
-    child, sibling = next_token.tolist(), next_sibling.tolist()
+    every accepted node, `accept_index` [B, steps + 1] the accepted nodes, `accept_token_num` [B] drafts accepted.
+    Called by keyword, in sglang's spelling."""
+    tokens, flat = candidates.tolist(), retrive_index.tolist()
+    child, sibling = retrive_next_token.tolist(), retrive_next_sibling.tolist()
     target = target_predict.reshape(-1).tolist()
     most = accept_index.shape[1]
     for request in range(len(tokens)):

@@ -15,7 +15,7 @@ import pytest
 
 from specforge_lite.engines.serving import ServingOptions, ServingSession
 from specforge_lite.errors import EngineError
-from specforge_lite.speedup.server import ServerSession, parse_metrics
+from specforge_lite.speedup.server import ServerSession, parse_metrics, reserved_tokens
 from specforge_lite.speedup.session import Ask, Counters
 
 STEPS = [[1], [2, 3, 4], [5], [6, 7]]  # the prompt's own pass, then passes that accepted 2, 0 and 1 drafted tokens
@@ -54,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         events = sglang_events() if self.path == "/generate" else vllm_events(server.plan == "merge")
+        if server.plan == "complain":
+            events = [{"error": {"message": "Requested\ntoo much", "code": 400}}]
         for number, event in enumerate(events):
             if server.plan == "die" and number == 2:
                 self.close_connection = True
@@ -173,12 +175,22 @@ def test_without_a_draft_there_are_no_passes(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])
 @pytest.mark.parametrize(
     ("plan", "message"),
-    [("refuse", r"HTTP 400: .*too long"), ("die", r"an answer broke off; log: server.log")],
+    [
+        ("refuse", r"HTTP 400: .*too long"),
+        ("die", r"an answer broke off; log: server.log"),
+        ("complain", r"^(sglang|vllm): Requested too much$"),
+    ],
 )
 def test_a_server_that_fails_is_one_clear_line(backend: str, plan: str, message: str) -> None:
     with session_on(backend, plan) as (session, _), pytest.raises(EngineError, match=message) as raised:
         session.generate([ASK])
     assert "\n" not in str(raised.value)
+
+
+def test_room_that_a_server_keeps_back() -> None:
+    assert reserved_tokens(0, 0, 0) == 8
+    assert reserved_tokens(3, 1, 4) == 8 + 4
+    assert reserved_tokens(7, 10, 60) == 8 + 70
 
 
 def test_metrics_of_several_engines_are_added() -> None:

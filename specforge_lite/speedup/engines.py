@@ -14,7 +14,7 @@ from specforge_lite.log import info
 from specforge_lite.speedup.configs import Speculation
 from specforge_lite.speedup.hf import HfSession
 from specforge_lite.speedup.run import OpenSession
-from specforge_lite.speedup.server import CONTEXT_MARGIN, ServerSession
+from specforge_lite.speedup.server import ServerSession, reserved_tokens
 from specforge_lite.speedup.session import Session
 
 BACKENDS = ("hf", "sglang", "vllm")
@@ -98,7 +98,7 @@ def _server_opener(options: EngineOptions, longest: int) -> OpenSession:
         engine_args = options.engine_args
         if options.backend == "vllm":  # else a run would find the prefixes that an earlier one computed
             engine_args = ("no-enable-prefix-caching", *engine_args)
-        wanted = longest + CONTEXT_MARGIN + speculation.num_draft_tokens
+        wanted = longest + reserved_tokens(speculation.steps, speculation.topk, speculation.num_draft_tokens)
         serving = ServingOptions(
             backend=options.backend,
             model_path=options.model_path,

@@ -27,6 +27,12 @@ REQUEST_SECONDS = 1800.0
 CONTEXT_MARGIN = 8  # tokens servers keep back beside prompt and answer (engines/launch.py)
 
 
+def reserved_tokens(steps: int, topk: int, num_draft_tokens: int) -> int:
+    """Context that a server does not give to prompt and answer. SGLang 0.5.23 keeps back room for what is drafted as
+    well, seen on its refusals: max(TOPK x STEPS, VERIFY)."""
+    return CONTEXT_MARGIN + max(topk * steps, num_draft_tokens)
+
+
 class ServerSession:
     """A launched server. One request per call and thread; connections are per call."""
 
@@ -40,8 +46,8 @@ class ServerSession:
         open_server: Callable[[ServingOptions], ServingSession] = ServingSession,
     ) -> None:
         self.options, self.temperature, self.clock = options, temperature, clock
-        looks_ahead = options.num_draft_tokens if options.speculative else 0
-        self.context_length = options.max_length - CONTEXT_MARGIN - looks_ahead
+        looks_ahead = (options.num_steps, options.topk, options.num_draft_tokens) if options.speculative else (0, 0, 0)
+        self.context_length = options.max_length - reserved_tokens(*looks_ahead)
         self.dialect = DIALECTS[options.backend]()
         self._server = open_server(options)
         place = urlsplit(self._server.url)
@@ -142,7 +148,7 @@ class SglangDialect:
 
     def reply(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Reply:
         if "error" in chunks[-1]:
-            raise EngineError(f"sglang: {chunks[-1]['error']}")
+            raise EngineError(f"sglang: {_message(chunks[-1]['error'])}")
         facts, tokens = chunks[-1]["meta_info"], list(chunks[-1]["output_ids"])
         if len(tokens) != facts["completion_tokens"]:
             raise ValueError(f"{len(tokens)} token ids, completion_tokens {facts['completion_tokens']}")
@@ -171,7 +177,7 @@ class VllmDialect:
 
     def reply(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Reply:
         if "error" in chunks[-1]:
-            raise EngineError(f"vllm: {chunks[-1]['error']}")
+            raise EngineError(f"vllm: {_message(chunks[-1]['error'])}")
         choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
         steps = [list(choice.get("token_ids") or []) for choice in choices]
         steps = [step for step in steps if step]
@@ -207,6 +213,12 @@ def parse_metrics(text: str) -> Counters:
         positions[int(position)] = positions.get(int(position), 0.0) + float(value)
     accepted_at = tuple(int(positions.get(k, 0)) for k in range(max(positions, default=-1) + 1))
     return Counters(int(sum(float(value) for value in _DRAFTS.findall(text))), accepted_at)
+
+
+def _message(error: Any) -> str:
+    """What a server says inside an event."""
+    text = error.get("message") if isinstance(error, dict) else error
+    return " ".join(str(text or error).split())[:300]
 
 
 def _one_line(body: bytes) -> str:

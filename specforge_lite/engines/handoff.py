@@ -31,6 +31,7 @@ from specforge_lite.log import warn
 FORMAT = "specforge-capture-1"
 TAKE_SECONDS = 30.0
 MOONCAKE_THREADS = 16
+LATEST_SECONDS = 60.0  # an object later than this is left to the store's own eviction
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 
 
@@ -174,7 +175,7 @@ class MooncakeHandoff:
         self.place = f"mooncake:{address}"
         self._store = _open_mooncake_store(address)
         self._threads = ThreadPoolExecutor(MOONCAKE_THREADS, thread_name_prefix="mooncake")
-        self._to_remove: list[str] = []
+        self._to_remove: dict[str, float] = {}  # key -> when to stop trying
         self._lock = threading.Lock()
         self._closed = False
 
@@ -199,16 +200,21 @@ class MooncakeHandoff:
 
     def _remove(self, key: str) -> None:
         with self._lock:
-            self._to_remove.append(key)
-            self._to_remove = [name for name in self._to_remove[-1000:] if self._store.remove(name, True) != 0]
+            self._to_remove[key] = time.monotonic() + LATEST_SECONDS
+            self._remove_all()
+
+    def _remove_all(self) -> None:
+        now = time.monotonic()
+        for key, until in list(self._to_remove.items()):
+            if self._store.remove(key, True) == 0 or now > until:
+                del self._to_remove[key]
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._threads.shutdown(wait=True)
-        for name in self._to_remove:
-            self._store.remove(name, True)
+        self._remove_all()
         self._store.close()
 
 

@@ -73,7 +73,8 @@ def _attach(launcher: Launcher, target: TargetSection, context: EngineContext, w
     for flag in ("engine_python", "engine_arg", "engine_devices", "mem_frac"):
         if getattr(target, flag):
             raise ConfigError(f"--{flag.replace('_', '-')}: the server at --target-url is not ours to configure")
-    place = f"mooncake:{mooncake_address(target.mooncake_address)}" if target.handoff == "mooncake" else None
+    # A server of somebody else names its directory itself; its store must be the one we know.
+    place = f"mooncake:{mooncake_address(target.mooncake_address)}" if target.handoff == "mooncake" else "tmpfs:"
     urls = [_full_url(url) for url in target.target_url]
     first = int(os.environ.get("RANK", "0")) % len(urls)
     return RemoteEngine(

@@ -212,8 +212,10 @@ class RemoteEngine:
         return await self._handoff(str(facts["place"]), url).take(key, handoff.TAKE_SECONDS)
 
     def _handoff(self, place: str, url: str) -> Handoff:
-        if self._place is not None and place != self._place:
-            raise CaptureError(f"{url}: the server stores to {place}, expected {self._place}")
+        if self._place is not None and not place.startswith(self._place):
+            kind = place.partition(":")[0]
+            hint = f"; add --handoff {kind}" if not self._place.startswith(kind) else f", expected {self._place}"
+            raise CaptureError(f"{url}: the server stores to {place}{hint}")
         if place not in self._handoffs:
             self._handoffs[place] = open_handoff(place)
         return self._handoffs[place]

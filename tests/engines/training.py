@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ class TrainingRuns:
             str(output_dir / "answers.jsonl"), "--max-tokens", "96", "--temperature", "0", *backend,
         )  # fmt: skip
 
-    def start(self, backend: str, *flags: str, ranks: int = 2, name: str | None = None) -> TrainingRun:
+    def start(
+        self, backend: str, *flags: str, ranks: int = 2, name: str | None = None, prefix: Sequence[str] = ()
+    ) -> TrainingRun:
         output = self.directory / (name or backend)
         shm = self.directory / f"shm-{name or backend}"
         shm.mkdir()
@@ -138,7 +141,7 @@ class TrainingRuns:
             "--save-interval", "4", "--seed", "0", "--handoff-dir", str(shm), "--requests-in-flight", "8", *flags,
         ]  # fmt: skip
         run = TrainingRun(
-            [*(launcher if ranks > 1 else [sys.executable]), *command], output, shm, output.with_suffix(".log")
+            [*prefix, *(launcher if ranks > 1 else [sys.executable]), *command], output, shm, output.with_suffix(".log")
         )
         self._runs.append(run)
         return run

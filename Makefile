@@ -28,7 +28,7 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff format .
 
 test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm mooncake
-	$(PY) -m pytest -m engine tests
+	$(PY) -m pytest -m engine tests/engines -n 2 --dist loadfile
 
 test-browser: $(VENV)/.installed-dev
 	$(PY) -m pytest -m browser tests

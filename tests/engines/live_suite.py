@@ -359,9 +359,13 @@ class TensorParallelChecks:
 
 
 class TrainingChecks:
-    """`torchrun ... scripts/train_eagle3_online.py`, two ranks, tensor-parallel size 2; the draft it made, served."""
+    """`torchrun ... scripts/train_eagle3_online.py`, two ranks, tensor-parallel size 2; the draft it made, served.
+
+    plain_server_error: what an attempt to capture from the serving server must say.
+    """
 
     engine_name: str
+    plain_server_error: str
 
     def test_fifty_steps_with_a_kill_in_between_give_the_losses_of_transformers(self, training: TrainingRuns) -> None:
         run = training.start(self.engine_name, "--tp-size", "2")
@@ -398,27 +402,10 @@ class TrainingChecks:
             run = session.generate(prompts, training.max_new_tokens)
             assert run.outputs == plain.new_tokens
             assert session.acceptance().length == pytest.approx(counted, rel=0.05)
-            self.regenerate(session.url, training, tiny_target, tmp_path)
-
-    @staticmethod
-    def regenerate(url: str, training: TrainingRuns, tiny_target: Path, tmp_path: Path) -> None:
-        """scripts/generate_data_by_target.py against the same server: greedy answers equal transformers'."""
-        answers = training.regenerate(url, tmp_path / "regenerated")
-        assert answers == training.greedy_texts()
-
-
-class RefusalChecks:
-    """What must be one clear error."""
-
-    engine_name: str
-
-    def test_a_plain_server_is_refused(self, tiny_target: Path, tmp_path: Path) -> None:
-        options = ServingOptions(self.engine_name, str(tiny_target), dtype="float32", max_length=256, log_dir=tmp_path)
-        with ServingSession(options) as session:
+            # scripts/generate_data_by_target.py against the same server: greedy answers equal transformers'.
+            assert training.regenerate(session.url, tmp_path / "regenerated") == training.greedy_texts()
             target = TargetSection(
                 target_model_path=str(tiny_target), target_backend=self.engine_name, target_url=(session.url,)
             )
             with pytest.raises((CaptureError, EngineError), match=self.plain_server_error):
                 open_engine(target, 200)
-
-    plain_server_error: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from live_suite import CaptureChecks, RefusalChecks, TensorParallelChecks, TrainingChecks, oracle
+from live_suite import CaptureChecks, TensorParallelChecks, TrainingChecks, oracle
 
 from specforge_lite.config import TargetSection
 from specforge_lite.engines.registry import open_engine
@@ -24,19 +24,16 @@ class TestTensorParallel(TensorParallelChecks):
 
 class TestTraining(TrainingChecks):
     engine_name = "sglang"
-
-
-class TestRefusal(RefusalChecks):
-    engine_name = "sglang"
     plain_server_error = "without --enable-return-aux-hidden-states"
 
-    def test_a_plugin_that_sglang_did_not_load_is_noticed(
-        self, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("SGLANG_PLUGINS", "another")  # sglang goes on without ours and says nothing
-        target = TargetSection(
-            target_model_path=str(tiny_target), target_backend="sglang", handoff_dir=tmp_path, target_dtype="float32"
-        )
-        with pytest.raises(CaptureError, match="the capture plugin is not at work in this server"):
-            open_engine(target, 200, log_dir=tmp_path / "log", wait_minutes=5)
-        assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+def test_a_plugin_that_sglang_did_not_load_is_noticed(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")  # sglang goes on without ours and says nothing
+    target = TargetSection(
+        target_model_path=str(tiny_target), target_backend="sglang", handoff_dir=tmp_path, target_dtype="float32"
+    )
+    with pytest.raises(CaptureError, match="the capture plugin is not at work in this server"):
+        open_engine(target, 200, log_dir=tmp_path / "log", wait_minutes=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from live_suite import CaptureChecks, RefusalChecks, TensorParallelChecks, TrainingChecks, oracle
+from live_suite import CaptureChecks, TensorParallelChecks, TrainingChecks, oracle
 
 __all__ = ["oracle"]
 
@@ -16,9 +16,5 @@ class TestTensorParallel(TensorParallelChecks):
 
 
 class TestTraining(TrainingChecks):
-    engine_name = "vllm"
-
-
-class TestRefusal(RefusalChecks):
     engine_name = "vllm"
     plain_server_error = "the capture plugin is not at work in this server"

@@ -20,7 +20,7 @@ from rich.table import Table
 from specforge_lite.cli import Section, parse_config
 from specforge_lite.data.atomic import atomic_file, user_errors
 from specforge_lite.errors import ConfigError, DataError
-from specforge_lite.log import info, run_script
+from specforge_lite.log import info, run_script, warn
 from specforge_lite.planner import Plan, Prediction, make_plan
 from specforge_lite.speedup.configs import BenchConfig, Speculation
 from specforge_lite.speedup.rows import read_rows
@@ -49,6 +49,10 @@ def main() -> None:
     if not rows:
         raise DataError(f"{config.results}: no rows")
     plan = make_plan(rows, [parse_speculation(text) for text in config.candidates] or None)
+    for size in plan.predictions:
+        measured = {row.key.config.speculation for row in rows if row.batch_size == size and row.steps}
+        if len(measured) < 2:
+            warn(f"batch size {size}: one configuration with a draft was measured; costs need at least two")
     show(plan, config.num_shown)
     if config.output is not None:
         with user_errors(config.output), atomic_file(config.output) as file:
@@ -72,7 +76,7 @@ def show(plan: Plan, num_shown: int) -> None:
         for prediction in predictions[:num_shown]:
             table.add_row(str(size), *_cells(prediction))
         table.add_section()
-    Console().print(table)
+    Console(width=max(Console().width, 100)).print(table)
     for size in plan.predictions:
         info(recommendation(plan.best(size)))
 

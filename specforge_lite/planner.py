@@ -28,13 +28,19 @@ that are not negative and relative residuals, by
 (v2: a tree has to be built, masked and compacted; a chain has not), each by itself where the engine tells the draft's
 share (hf), else their sum, where the run without a draft is the point STEPS 0, VERIFY 1.
 
+Correction. Costs are not quite linear and contexts not all alike, so the predicted rate tau / t is multiplied by what
+the measured configurations of this batch size had over their own predictions: the geometric mean of those ratios with
+weights 1/d^2, d the sum of the distances in log STEPS, log TOPK and log VERIFY. At a measured configuration d is 0: it
+gets its measured rate.
+
 Speed-up. For answers of n tokens after a first token that takes f seconds, as measured:
 
-    (f_without + n t_without) / (f_with + n / tau t(B, STEPS, TOPK, VERIFY))
+    (f_without + n t_without) / (f_with + n t(B, STEPS, TOPK, VERIFY) / (tau c)),    c the correction
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -276,7 +282,7 @@ def make_plan(rows: Sequence[SpeedupRow], candidates: Sequence[Speculation] | No
     chosen = list(candidates) if candidates is not None else default_candidates(rows, acceptance)
     if BASELINE not in chosen:
         chosen.append(BASELINE)
-    predictions = {}
+    predictions: dict[int, list[Prediction]] = {}
     for size in sizes:
         found = [predict(speculation, acceptance, costs[size], rows) for speculation in chosen]
         predictions[size] = sorted(found, key=lambda p: (-p.speedup, p.speculation))
@@ -287,20 +293,45 @@ def predict(
     speculation: Speculation, acceptance: AcceptanceModel, cost: CostModel, rows: Sequence[SpeedupRow]
 ) -> Prediction:
     """One configuration at one batch size."""
+    mine = [row for row in rows if row.batch_size == cost.batch_size]
     tau = acceptance.tokens_per_pass(speculation)
-    same = [
-        row.speedup
-        for row in rows
-        if row.batch_size == cost.batch_size and _spec(row) == speculation and row.speedup is not None
-    ]
+    same = [row.speedup for row in mine if _spec(row) == speculation and row.speedup is not None]
     return Prediction(
         cost.batch_size,
         speculation,
         tau,
         cost.seconds_per_pass(speculation),
-        cost.speedup(speculation, tau),
+        cost.speedup(speculation, tau * correction(speculation, acceptance, cost, mine)),
         sum(same) / len(same) if same else None,
     )
+
+
+def correction(
+    speculation: Speculation, acceptance: AcceptanceModel, cost: CostModel, rows: Sequence[SpeedupRow]
+) -> float:
+    """c of the formula above, from the drafted rows of one batch size."""
+    if speculation.is_baseline:
+        return 1.0
+    weighted = weights = 0.0
+    exact: list[float] = []
+    for row in rows:
+        if not row.steps or not row.seconds_per_pass:
+            continue
+        predicted = acceptance.tokens_per_pass(_spec(row)) / cost.seconds_per_pass(_spec(row))
+        ratio = math.log(measured_tokens_per_pass(row) / row.seconds_per_pass / predicted)
+        distance = _distance(_spec(row), speculation)
+        if distance == 0:
+            exact.append(ratio)
+        else:
+            weighted, weights = weighted + ratio / distance**2, weights + 1 / distance**2
+    if exact:
+        return math.exp(sum(exact) / len(exact))
+    return math.exp(weighted / weights) if weights else 1.0
+
+
+def _distance(a: Speculation, b: Speculation) -> float:
+    pairs = ((a.steps, b.steps), (a.topk, b.topk), (a.num_draft_tokens, b.num_draft_tokens))
+    return sum(abs(math.log(x / y)) for x, y in pairs)
 
 
 def default_candidates(rows: Sequence[SpeedupRow], acceptance: AcceptanceModel) -> list[Speculation]:

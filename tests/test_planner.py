@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ import torch
 from specforge_lite.engines.hf import load_target_model
 from specforge_lite.errors import DataError
 from specforge_lite.inference import SpeculativeModel
+from specforge_lite.inference.kv_cache import SlotCache
+from specforge_lite.inference.tree import TokenTree
 from specforge_lite.planner import (
     AcceptanceModel,
     CostModel,
+    correction,
     fit_acceptance,
     fit_cost,
     fit_nonnegative,
@@ -227,6 +232,32 @@ def test_measured_values_stand_beside_the_predicted() -> None:
     assert found[Speculation(1, 1, 2)].measured_speedup is None
 
 
+def test_a_measured_configuration_gets_its_measured_rate() -> None:
+    """Costs bent so that no line fits (10, 11, 16 ms); acceptance 0.5 throughout."""
+    specs = [Speculation(1, 1, 2), CHAIN2, CHAIN5]
+    shares = [0.5, 0.25, 0.125, 0.0625, 0.03125]
+    rows = [row(BASELINE, [], 0.010)]
+    rows += [row(s, shares[: s.steps], t) for s, t in zip(specs, (0.010, 0.011, 0.016))]
+    found = {p.speculation: p for p in make_plan(rows).predictions[1]}
+    for speculation, seconds in zip(specs, (0.010, 0.011, 0.016)):
+        tau = 1 + sum(shares[: speculation.steps])
+        assert found[speculation].speedup == pytest.approx(tau / (seconds / 0.010), rel=1e-6)
+
+
+def test_correction_by_hand() -> None:
+    """Two measured chains ran 10% faster and 20% slower than predicted; the one asked for is as far from both."""
+    acceptance, cost = AcceptanceModel((1.0,) * 4), CostModel(1, (1.0, 0.0, 0.0), (0.0, 0.0), 1.0, 0, 0, 1)
+    rows = [row(Speculation(2, 1, 3), [1.0] * 2, 1 / 1.1), row(Speculation(2, 4, 12), [1.0] * 2, 1 / 0.8)]
+    acceptance = replace(acceptance, conditional=(1.0, 1.0), catch_share=0.0)
+    between = Speculation(2, 2, 6)  # log 2 + log 2 from either
+    assert correction(between, acceptance, cost, rows) == pytest.approx((1.1 * 0.8) ** 0.5)
+    assert correction(Speculation(2, 1, 3), acceptance, cost, rows) == pytest.approx(1.1)
+    near, far = math.log(2), 3 * math.log(2)  # to 2,2,3 and from it to 2,4,12
+    expected = (math.log(1.1) / near**2 + math.log(0.8) / far**2) / (1 / near**2 + 1 / far**2)
+    assert correction(Speculation(2, 2, 3), acceptance, cost, rows) == pytest.approx(math.exp(expected))
+    assert correction(BASELINE, acceptance, cost, rows) == 1.0
+
+
 def test_candidates_stay_inside_what_was_measured() -> None:
     plan = make_plan(cost_rows(1, split=True))
     specs = [p.speculation for p in plan.predictions[1]]
@@ -265,6 +296,13 @@ def test_the_script_recommends_flags(tmp_path: Path) -> None:
     assert '"num_speculative_tokens": 5' in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [p["speculation"]["steps"] for p in plan["predictions"]["4"]] == [5, 1, 0]
+    assert "warning" not in done.stderr
+    lone = ResultFile(tmp_path / "lone.jsonl", {})
+    for item in cost_rows(4, split=True)[:2]:
+        lone.add(item, [])
+    warned = subprocess.run([*command[:3], str(lone.path)], cwd=ROOT, capture_output=True, text=True)
+    assert warned.returncode == 0
+    assert "batch size 4: one configuration with a draft was measured; costs need at least two" in warned.stderr
     wrong = subprocess.run([*command, "--candidates", "3,1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: candidates: '3,1': expected STEPS,TOPK,VERIFY")
@@ -279,13 +317,13 @@ GRID = [
     Speculation(3, 3, 8),
 ]
 CALIBRATION = [BASELINE, Speculation(1, 1, 2), CHAIN5, Speculation(3, 3, 8)]
+WIDE_GRID = [*GRID, Speculation(4, 1, 5), Speculation(4, 4, 12)]
 BATCH_SIZE, NUM_NEW_TOKENS = 6, 56
-# Costs are timed in short rounds that take turns; while they do not suffice, more rounds are added.
-TIMED_TOKENS, ROUNDS_AT_ONCE, MAX_ROUNDS = 16, 4, 16
+TIMED_TOKENS, NUM_ROUNDS = 12, 4  # costs are timed in short rounds that take turns
 
 
 class Bench:
-    """Measures every configuration of GRID on the shipped target, on CPU time."""
+    """Answers prompts on the shipped target with a draft of known skill, as bench_model_speedup.py does on hf."""
 
     def __init__(self, target: Path) -> None:
         self.chat = Chat.of_model(str(target), None, None, False, False)
@@ -295,48 +333,87 @@ class Bench:
         answers = SpeculativeModel(model, None).generate(ids, NUM_NEW_TOKENS + 16, eos_token_id=[]).answers
         draft = ranked_draft(model.get_input_embeddings().weight, [answer.all_tokens for answer in answers])
         self.model = SpeculativeModel(model, draft)
-        self.whole = {speculation: self._run(speculation, NUM_NEW_TOKENS) for speculation in GRID}
-        self.timed: dict[Speculation, list[SpeedupRow]] = {speculation: [] for speculation in GRID}
 
-    def _run(self, speculation: Speculation, num_new_tokens: int) -> SpeedupRow:
-        session = HfSession(self.model, speculation, eos_token_ids=[], clock=time.process_time)
-        run = measure(session, self.prompts, BATCH_SIZE, self.chat, num_new_tokens)
-        return make_row(RowKey("gsm8k", BATCH_SIZE, BenchConfig(BATCH_SIZE, speculation)), run, {}, True)
-
-    def add_rounds(self, count: int) -> int:
-        """Time every configuration `count` times more, in turn; -> how often by now."""
-        for _ in range(count):
-            for speculation, rows in self.timed.items():
-                rows.append(self._run(speculation, TIMED_TOKENS))
-        return len(self.timed[BASELINE])
-
-    def rows(self) -> dict[Speculation, SpeedupRow]:
-        """Acceptance of the whole answers; cost: the median over all rounds."""
-        found = {}
-        for speculation, whole in self.whole.items():
-            times = [row.seconds_per_pass or 0.0 for row in self.timed[speculation]]
-            shares = [row.draft_share for row in self.timed[speculation] if row.draft_share is not None]
-            share = median(shares) if shares else None
-            found[speculation] = replace(
-                whole, seconds_per_pass=median(times), draft_share=share, mean_first_token_seconds=0.0
-            )
-        return found
+    def run(self, speculation: Speculation, num_new_tokens: int, clock: Callable[[], float]) -> SpeedupRow:
+        session = HfSession(self.model, speculation, eos_token_ids=[], clock=clock)
+        found = measure(session, self.prompts, BATCH_SIZE, self.chat, num_new_tokens)
+        row = make_row(RowKey("gsm8k", BATCH_SIZE, BenchConfig(BATCH_SIZE, speculation)), found, {}, True)
+        return replace(row, mean_first_token_seconds=0.0)
 
 
-def test_the_top_choice_is_within_five_percent_of_the_best_measured(tiny_target: Path) -> None:
-    """The planner sees four configurations of seven and chooses among all of them."""
-    bench = Bench(tiny_target)
-    while True:
-        num_rounds = bench.add_rounds(ROUNDS_AT_ONCE)
-        rows = bench.rows()
-        speeds = {s: measured_tokens_per_pass(row) / (row.seconds_per_pass or 1.0) for s, row in rows.items()}
-        plan = make_plan([rows[s] for s in CALIBRATION], GRID)
-        share_of_best = speeds[plan.best(BATCH_SIZE).speculation] / max(speeds.values())
-        if share_of_best >= 0.95 or num_rounds >= MAX_ROUNDS:
-            break
-    table = [
-        f"{p.speculation}: predicted {p.speedup:.3f}, measured {speeds[p.speculation] / speeds[BASELINE]:.3f}"
-        for p in plan.predictions[BATCH_SIZE]
+@pytest.fixture(scope="module")
+def bench(tiny_target: Path) -> Bench:
+    return Bench(tiny_target)
+
+
+def speed(row: SpeedupRow) -> float:
+    """Tokens per second of decoding."""
+    return measured_tokens_per_pass(row) / (row.seconds_per_pass or 1.0)
+
+
+class WorkClock:
+    """Time as work done: every pass of a network has a set cost, bent as measured on this target (batch 6, one thread:
+    plain 6.0 ms; verifying 2, 3, 4, 6 tokens 7.6, 8.2, 8.6, 8.9 ms; a draft pass 0.65 ms). Nothing can disturb it."""
+
+    def __init__(self, model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, self.seconds = model, 0.0
+        verify, next_token = model.target.verify, model.target.next_token
+
+        def costly_verify(cache: SlotCache, tree: TokenTree) -> tuple[torch.Tensor, torch.Tensor]:
+            self.seconds += 0.0068 + 0.00085 * math.log2(tree.num_nodes) + 0.0008 * (not tree.is_chain)
+            return verify(cache, tree)
+
+        def costly_next_token(cache: SlotCache, last_B: torch.Tensor) -> torch.Tensor:
+            self.seconds += 0.006
+            return next_token(cache, last_B)
+
+        monkeypatch.setattr(model.target, "verify", costly_verify)
+        monkeypatch.setattr(model.target, "next_token", costly_next_token)
+
+    def __call__(self) -> float:
+        drafter = self.model.drafter
+        assert drafter is not None
+        return self.seconds + 0.0005 * drafter.num_forwards + 0.000025 * drafter.num_speculative_rows
+
+
+def test_the_top_choice_is_within_five_percent_of_the_best(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real decoding, costs by work done: four configurations of nine are shown to the planner."""
+    clock = WorkClock(bench.model, monkeypatch)
+    rows = {s: replace(bench.run(s, NUM_NEW_TOKENS, clock), draft_share=None) for s in WIDE_GRID}
+    plan = make_plan([rows[s] for s in CALIBRATION], WIDE_GRID)
+    found = {p.speculation: p.speedup for p in plan.predictions[BATCH_SIZE]}
+    speeds = {s: speed(row) / speed(rows[BASELINE]) for s, row in rows.items()}
+    table = "\n".join(f"{s}: predicted {found[s]:.3f}, measured {speeds[s]:.3f}" for s in WIDE_GRID)
+    assert speeds[plan.best(BATCH_SIZE).speculation] >= 0.95 * max(speeds.values()), table
+    # The choice matters, and predictions of what was not measured are good.
+    assert max(speeds.values()) > 1.1
+    assert sorted(speeds.values())[len(speeds) // 2] < 0.95 * max(speeds.values()), table
+    inside = [Speculation(2, 1, 3), Speculation(3, 1, 4), Speculation(4, 1, 5), Speculation(2, 2, 5)]
+    assert max(abs(found[s] / speeds[s] - 1) for s in inside) < 0.12, table
+
+
+def test_the_top_choice_is_near_the_best_on_real_time(bench: Bench) -> None:
+    """CPU time, medians over rounds that take turns. The choice may be behind the best by 5% and by what the rounds
+    disagree about that (two standard errors of their median)."""
+    whole = {s: bench.run(s, NUM_NEW_TOKENS, time.process_time) for s in GRID}
+    rounds: dict[Speculation, list[SpeedupRow]] = {s: [] for s in GRID}
+    for _ in range(NUM_ROUNDS):
+        for speculation, timed in rounds.items():
+            timed.append(bench.run(speculation, TIMED_TOKENS, time.process_time))
+    rows = {
+        s: replace(
+            whole[s],
+            seconds_per_pass=median(r.seconds_per_pass or 0.0 for r in timed),
+            draft_share=median(r.draft_share or 0.0 for r in timed) if s.steps else None,
+        )
+        for s, timed in rounds.items()
+    }
+    chosen = make_plan([rows[s] for s in CALIBRATION], GRID).best(BATCH_SIZE).speculation
+    best = max(GRID, key=lambda s: speed(rows[s]))
+    tokens = measured_tokens_per_pass(rows[chosen]) / measured_tokens_per_pass(rows[best])
+    ratios = [
+        tokens * (b.seconds_per_pass or 0.0) / (c.seconds_per_pass or 1.0) for b, c in zip(rounds[best], rounds[chosen])
     ]
-    assert share_of_best >= 0.95, "\n".join(table)
-    assert max(speeds.values()) > 1.05 * speeds[BASELINE], "the draft gains nothing here, so nothing was tested"
+    error = 1.2533 * stdev(ratios) / math.sqrt(NUM_ROUNDS)
+    shown = {str(s): round(speed(row) / speed(rows[BASELINE]), 3) for s, row in rows.items()}
+    assert median(ratios) + 2 * error >= 0.95, f"chose {chosen}; {ratios}; {shown}"

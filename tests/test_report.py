@@ -86,8 +86,8 @@ def test_ticks_of_a_single_value() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.25"), (1234, "1234"), (15000, "15k"), (2.5e6, "2.5M"), (1e-4, "1e-4"), (6.3e-6, "6.3e-6"),
-     (1.9e9, "1.9G"), (0.0625, "0.0625")],
+    [(0, "0"), (0.25, "0.25"), (1234, "1234"), (15000, "15k"), (2.5e6, "2.5M"), (1e-4, "1e-4"), (0.0015, "1.5e-3"),
+     (6.3e-6, "6.3e-6"), (1.9e9, "1.9G"), (0.0625, "0.0625")],
 )  # fmt: skip
 def test_short_numbers(value: float, text: str) -> None:
     assert short_number(value) == text
@@ -180,13 +180,20 @@ def test_all_parts_together(tmp_path: Path) -> None:
         evaluation=EVALUATION,
         decoding=decoding,
         speedup_rows=SPEEDUP_ROWS,
-        provenance={"command": ["x", "--wandb-key", "hf_abcdefghijklmnopqrstu"], "config": {"optimizer": {"lr": 0.5}}},
+        provenance={
+            "command": ["x", "--wandb-key", "hf_abcdefghijklmnopqrstu"],
+            "wandb_api_key": "b" * 40,
+            "git": {"commit": "a" * 40},
+            "config": {"optimizer": {"lr": 0.5}},
+        },
     )
     page = path.read_text()
     parsed = Text(page.removeprefix("<!doctype html>\n"))
     for words in ("Loss per draft step", "Learning rate", "75%", "33%", "2.50", "1.90×", "optimizer.lr", "7,10,60"):
         assert words in parsed.text, words
     assert "hf_abcdefghijklmnopqrstu" not in page
+    assert "b" * 40 not in page
+    assert "a" * 40 in page
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 

@@ -55,10 +55,10 @@ def category(index: int) -> str:
 
 
 def short_number(value: float) -> str:
-    """At most four characters' worth: 0.034, 1.2, 15, 3k, 2e-5."""
+    """Few characters: 0.034, 1.2, 1500, 15k, 2e-3."""
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-2:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

@@ -129,7 +129,8 @@ def _facts(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any] | None)
     if rows:
         parts.append(tag("section", {"class": "card"}, run_table(rows)))
     if provenance:
-        safe = redact(dict(provenance))
+        # A commit is 40 hex digits, as some keys are; `git` holds nothing else.
+        safe = {key: value if key == "git" else redact({key: value})[key] for key, value in provenance.items()}
         plain = {key: value for key, value in safe.items() if key not in FOLDED_KEYS}
         boxes = [table(["where it came from", ""], _flat(plain), 2)]
         for key in FOLDED_KEYS:

@@ -108,6 +108,7 @@ def test_the_top_choice_is_within_five_percent_of_the_best(bench: Bench, monkeyp
     assert max(abs(found[s] / speeds[s] - 1) for s in inside) < 0.12, table
 
 
+@pytest.mark.stress  # real time: not for a machine that runs other things
 def test_the_top_choice_is_near_the_best_on_real_time(bench: Bench) -> None:
     """CPU time, medians over rounds that take turns. The choice may be behind the best by 5% and by what the rounds
     disagree about that (two standard errors of their median)."""

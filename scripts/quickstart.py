@@ -15,7 +15,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specforge_lite.cli import Section, parse_config
+from specforge_lite.engines.serving import ServingOptions, ServingSession
 from specforge_lite.errors import EngineError
 from specforge_lite.log import format_seconds, info, run_script
 from specforge_lite.report import write_report
@@ -87,8 +89,9 @@ def main() -> None:
         [python, "scripts/prepare_data.py", "--dataset", "gsm8k-sample", "--output-path", str(out / "data"),
          "--sample-size", str(num_rows), "--split-eval", str(config.num_eval / num_rows), "--seed", "0"],
     )  # fmt: skip
-    for split in ("eval", "train"):
-        regenerate(stages, config, split)
+    with regeneration_server(config) as address:
+        for split in ("eval", "train"):
+            regenerate(stages, config, split, address)
     data = [
         "--target-model-path", target, "--train-data-path", str(out / "train.jsonl"),
         "--eval-data-path", str(out / "eval.jsonl"), "--cache-dir", str(out / "cache"),
@@ -139,10 +142,32 @@ def main() -> None:
          "--output", str(out / "decoding.json")],
         threads=1,
     )  # fmt: skip
+    if config.engine != "hf":
+        stages.run(
+            f"serve the draft in {config.engine}",
+            out / f"serving_{config.engine}.json",
+            [python, "scripts/compare_serving.py", "--backend", config.engine, "--target-model-path", target,
+             "--draft-model-path", str(exported), "--prompts", str(out / "eval.jsonl"),
+             "--num-draft-tokens", str(CHAIN), "--output", str(out / f"serving_{config.engine}.json"),
+             "--log-dir", str(out / "serving")],
+            threads=1,
+        )  # fmt: skip
     finish(out, run_dir, time.monotonic() - started)
 
 
-def regenerate(stages: Stages, config: QuickstartConfig, split: str) -> None:
+@contextmanager
+def regeneration_server(config: QuickstartConfig) -> Iterator[str | None]:
+    """URL of the engine that answers the prompts; None where transformers does, or all answers are there."""
+    answered = all((config.output_dir / f"{split}.jsonl").exists() for split in ("eval", "train"))
+    if config.engine == "hf" or answered:
+        yield None
+        return
+    options = ServingOptions(config.engine, str(TARGET), dtype="float32", log_dir=config.output_dir / "serving")
+    with ServingSession(options) as session:
+        yield session.url
+
+
+def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: str | None) -> None:
     """Let the target answer the prompts itself: a draft learns to guess what its target says, not what a book says."""
     out = stages.output_dir
     stages.run(
@@ -150,8 +175,8 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str) -> None:
         out / f"{split}.jsonl",
         [sys.executable, "scripts/generate_data_by_target.py", "--model-name", str(TARGET), "--raw-data-file",
          str(out / "data" / f"gsm8k-sample_{split}.jsonl"), "--output-dir", str(out / f"regenerated_{split}"),
-         "--output-file", str(out / f"{split}.jsonl"), "--target-backend", "hf", "--target-dtype", "float32",
-         "--max-tokens", "160"],
+         "--output-file", str(out / f"{split}.jsonl"), "--max-tokens", "160",
+         *(["--server-address-port", address] if address else ["--target-backend", "hf", "--target-dtype", "float32"])],
         threads=1,
     )  # fmt: skip
 

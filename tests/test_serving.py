@@ -99,7 +99,7 @@ def test_the_verdict(tmp_path: Path) -> None:
     for length in (1.91, 2.0, 2.09):
         compared(length).check()
     for length in (1.89, 2.11):
-        with pytest.raises(EngineError, match="5.5% apart, expected at most 5%"):
+        with pytest.raises(EngineError, match=r"5\.5% apart, expected at most 5%"):
             compared(length).check()
     with pytest.raises(EngineError, match="1 of 8 greedy answers differ"):
         compared(2.0, 7).check()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = "/dev/shm/"
-SAMPLE_SECONDS = 10.0
+SAMPLE_SECONDS = 2.0  # a server killed within it after its start may leave shared memory behind
 TRACKER_SECONDS = 2.0
 
 

@@ -117,7 +117,7 @@ def make_step(variant: Variant, shape: Shape, device: str) -> Callable[[], float
     """Return a function that runs one training step and returns the loss per counted position of step 0."""
     batch, head, d2t, t2d = make_inputs(shape, variant.supervised, device)
     draft = make_draft(shape, d2t, t2d).to(device)
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, foreach=device == "cpu", fused=device != "cpu")
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)  # as the trainer
     if variant.kind == "bf16":
         batch, head = batch.to(device, torch.bfloat16), head.to(device, torch.bfloat16)
     dtype = torch.bfloat16 if variant.kind == "bf16" else None
@@ -144,7 +144,8 @@ def make_step(variant: Variant, shape: Shape, device: str) -> Callable[[], float
 
     def step() -> float:
         loss, count = forward()
-        (loss / count).backward()
+        loss.backward()
+        optimizer.grad_scale = count  # the fused kernel divides by it, as the trainer has it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach() / count) if device == "cpu" else 0.0
@@ -163,7 +164,7 @@ def needed_gemms(shape: Shape, supervised: float) -> list[tuple[str, int, int, i
     in_vocab = t2d[(head.logits(batch.last_NH[tokens - 1])).argmax(-1)]
     counted = torch.zeros_like(predictable)
     counted[tokens[in_vocab]] = True
-    plan = plan_rows(counted, batch.doc_offsets, shape.num_steps)
+    plan = plan_rows(counted, batch.doc_offsets, shape.num_steps, spare_share=0)
     width, keys = shape.hidden, len(plan.key_tokens)
     head_dim = width // shape.heads
     kv, qkv = 2 * shape.kv_heads * head_dim, width + 2 * shape.kv_heads * head_dim

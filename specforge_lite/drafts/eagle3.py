@@ -22,10 +22,11 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from specforge_lite.drafts.base import Attend, Draft, DraftConfig, TTTSettings
-from specforge_lite.nn.attention import TttAttention, get_attention
+from specforge_lite.nn.attention import TttAttention, attention_dtype, get_attention
+from specforge_lite.nn.late import LateTable, LateWeight
 from specforge_lite.nn.layers import Projections, RMSNorm, SwiGLU, gated
 from specforge_lite.nn.losses import Teacher, ask_teacher, judge_rows, ttt_cross_entropy
-from specforge_lite.nn.rope import RotaryEmbedding, apply_rope
+from specforge_lite.nn.rope import RopeTables, RotaryEmbedding, apply_rope, split_rotated
 from specforge_lite.nn.rows import RowPlan, StepRows, plan_rows, predictable_tokens
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
@@ -47,19 +48,30 @@ class Eagle3Layer(nn.Module):
 
 
 @dataclass
-class PackedWeights:
+class LayerWeights:
     """The layer's matrices in the compute dtype, fused where they read the same input; made once per forward pass.
 
-    qkv reads [embedding ; state]: `qkv_e` is its embedding half, `q_h` / `kv_h` its state half.
+    qkv reads [embedding ; state]: `qkv_e` is its embedding half, `qkv_h` its state half.
     """
 
-    qkv_e: Tensor
-    q_h: Tensor
-    kv_h: Tensor
-    qkv_h: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv_e: LateWeight
+    qkv_h: LateWeight
+    o: LateWeight
+    gate_up: LateWeight
+    down: LateWeight
+
+
+@dataclass
+class Unrolling:
+    """What all steps of one training pass share. kv_first: step-0 keys (after RoPE) and values, [N, G, d] each."""
+
+    weights: LayerWeights
+    embed_qkv: LateTable
+    tables: RopeTables
+    attention: TttAttention
+    attention_dtype: torch.dtype
+    kv_first: tuple[Tensor, Tensor]
+    compiled: bool
 
 
 class Eagle3Draft(Draft):
@@ -130,12 +142,12 @@ class Eagle3Draft(Draft):
         counted_MK = exists_MK & in_vocab_M[:, None]
         decay_K = torch.tensor([ttt.step_decay**k for k in range(ttt.num_steps)], dtype=torch.float64).to(device)
         teacher_id_M = self.draft_id_of(teacher.argmax_M)
-        head = self.lm_head.weight.to(head_in_MKD.dtype)
         loss, loss_MK, correct_MK = ttt_cross_entropy(
-            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, head, ttt.compile
+            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, self.lm_head.weight, ttt.compile
         )
         alpha_MK: Tensor | None = None
         if ttt.collect_rows:
+            head = self.lm_head.weight.to(head_in_MKD.dtype)
             correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, teacher_id_M, head)
         results = RowResults(loss_MK, correct_MK & counted_MK, counted_MK, alpha_MK)
         return summarize(batch, predictable_N.to(device), plan, loss, results)
@@ -143,101 +155,133 @@ class Eagle3Draft(Draft):
     def _unroll(self, batch: DraftBatch, target_head: TargetHead, plan: RowPlan, ttt: TTTSettings) -> Tensor:
         """Run the K steps; -> inputs of the head [M, K, D], zeros where a row does not exist."""
         dtype = ttt.compute_dtype or self.fc.weight.dtype
-        attention = get_attention(ttt.attention_backend, batch.input_ids_N.device.type)
-        weights = self._pack(dtype)
-        embeds = self.token_embeddings(batch.input_ids_N[plan.embed_tokens], target_head).to(dtype)
-        embed_qkv = linear(self.midlayer.input_layernorm(embeds), weights.qkv_e)
-
-        state_ND = self._first_state_packed(batch.aux_NG[plan.key_tokens].to(dtype))
-        first = plan.steps[0]
-        kv_first = self._first_keys(state_ND, embed_qkv, plan, weights)
-        state_RD = state_ND if first.from_previous is None else state_ND[first.from_previous]
+        shared, state_ND = self._begin(batch, target_head, plan, ttt, dtype)
+        state_RD = take_rows(state_ND, plan.steps[0].from_previous)
         later: list[tuple[Tensor, Tensor]] = []
-        head_inputs = []
+        states = []
         for k, rows in enumerate(plan.steps):
             if k and rows.from_previous is not None:
-                state_RD = state_RD[rows.from_previous]
-                later = [(key[rows.from_previous], value[rows.from_previous]) for key, value in later]
-            arguments = (state_RD, embed_qkv, kv_first, later, rows, weights, attention, k == 0)
+                state_RD = take_rows(state_RD, rows.from_previous)
+                later = [(take_rows(key, rows.from_previous), take_rows(v, rows.from_previous)) for key, v in later]
             if ttt.activation_checkpointing:
-                state_RD, own = checkpoint(self._train_step, *arguments, use_reentrant=False)
+                state_RD, own = checkpoint(self._train_step, state_RD, later, rows, shared, k, use_reentrant=False)
             else:
-                state_RD, own = self._train_step(*arguments)
+                state_RD, own = self._train_step(state_RD, later, rows, shared, k)
             later = [*later, own] if k else []
-            normed_RD = self.norm(state_RD)
-            head_inputs.append(pick_rows(normed_RD, plan.head_places_KM[k]))
             if self.config.norm_output:
-                state_RD = normed_RD
-        return torch.stack(head_inputs, dim=1)
+                state_RD = self.norm(state_RD)
+            states.append(state_RD)
+        head_in_MKD = gather_heads(states, plan.head_places_KM)
+        return head_in_MKD if self.config.norm_output else self.norm(head_in_MKD)
 
-    def _pack(self, dtype: torch.dtype) -> PackedWeights:
+    def _begin(
+        self, batch: DraftBatch, target_head: TargetHead, plan: RowPlan, ttt: TTTSettings, dtype: torch.dtype
+    ) -> tuple[Unrolling, Tensor]:
+        """What is made once: weights, the embeddings' half of q, k, v, and h_0, key and value of every key row."""
+        layer, device = self.midlayer, batch.input_ids_N.device
+        weights = self._layer_weights(dtype)
+        embeds = self.token_embeddings(batch.input_ids_N[plan.embed_tokens], target_head).to(dtype)
+        shared = Unrolling(
+            weights=weights,
+            embed_qkv=LateTable(weights.qkv_e(layer.input_layernorm(embeds))),
+            tables=self.rope.tables(plan.num_positions),
+            attention=get_attention(ttt.attention_backend, device.type),
+            attention_dtype=attention_dtype(dtype, device.type),
+            kv_first=(torch.empty(0), torch.empty(0)),
+            compiled=ttt.compile,
+        )
+        state_ND = self._first_state_packed(batch.aux_NG.index_select(0, plan.key_tokens).to(dtype))
+        heads = (0, self.config.num_key_value_heads, self.config.num_key_value_heads)
+        _, key, value = self._project(state_ND, plan.key_embed_places, plan.key_positions, heads, shared)
+        shared.kv_first = (key, value)
+        return shared, state_ND
+
+    def _layer_weights(self, dtype: torch.dtype) -> LayerWeights:
         attention, mlp, width = self.midlayer.self_attn, self.midlayer.mlp, self.config.hidden_size
-        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(dtype)
-        qkv_e, qkv_h = (part.contiguous() for part in qkv.split(width, 1))
-        q_h, kv_h = qkv_h.split([attention.q_proj.weight.shape[0], len(qkv_h) - attention.q_proj.weight.shape[0]])
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype)
-        return PackedWeights(
-            qkv_e, q_h, kv_h, qkv_h, attention.o_proj.weight.to(dtype), gate_up, mlp.down_proj.weight.to(dtype)
+        qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        return LayerWeights(
+            qkv_e=LateWeight([weight[:, :width] for weight in qkv], dtype),
+            qkv_h=LateWeight([weight[:, width:] for weight in qkv], dtype),
+            o=LateWeight([attention.o_proj.weight], dtype),
+            gate_up=LateWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype),
+            down=LateWeight([mlp.down_proj.weight], dtype),
         )
 
     def _first_state_packed(self, aux_NG: Tensor) -> Tensor:
         if len(self.fc_norm):
-            return linear(self._norm_aux(aux_NG), self.fc.weight.to(aux_NG.dtype))
+            parts = aux_NG.chunk(len(self.fc_norm), -1)
+            aux_NG = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
         return linear(aux_NG, self.fc.weight.to(aux_NG.dtype))
 
-    def _norm_aux(self, aux_NG: Tensor) -> Tensor:
-        parts = aux_NG.chunk(len(self.fc_norm), -1)
-        return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
-
-    def _first_keys(
-        self, state_ND: Tensor, embed_qkv: Tensor, plan: RowPlan, weights: PackedWeights
-    ) -> tuple[Tensor, Tensor]:
-        """Step-0 keys (after RoPE) and values of every key row, [N, G, d] each."""
-        num_q, head_dim = len(weights.q_h), self.config.head_dim
-        normed_ND = self.midlayer.hidden_norm(state_ND)
-        embed_half = embed_qkv[:, num_q:][plan.key_embed_places]
-        key, value = torch.addmm(embed_half, normed_ND, weights.kv_h.T).unflatten(-1, (2, -1, head_dim)).unbind(1)
-        return apply_rope(key, *self.rope(plan.key_positions)), value
-
-    def _train_step(
+    def _project(
         self,
         state_RD: Tensor,
-        embed_qkv: Tensor,
-        kv_first: tuple[Tensor, Tensor],
-        later: list[tuple[Tensor, Tensor]],
-        rows: StepRows,
-        weights: PackedWeights,
-        attention: TttAttention,
-        first_step: bool,
+        embed_places_R: Tensor,
+        position_ids_R: Tensor,
+        heads: tuple[int, int, int],
+        shared: Unrolling,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (after RoPE), v [R, heads, d] of some rows; `heads` says how many of each, 0 leaves one out."""
+        all_heads = (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)
+        stop = self.config.head_dim * sum(all_heads)
+        first = stop - self.config.head_dim * sum(heads) if heads[0] == 0 else 0
+        stop = first + self.config.head_dim * sum(heads)
+        embed_half = shared.embed_qkv.rows(embed_places_R, first, stop)
+        qkv = shared.weights.qkv_h(self.midlayer.hidden_norm(state_RD), embed_half, first, stop)
+        return split_rotated(qkv, shared.tables, position_ids_R, heads, shared.attention_dtype)
+
+    def _train_step(
+        self, state_RD: Tensor, later: list[tuple[Tensor, Tensor]], rows: StepRows, shared: Unrolling, k: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One layer over the needed rows of one step -> (h_{k+1} before any norm, this step's own key and value)."""
-        layer, head_dim = self.midlayer, self.config.head_dim
-        normed_RD = layer.hidden_norm(state_RD)
-        if first_step:  # keys and values of step 0 were made for all key rows
-            embed_half = embed_qkv[:, : len(weights.q_h)][rows.embed_places]
-            q_RHd = torch.addmm(embed_half, normed_RD, weights.q_h.T).unflatten(-1, (-1, head_dim))
-            own = kv_first
-            q_RHd = apply_rope(q_RHd, *self.rope(rows.position_ids))
-        else:
-            qkv = torch.addmm(embed_qkv[rows.embed_places], normed_RD, weights.qkv_h.T).unflatten(-1, (-1, head_dim))
-            groups = self.config.num_key_value_heads
-            cos, sin = self.rope(rows.position_ids)
-            qk = apply_rope(qkv[:, :-groups], cos, sin)
-            q_RHd, own = qk[:, :-groups], (qk[:, -groups:], qkv[:, -groups:])
-            later = [*later, own]
-        out_RHd = attention(q_RHd, *kv_first, [key for key, _ in later], [value for _, value in later], rows)
-        state_RD = torch.addmm(state_RD, out_RHd.flatten(1), weights.o.T)
-        gate_up = linear(layer.post_attention_layernorm(state_RD), weights.gate_up)
-        state_RD = torch.addmm(state_RD, gated(gate_up, layer.mlp.activation), weights.down.T)
-        return state_RD, own
+        """The layer over the needed rows of step k -> (h_{k+1} before any norm, this step's own key and value)."""
+        layer, weights = self.midlayer, shared.weights
+        groups = self.config.num_key_value_heads if k else 0  # keys and values of step 0 were made for all key rows
+        heads = (self.config.num_attention_heads, groups, groups)
+        q_RHd, key, value = self._project(state_RD, rows.embed_places, rows.position_ids, heads, shared)
+        later = [*later, (key, value)] if k else []
+        keys, values = [key for key, _ in later], [value for _, value in later]
+        out_RHd = shared.attention(q_RHd, *shared.kv_first, keys, values, rows)
+        state_RD = weights.o(out_RHd.flatten(1).to(state_RD.dtype), state_RD)
+        gate_up = weights.gate_up(layer.post_attention_layernorm(state_RD))
+        state_RD = weights.down(gated(gate_up, layer.mlp.activation, shared.compiled), state_RD)
+        return state_RD, (key, value)
+
+
+def take_rows(x_RD: Tensor, places: Tensor | None) -> Tensor:
+    """Rows of x by place; None: all."""
+    return x_RD if places is None else x_RD.index_select(0, places)
 
 
 def pick_rows(x_RD: Tensor, places_M: Tensor) -> Tensor:
     """Rows of x by place; zeros for place -1."""
-    if x_RD.shape[0] == 0:
-        return x_RD.new_zeros(len(places_M), x_RD.shape[1]) + x_RD.sum()
-    picked = x_RD[places_M.clamp(min=0)]
-    return torch.where((places_M >= 0)[:, None], picked, 0)
+    return gather_heads([x_RD], places_M[None]).squeeze(1)
+
+
+def gather_heads(states: list[Tensor], places_KM: Tensor) -> Tensor:
+    """Rows places[k] of the k-th state [R_k, D] -> [M, K, D], predicted token first; zeros for place -1."""
+    return _GatherHeads.apply(places_KM, *states)  # type: ignore[no-any-return]
+
+
+class _GatherHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, places_KM: Tensor, *states: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(places_KM)
+        ctx.num_rows = [len(state) for state in states]
+        num_steps, num_tokens = places_KM.shape
+        out_MKD = states[0].new_empty(num_tokens, num_steps, states[0].shape[1])
+        for k, state in enumerate(states):
+            if len(state):
+                out_MKD[:, k] = state.index_select(0, places_KM[k].clamp(min=0))
+        return out_MKD.masked_fill_((places_KM.T < 0).unsqueeze(-1), 0)
+
+    @staticmethod
+    def backward(ctx, grad_MKD: Tensor):  # type: ignore[no-untyped-def, override]
+        (places_KM,) = ctx.saved_tensors
+        grads = []
+        for k, num_rows in enumerate(ctx.num_rows):  # place -1 goes to one row more, which is cut off
+            grad = grad_MKD.new_zeros(num_rows + 1, grad_MKD.shape[2])
+            grads.append(grad.index_copy_(0, places_KM[k] % (num_rows + 1), grad_MKD[:, k])[:num_rows])
+        return None, *grads
 
 
 def select_tokens(teacher: Teacher, keep_M: Tensor) -> Teacher:

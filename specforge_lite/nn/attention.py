@@ -16,7 +16,8 @@ flex_attention  one block mask; torch has no backward for it on CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ def get_attention(name: str, device_type: str = "cpu") -> TttAttention:
     if name not in ATTENTION_BACKENDS:
         raise ConfigError(f"draft_attention_backend: unknown value '{name}'{suggest(name, ATTENTION_BACKENDS)}")
     return ATTENTION_BACKENDS[name]
+
+
+def attention_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """bf16 on a CPU attends in fp32: the CPU's bf16 flash backward is slower than its fp32 one, and less precise."""
+    return torch.float32 if compute_dtype == torch.bfloat16 and device_type == "cpu" else compute_dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------- eager
@@ -74,17 +80,15 @@ def eager_attention(
 def merged_attention(
     q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, later_k: list[Tensor], later_v: list[Tensor], rows: StepRows
 ) -> Tensor:
-    """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N).
-
-    bf16 on a CPU runs in fp32 here: the CPU's bf16 flash backward is slower than its fp32 one, and less precise.
-    """
-    if q_RHd.dtype == torch.bfloat16 and not q_RHd.is_cuda:
-        wide = [x.float() for x in (q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)]
-        split = 3 + len(later_k)
-        return merged_attention(wide[0], wide[1], wide[2], wide[3:split], wide[split:], rows).to(q_RHd.dtype)
+    """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N)."""
+    dtype = q_RHd.dtype
+    if attention_dtype(dtype, q_RHd.device.type) != dtype:
+        q_RHd, k0_NGd, v0_NGd, *later = (x.float() for x in (q_RHd, k0_NGd, v0_NGd, *later_k, *later_v))
+        return merged_attention(q_RHd, k0_NGd, v0_NGd, later[: len(later_k)], later[len(later_k) :], rows).to(dtype)
     if q_RHd.shape[0] == 0:
         return q_RHd + 0 * (k0_NGd.sum() + v0_NGd.sum() + sum(x.sum() for x in (*later_k, *later_v)))
-    return _Merged.apply(rows.segments, q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)
+    block: Step0Block = (CudaFlash if q_RHd.is_cuda else CpuFlash)(rows.segments)
+    return _Merged.apply(block, q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)
 
 
 class _Merged(torch.autograd.Function):
@@ -95,78 +99,158 @@ class _Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, segments: list[Segment], q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, *later: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, block: Step0Block, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, *later: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         num_later = len(later) // 2
-        scale = 1 / math.sqrt(q_RHd.shape[2])
-        heads = q_RHd.shape[1]
-        out_RHd = torch.empty_like(q_RHd)
-        accumulate = torch.promote_types(q_RHd.dtype, torch.float32)
-        z_RH = torch.empty(q_RHd.shape[:2], dtype=accumulate, device=q_RHd.device)
-        for segment in segments:
-            q = _segment_rows(q_RHd, segment)
-            out, lse = _flash_segment(q, k0_NGd, v0_NGd, segment)
-            _unpad(out_RHd, out, segment)
-            _unpad(z_RH, lse, segment)
+        out_RHd, z_RH = block.forward(q_RHd, k0_NGd, v0_NGd)
+        probabilities: list[Tensor] = []
         if num_later:
-            keys_RJGd = torch.stack(later[:num_later], dim=1)
-            values_RJGd = torch.stack(later[num_later:], dim=1)
-            scores_RHJ = _single_scores(q_RHd, keys_RJGd, scale).to(accumulate)
-            lse0_RH = z_RH
-            z_RH = torch.logsumexp(torch.cat([lse0_RH.unsqueeze(-1), scores_RHJ], dim=-1), dim=-1)
-            weights_RHJ = (scores_RHJ - z_RH.unsqueeze(-1)).exp().to(q_RHd.dtype)
-            out_RHd.mul_((lse0_RH - z_RH).exp().unsqueeze(-1).to(q_RHd.dtype))
-            out_RHd += _weighted_values(weights_RHJ, values_RJGd, heads)
-        ctx.segments, ctx.num_later = segments, num_later
-        ctx.save_for_backward(q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *later)
+            out_RHd, z_RH, probabilities = merge_single_keys(q_RHd, out_RHd, z_RH, later[:num_later], later[num_later:])
+        ctx.block, ctx.num_later = block, num_later
+        ctx.save_for_backward(q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *later, *probabilities)
         return out_RHd
 
     @staticmethod
     def backward(ctx, grad_RHd: Tensor):  # type: ignore[no-untyped-def, override]
-        q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *later = ctx.saved_tensors
-        num_later, scale = ctx.num_later, 1 / math.sqrt(q_RHd.shape[2])
-        groups = k0_NGd.shape[1]
-        grad_RHd = grad_RHd.contiguous()
-        dq_RHd = torch.empty_like(q_RHd)
-        dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)
-        for segment in ctx.segments:
-            _flash_segment_backward(
-                [_segment_rows(x, segment) for x in (grad_RHd, q_RHd, out_RHd)],
-                _segment_rows(z_RH, segment, fill=float("inf")),
-                (k0_NGd, v0_NGd),
-                (dq_RHd, dk0_NGd, dv0_NGd),
-                segment,
-            )
+        q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *rest = ctx.saved_tensors
+        later, probabilities = rest[: 2 * ctx.num_later], rest[2 * ctx.num_later :]
+        dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH)
         later_grads: list[Tensor] = []
-        if num_later:
-            keys_RJGd = torch.stack(later[:num_later], dim=1)
-            values_RJGd = torch.stack(later[num_later:], dim=1)
-            shape = (len(q_RHd), groups, -1, q_RHd.shape[2])
-            q_RGgd, grad_RGgd = q_RHd.view(shape), grad_RHd.view(shape)
-            scores_RHJ = _single_scores(q_RHd, keys_RJGd, scale).to(z_RH.dtype)
-            p_RHJ = (scores_RHJ - z_RH.unsqueeze(-1)).exp()
-            delta_RH1 = (grad_RHd * out_RHd).sum(-1, keepdim=True, dtype=z_RH.dtype)
-            dp_RHJ = _single_scores(grad_RHd, values_RJGd, 1.0).to(z_RH.dtype)
-            ds_RHJ = (p_RHJ * (dp_RHJ - delta_RH1) * scale).to(q_RHd.dtype)
-            dq_RHd += _weighted_values(ds_RHJ, keys_RJGd, q_RHd.shape[1])
-            ds_RGgJ = ds_RHJ.view(*q_RGgd.shape[:3], num_later)
-            p_RGgJ = p_RHJ.to(q_RHd.dtype).view(*q_RGgd.shape[:3], num_later)
-            dk_RGJd = ds_RGgJ.transpose(-1, -2) @ q_RGgd
-            dv_RGJd = p_RGgJ.transpose(-1, -2) @ grad_RGgd
-            later_grads = [*dk_RGJd.unbind(2), *dv_RGJd.unbind(2)]
+        if ctx.num_later:
+            keys, values = later[: ctx.num_later], later[ctx.num_later :]
+            later_grads = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys, values, dq_RHd)
         return None, dq_RHd, dk0_NGd, dv0_NGd, *later_grads
 
 
-def _single_scores(q_RHd: Tensor, keys_RJGd: Tensor, scale: float) -> Tensor:
-    """Dot product of every query head with the J keys of its own row -> [R, H, J]."""
-    rows, num_keys, groups, width = keys_RJGd.shape
-    q_RGgd = q_RHd.view(rows, groups, -1, width)
-    return (q_RGgd @ keys_RJGd.permute(0, 2, 3, 1)).reshape(rows, -1, num_keys) * scale
+def merge_single_keys(
+    q_RHd: Tensor, out0_RHd: Tensor, lse0_RH: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Join the attention over step 0 (its output and log-sum-exp) with the J single keys of each row.
+
+    -> (output, logsumexp of all scores, probability [R, G, g] of each single key). One key at a time: every row has its
+    own, so there is no matrix product in it, and plain sums are faster than R tiny ones.
+    """
+    q_RGgd, groups = _by_group(q_RHd, keys[0].shape[1]).to(lse0_RH.dtype), keys[0].shape[1]
+    scale = 1 / math.sqrt(q_RHd.shape[2])
+    lse0_RGg = lse0_RH.unflatten(1, (groups, -1))
+    scores = [(q_RGgd * key.unsqueeze(2)).sum(-1).mul_(scale) for key in keys]
+    z_RGg = torch.logsumexp(torch.stack([lse0_RGg, *scores]), 0)
+    probabilities = [(score - z_RGg).exp_() for score in scores]
+    out_RGgd = _by_group(out0_RHd, groups) * (lse0_RGg - z_RGg).exp_().unsqueeze(-1)
+    for probability, value in zip(probabilities, values):
+        out_RGgd.addcmul_(probability.unsqueeze(-1), value.unsqueeze(2))
+    return out_RGgd.to(q_RHd.dtype).view(out0_RHd.shape), z_RGg.flatten(1), probabilities
 
 
-def _weighted_values(weights_RHJ: Tensor, values_RJGd: Tensor, heads: int) -> Tensor:
-    rows, num_keys, groups, width = values_RJGd.shape
-    weights_RGgJ = weights_RHJ.view(rows, groups, heads // groups, num_keys)
-    return (weights_RGgJ @ values_RJGd.transpose(1, 2)).view(rows, heads, width)
+def single_keys_backward(
+    grad_RHd: Tensor,
+    q_RHd: Tensor,
+    out_RHd: Tensor,
+    probabilities: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    dq_RHd: Tensor,
+) -> list[Tensor]:
+    """Add the single keys' part to dq; -> gradients of the keys, then of the values."""
+    groups, scale, wide = keys[0].shape[1], 1 / math.sqrt(q_RHd.shape[2]), probabilities[0].dtype
+    q_RGgd, grad_RGgd = (_by_group(x, groups).to(wide) for x in (q_RHd, grad_RHd))
+    delta_RGg = (grad_RGgd * _by_group(out_RHd, groups)).sum(-1)
+    dq_RGgd = _by_group(dq_RHd, groups)
+    key_grads, value_grads = [], []
+    for probability, key, value in zip(probabilities, keys, values):
+        d_score = (grad_RGgd * value.unsqueeze(2)).sum(-1).sub_(delta_RGg).mul_(probability).mul_(scale).unsqueeze(-1)
+        dq_RGgd += d_score * key.unsqueeze(2)
+        key_grads.append((d_score * q_RGgd).sum(2).to(key.dtype))
+        value_grads.append((probability.unsqueeze(-1) * grad_RGgd).sum(2).to(value.dtype))
+    return [*key_grads, *value_grads]
+
+
+def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
+    """[R, H, d] -> [R, G, g, d]: the g query heads that share a key head."""
+    return x_RHd.unflatten(1, (groups, -1))
+
+
+class Step0Block(Protocol):
+    """Attention over the step-0 keys alone."""
+
+    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (output [R, H, d], logsumexp of the scores [R, H] in fp32 or wider)."""
+        ...
+
+    def backward(
+        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k0, v0 where each probability is exp(score - z) and `out` the output of ALL keys."""
+        ...
+
+
+class CpuFlash:
+    """aten's flash kernel for CPUs. Its causal mask starts at the top left, so a span is two calls: all tokens before
+    it, and itself, joined by their log-sum-exp."""
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self._segments = segments
+
+    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
+        out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
+        z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.promote_types(q_RHd.dtype, torch.float32))
+        for segment in self._segments:
+            q = _heads_first(_segment_rows(q_RHd, segment), k0_NGd.shape[1])
+            parts = []
+            for first, stop, causal in _blocks(segment):
+                k, v = (_keys_first(x[first:stop], len(q)) for x in (k0_NGd, v0_NGd))
+                parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal))
+            out, lse = parts[-1]
+            if len(parts) == 2:
+                (out_before, lse_before), (out_own, lse_own) = parts
+                lse = torch.logaddexp(lse_before, lse_own)
+                out = out_before * (lse_before - lse).exp_().unsqueeze(-1)
+                out.addcmul_(out_own, (lse_own - lse).exp_().unsqueeze(-1))
+            _unpad(out_RHd, _tokens_first(out), segment)
+            _unpad(z_RH, _tokens_first(lse), segment)
+        return out_RHd, z_RH
+
+    def backward(
+        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = k0_NGd.shape[1]
+        dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
+        dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)
+        for segment in self._segments:
+            grad, q, out = (_heads_first(_segment_rows(x, segment), groups) for x in (grad_RHd, q_RHd, out_RHd))
+            z_TH = _segment_rows(z_RH, segment, fill=float("inf"))
+            z = z_TH.view(len(z_TH), groups, -1).permute(2, 1, 0)
+            dq_total: Tensor | None = None
+            for first, stop, causal in _blocks(segment):
+                k, v = (_keys_first(x[first:stop], len(q)) for x in (k0_NGd, v0_NGd))
+                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad, q, k, v, out, z, 0.0, causal
+                )
+                dq_total = dq if dq_total is None else dq_total.add_(dq)
+                dk0_NGd[first:stop] += dk.sum(0).transpose(0, 1)
+                dv0_NGd[first:stop] += dv.sum(0).transpose(0, 1)
+            assert dq_total is not None
+            _unpad(dq_RHd, _tokens_first(dq_total), segment)
+        return dq_RHd, dk0_NGd, dv0_NGd
+
+
+def _heads_first(x_THd: Tensor, groups: int) -> Tensor:
+    """[T, G * g, d] -> [g, G, T, d] view: the g query heads that share a key head become a batch, so that keys and
+    values need no copy per query head (they are expanded with stride 0)."""
+    return x_THd.unflatten(1, (groups, -1)).permute(2, 1, 0, 3)
+
+
+def _keys_first(x_TGd: Tensor, batch: int) -> Tensor:
+    return x_TGd.transpose(0, 1).expand(batch, -1, -1, -1)
+
+
+def _tokens_first(x_gGTd: Tensor) -> Tensor:
+    return x_gGTd.permute(2, 1, 0, *range(3, x_gGTd.ndim)).flatten(1, 2)
+
+
+def _blocks(segment: Segment) -> list[tuple[int, int, bool]]:
+    """(first key, last key + 1, causal) of the two blocks a segment sees: all tokens before it, and itself."""
+    before = [(segment.key_start, segment.start, False)] if segment.start > segment.key_start else []
+    return [*before, (segment.start, segment.stop, True)]
 
 
 def _segment_rows(x: Tensor, segment: Segment, fill: float = 0.0) -> Tensor:
@@ -185,92 +269,45 @@ def _unpad(target: Tensor, rows: Tensor, segment: Segment) -> None:
     )
 
 
-def _heads_first(x_THd: Tensor, groups: int) -> Tensor:
-    """[T, G * g, d] -> [g, G, T, d] view: the g query heads that share a key head become a batch, so that keys and
-    values need no copy per query head (they are expanded with stride 0)."""
-    tokens, heads, width = x_THd.shape
-    return x_THd.view(tokens, groups, heads // groups, width).permute(2, 1, 0, 3)
+class CudaFlash:
+    """aten's FlashAttention-2, one call per segment. It aligns a causal mask to the bottom right, which is what a span
+    of rows at the end of its keys needs."""
 
+    def __init__(self, segments: list[Segment]) -> None:
+        self._segments = segments
 
-def _tokens_first(x_gGTd: Tensor) -> Tensor:
-    group, groups, tokens = x_gGTd.shape[:3]
-    return x_gGTd.permute(2, 1, 0, *range(3, x_gGTd.ndim)).reshape(tokens, groups * group, *x_gGTd.shape[3:])
+    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
+        out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
+        z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.float32, device=q_RHd.device)
+        for segment in self._segments:
+            q_THd = _segment_rows(q_RHd, segment)
+            k, v = (x[segment.key_start : segment.stop] for x in (k0_NGd, v0_NGd))
+            out, lse, _, _, _ = torch.ops.aten._flash_attention_forward(
+                q_THd, k, v, *_cuda_offsets(q_THd, k), len(q_THd), len(k), 0.0, True, False
+            )
+            _unpad(out_RHd, out, segment)
+            _unpad(z_RH, lse.T, segment)
+        return out_RHd, z_RH
 
-
-def _blocks(segment: Segment) -> list[tuple[int, int, bool]]:
-    """(first key, last key + 1, causal) of the two blocks a segment sees: all tokens before it, and itself."""
-    before = [(segment.key_start, segment.start, False)] if segment.start > segment.key_start else []
-    return [*before, (segment.start, segment.stop, True)]
-
-
-def _flash_segment(q_THd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-    """-> (out [T, H, d], lse [T, H] fp32)."""
-    if q_THd.is_cuda:
-        return _cuda_flash(q_THd, k0_NGd, v0_NGd, segment)
-    groups = k0_NGd.shape[1]
-    q = _heads_first(q_THd, groups)
-    parts = []
-    for first, stop, causal in _blocks(segment):
-        k, v = (x[first:stop].transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (k0_NGd, v0_NGd))
-        parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal))
-    out, lse = parts[-1]
-    if len(parts) == 2:
-        (out_before, lse_before), (out_own, lse_own) = parts
-        lse = torch.logaddexp(lse_before, lse_own)
-        weight = lambda part: (part - lse).exp().unsqueeze(-1).to(out.dtype)  # noqa: E731
-        out = out_before * weight(lse_before) + out_own * weight(lse_own)
-    return _tokens_first(out), _tokens_first(lse)
-
-
-def _flash_segment_backward(
-    grad_q_out: list[Tensor], z_TH: Tensor, keys: tuple[Tensor, Tensor], grads: tuple[Tensor, ...], segment: Segment
-) -> None:
-    """Add the step-0 part of the gradient to (dq, dk0, dv0); dq rows of the segment are overwritten."""
-    grad_THd, q_THd, out_THd = grad_q_out
-    dq_RHd, dk0_NGd, dv0_NGd = grads
-    if q_THd.is_cuda:
-        dq, dk, dv = _cuda_flash_backward(grad_THd, q_THd, out_THd, z_TH, keys, segment)
-        _unpad(dq_RHd, dq, segment)
-        dk0_NGd[segment.key_start : segment.stop] += dk
-        dv0_NGd[segment.key_start : segment.stop] += dv
-        return
-    groups = keys[0].shape[1]
-    grad, q, out = (_heads_first(x, groups) for x in (grad_THd, q_THd, out_THd))
-    z = z_TH.view(len(z_TH), groups, -1).permute(2, 1, 0)
-    dq_total: Tensor | None = None
-    for first, stop, causal in _blocks(segment):
-        k, v = (x[first:stop].transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in keys)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, z, 0.0, causal
-        )
-        dq_total = dq if dq_total is None else dq_total + dq
-        dk0_NGd[first:stop] += dk.sum(0).transpose(0, 1)
-        dv0_NGd[first:stop] += dv.sum(0).transpose(0, 1)
-    assert dq_total is not None
-    _unpad(dq_RHd, _tokens_first(dq_total), segment)
-
-
-def _cuda_flash(q_THd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2 aligns a causal mask to the bottom right, which is what a span at the end of its keys needs."""
-    k, v = (x[segment.key_start : segment.stop] for x in (k0_NGd, v0_NGd))
-    q_offsets, k_offsets = _cuda_offsets(q_THd, k)
-    out, lse, _, _, _ = torch.ops.aten._flash_attention_forward(
-        q_THd, k, v, q_offsets, k_offsets, len(q_THd), len(k), 0.0, True, False
-    )
-    return out, lse.T.contiguous()
-
-
-def _cuda_flash_backward(
-    grad: Tensor, q_THd: Tensor, out: Tensor, z_TH: Tensor, keys: tuple[Tensor, Tensor], segment: Segment
-) -> tuple[Tensor, Tensor, Tensor]:
-    k, v = (x[segment.key_start : segment.stop] for x in keys)
-    q_offsets, k_offsets = _cuda_offsets(q_THd, k)
-    seed = torch.zeros(2, dtype=torch.uint64, device=q_THd.device)
-    unused = torch.empty(0, dtype=torch.uint64, device=q_THd.device)
-    lse = z_TH.T.contiguous().float()
-    return torch.ops.aten._flash_attention_backward(
-        grad, q_THd, k, v, out, lse, q_offsets, k_offsets, len(q_THd), len(k), 0.0, True, seed, unused
-    )
+    def backward(
+        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
+        dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)
+        seed = torch.zeros(2, dtype=torch.uint64, device=q_RHd.device)
+        unused = torch.empty(0, dtype=torch.uint64, device=q_RHd.device)
+        for segment in self._segments:
+            grad, q, out = (_segment_rows(x, segment).contiguous() for x in (grad_RHd, q_RHd, out_RHd))
+            keys = slice(segment.key_start, segment.stop)
+            lse = _segment_rows(z_RH, segment, fill=float("inf")).T.contiguous()
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(
+                grad, q, k0_NGd[keys], v0_NGd[keys], out, lse, *_cuda_offsets(q, k0_NGd[keys]),
+                len(q), keys.stop - keys.start, 0.0, True, seed, unused,
+            )  # fmt: skip
+            _unpad(dq_RHd, dq, segment)
+            dk0_NGd[keys] += dk
+            dv0_NGd[keys] += dv
+        return dq_RHd, dk0_NGd, dv0_NGd
 
 
 def _cuda_offsets(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

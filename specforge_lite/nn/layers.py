@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from specforge_lite.nn.fused import fused
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm in fp32, as Llama has it: normalise, back to the input's dtype, times the weight."""
@@ -68,10 +70,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(gated(torch.cat([self.gate_proj(x), self.up_proj(x)], -1), self.activation))  # type: ignore[no-any-return]
 
 
-def gated(gate_up: Tensor, activation: str) -> Tensor:
+def gated(gate_up: Tensor, activation: str, compiled: bool = False) -> Tensor:
     """[..., 2F] = [gate ; up] -> activation(gate) * up [..., F]."""
     if activation in ("silu", "swish"):
-        return _SiluGate.apply(gate_up)  # type: ignore[no-any-return]
+        return _SiluGate.apply(gate_up, compiled)  # type: ignore[no-any-return]
     gate, up = gate_up.chunk(2, -1)
     return ACTIVATIONS[activation](gate) * up
 
@@ -89,17 +91,43 @@ class _SiluGate(torch.autograd.Function):
     """silu(gate) * up, keeping only its input: the sigmoid is cheap to make again, F floats per row are not."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, gate_up: Tensor, compiled: bool) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        ctx.compiled = compiled
+        return (fused(silu_gate_expression) if compiled else silu_gate)(gate_up)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, -1)
-        torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return out
+        return (fused(silu_gate_backward_expression) if ctx.compiled else silu_gate_backward)(grad, gate_up), None
+
+
+def silu_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def silu_gate_expression(gate_up: Tensor) -> Tensor:
+    """The same as one expression, for torch.compile."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def silu_gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    out = torch.empty_like(gate_up)
+    grad_gate, grad_up = out.chunk(2, -1)
+    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return out
+
+
+def silu_gate_backward_expression(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The same as one expression, for torch.compile."""
+    accumulate = torch.promote_types(grad.dtype, torch.float32)
+    gate, up = gate_up.to(accumulate).chunk(2, -1)
+    wide = grad.to(accumulate)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    grad_gate = wide * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat([grad_gate, wide * silu], -1).to(grad.dtype)

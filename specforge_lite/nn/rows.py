@@ -18,14 +18,17 @@ subset of those of k - 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 # A hole of at most this many rows inside a run is attended over and thrown away; a longer one starts a new segment.
 MAX_GAP = 32
+# A step keeps rows that only earlier steps needed, up to this share of all rows: gathering the rest costs more.
+SPARE_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class Segment:
 class StepRows:
     """Rows of one TTT step. All index tensors are int64 on the plan's device.
 
-    row_tokens: token index t of every needed row. from_previous: its place among the previous step's needed rows
-    (None: all of them, in order). key_rows: its place among the step-0 key rows. embed_places: place of token
-    t + 1 + k in `RowPlan.embed_tokens`. position_ids: RoPE position, t + k counted in its document.
+    row_tokens: token index t of every row that is computed: the needed ones, and a few that only earlier steps needed.
+    from_previous: its place among the previous step's rows (step 0: among this process's key rows; None: all of them,
+    in order). key_rows: its place among the step-0 key rows. embed_places: place of token t + 1 + k in
+    `RowPlan.embed_tokens`. position_ids: RoPE position, t + k counted in its document.
     segments: the same rows cut where attention may not or need not be contiguous.
     """
 
@@ -66,15 +70,21 @@ class StepRows:
 class RowPlan:
     """Everything index-like that a K-step training pass needs, made once per batch on the host.
 
-    key_tokens: tokens whose step-0 key and value exist (those after a document's last needed row do not).
-    key_positions: their position inside their document. embed_tokens: every token whose embedding is read; its half of
-    q, k, v depends on the token only, so it is projected once and not once per step. key_embed_places: place of token
-    t + 1 there for each key token t. predicted_tokens [M]: every counted token u.
-    head_places [K, M]: place of row u - 2 - k among the needed rows of step k, or -1 where it lies before the document.
+    num_positions: above every RoPE position. num_keys: rows whose step-0 key and value exist (those after a document's
+    last needed row do not). key_tokens: those that this process makes (all, unless processes share the batch).
+    key_places: their places among all, None when these are all. key_positions: their position inside their document.
+    embed_tokens: every token whose embedding is read; its half of q, k, v depends on the token only, so it is projected
+    once and not once per step. key_embed_places: place of token t + 1 there for each key token t.
+    predicted_tokens [M]: every counted token u that one of this process's rows predicts.
+    head_places [K, M]: place of row u - 2 - k among the needed rows of step k, or -1 where it lies before the document
+    (or belongs to another process).
     """
 
     steps: list[StepRows]
+    num_keys: int
+    num_positions: int
     key_tokens: Tensor
+    key_places: Tensor | None
     key_positions: Tensor
     key_embed_places: Tensor
     embed_tokens: Tensor
@@ -85,30 +95,14 @@ class RowPlan:
         """Copy the index tensors to a device."""
         if torch.device(device).type == "cpu":
             return self
+        steps = [cast(StepRows, _on_device(step, device)) for step in self.steps]
+        return cast(RowPlan, _on_device(replace(self, steps=steps), device))
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
 
-        steps = [
-            StepRows(
-                move(s.row_tokens),
-                None if s.from_previous is None else move(s.from_previous),
-                move(s.key_rows),
-                move(s.embed_places),
-                move(s.position_ids),
-                s.segments,
-            )
-            for s in self.steps
-        ]
-        return RowPlan(
-            steps,
-            move(self.key_tokens),
-            move(self.key_positions),
-            move(self.key_embed_places),
-            move(self.embed_tokens),
-            move(self.predicted_tokens),
-            move(self.head_places_KM),
-        )
+def _on_device(plan: RowPlan | StepRows, device: torch.device | str) -> RowPlan | StepRows:
+    tensors = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    moved: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items() if isinstance(x, Tensor)}
+    return replace(plan, **moved)
 
 
 def predictable_tokens(loss_mask_N: Tensor, doc_offsets: list[int], mask_shift: int = 0) -> Tensor:
@@ -130,64 +124,91 @@ def predictable_tokens(loss_mask_N: Tensor, doc_offsets: list[int], mask_shift: 
     return mask
 
 
-def plan_rows(counted_N: Tensor, doc_offsets: list[int], num_steps: int, max_gap: int = MAX_GAP) -> RowPlan:
-    """Plan K steps for counted tokens bool [N] on the CPU (none of them among the first two of a document)."""
+def plan_rows(
+    counted_N: Tensor,
+    doc_offsets: list[int],
+    num_steps: int,
+    max_gap: int = MAX_GAP,
+    spare_share: float = SPARE_SHARE,
+    owned_N: Tensor | None = None,
+) -> RowPlan:
+    """Plan K steps for counted tokens bool [N] on the CPU (none of them among the first two of a document).
+
+    spare_share: a step keeps the rows of the step before until this share of them is idle. owned_N bool: the rows that
+    this process computes, when several share a batch; keys are still counted over all processes.
+    """
     counted = counted_N.cpu()
+    num_tokens = len(counted)
     offsets = torch.tensor(doc_offsets)
-    tokens = counted.nonzero().squeeze(1)
-    doc_of_N = torch.bucketize(torch.arange(len(counted)), offsets[1:], right=True)
-    start_of_N = offsets[doc_of_N] if len(counted) else torch.zeros(0, dtype=torch.int64)
-    # head_rows[k]: t = u - 2 - k, or -1 outside the document
-    steps_K1 = torch.arange(num_steps)[:, None]
-    head_rows_KM = tokens[None] - 2 - steps_K1
-    head_rows_KM = torch.where(head_rows_KM >= start_of_N[tokens][None], head_rows_KM, -1)
-
-    needed_KN = torch.zeros(num_steps, len(counted) + 1, dtype=torch.bool)  # the last column takes the -1
-    needed_KN.scatter_(1, head_rows_KM % (len(counted) + 1), True)
-    needed_KN = needed_KN[:, :-1].flip(0).cumsum(0).flip(0).bool()  # row is needed at k if it has a head row at j >= k
-
-    key_mask_N = torch.zeros(len(counted), dtype=torch.bool)
+    doc_of_N = torch.bucketize(torch.arange(num_tokens), offsets[1:], right=True)
+    start_of_N = offsets[doc_of_N] if num_tokens else torch.zeros(0, dtype=torch.int64)
+    tokens, head_rows_KM = _head_rows(counted, start_of_N, num_steps)
+    needed_KN = _needed(head_rows_KM, num_tokens)
+    key_mask_N = torch.zeros(num_tokens, dtype=torch.bool)
     for start, stop in pairwise(doc_offsets):
         last = needed_KN[0, start:stop].nonzero()
         if len(last):
             key_mask_N[start : start + int(last[-1]) + 1] = True
-    key_tokens = key_mask_N.nonzero().squeeze(1)
+    own_key_mask_N = key_mask_N
+    if owned_N is not None:
+        own_key_mask_N = key_mask_N & owned_N
+        owned_KM = (head_rows_KM >= 0) & owned_N[head_rows_KM]
+        head_rows_KM = torch.where(owned_KM, head_rows_KM, -1)
+        tokens, head_rows_KM = tokens[owned_KM.any(0)], head_rows_KM[:, owned_KM.any(0)]
+        needed_KN = _needed(head_rows_KM, num_tokens)
+    key_tokens = own_key_mask_N.nonzero().squeeze(1)
     key_place_N = key_mask_N.cumsum(0) - 1
 
-    embed_mask_N = torch.zeros(len(counted) + num_steps, dtype=torch.bool)
+    embed_mask_N = torch.zeros(num_tokens + num_steps, dtype=torch.bool)
     embed_mask_N[key_tokens + 1] = True
     for k in range(1, num_steps):
-        embed_mask_N[1 + k : 1 + k + len(counted)] |= needed_KN[k][: len(embed_mask_N) - 1 - k]
+        embed_mask_N[1 + k : 1 + k + num_tokens] |= needed_KN[k][: len(embed_mask_N) - 1 - k]
     embed_place_N = embed_mask_N.cumsum(0) - 1
 
     steps, places = [], []
-    previous: Tensor | None = None
+    rows = key_tokens
     for k in range(num_steps):
-        rows = needed_KN[k].nonzero().squeeze(1)
-        place_N = needed_KN[k].cumsum(0) - 1
-        places.append(torch.where(head_rows_KM[k] >= 0, place_N[head_rows_KM[k]], -1))
-        base = key_tokens if previous is None else previous
-        same = len(base) == len(rows)
+        previous, rows = rows, needed_KN[k].nonzero().squeeze(1)
+        if k and len(previous) - len(rows) <= spare_share * len(previous):
+            rows = previous  # the idle ones among them are not needed later either: they read any embedding
+        place_N = torch.full((num_tokens + 1,), -1).index_put_((rows,), torch.arange(len(rows)))
+        places.append(place_N[head_rows_KM[k]])
         steps.append(
             StepRows(
                 row_tokens=rows,
-                from_previous=None if same else torch.searchsorted(base, rows),
+                from_previous=None if len(previous) == len(rows) else torch.searchsorted(previous, rows),
                 key_rows=key_place_N[rows],
-                embed_places=embed_place_N[rows + 1 + k],
+                embed_places=torch.where(needed_KN[k, rows], embed_place_N[rows + 1 + k], 0),
                 position_ids=rows - start_of_N[rows] + k,
                 segments=_segments(rows, doc_of_N, key_place_N, start_of_N, max_gap),
             )
         )
-        previous = rows
     return RowPlan(
         steps=steps,
+        num_keys=int(key_mask_N.sum()),
+        num_positions=int(offsets.diff().max()) + num_steps,
         key_tokens=key_tokens,
+        key_places=None if owned_N is None else key_place_N[key_tokens],
         key_positions=key_tokens - start_of_N[key_tokens],
         key_embed_places=embed_place_N[key_tokens + 1],
         embed_tokens=embed_mask_N.nonzero().squeeze(1),
         predicted_tokens=tokens,
         head_places_KM=torch.stack(places),
     )
+
+
+def _head_rows(counted_N: Tensor, start_of_N: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Counted tokens u [M], and row t = u - 2 - k [K, M], -1 where that is outside the document."""
+    tokens_M = counted_N.nonzero().squeeze(1)
+    rows_KM = tokens_M[None] - 2 - torch.arange(num_steps)[:, None]
+    return tokens_M, torch.where(rows_KM >= start_of_N[tokens_M][None], rows_KM, -1)
+
+
+def _needed(head_rows_KM: Tensor, num_tokens: int) -> Tensor:
+    """bool [K, N]: row t has a head row at step k or a later one."""
+    needed_KN = torch.zeros(len(head_rows_KM), num_tokens + 1, dtype=torch.bool)  # the last column takes the -1
+    needed_KN.scatter_(1, head_rows_KM % (num_tokens + 1), True)
+    return needed_KN[:, :-1].flip(0).cumsum(0).flip(0).bool()
 
 
 def _segments(rows: Tensor, doc_of_N: Tensor, key_place_N: Tensor, start_of_N: Tensor, max_gap: int) -> list[Segment]:

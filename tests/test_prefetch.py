@@ -12,7 +12,7 @@ import torch
 from specforge_lite.engines.base import TargetInfo
 from specforge_lite.engines.fake import FakeEngine, Fault
 from specforge_lite.engines.prefetch import SkipBudget, prefetch
-from specforge_lite.errors import CaptureError, EngineError
+from specforge_lite.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 INFO = TargetInfo("fake", num_layers=5, hidden_size=8, vocab_size=97, max_length=32, aux_layer_ids=(0, 1, 3))
@@ -137,6 +137,25 @@ def test_one_too_long_sample_too_many_says_what_to_do() -> None:
         next(stream)
         with pytest.raises(CaptureError, match="longer: 34 tokens, the target accepts 32; 2 skipped, the budget is 1"):
             next(stream)
+
+
+def test_a_sample_left_out_in_every_epoch_counts_once() -> None:
+    epoch = [[sample("a"), sample("long", 33)], [sample("bad")]]
+    engine = FakeEngine(INFO, faults={"bad": Fault("refused", times=3)})
+    skips = SkipBudget(fraction=0.7, num_samples=3)
+    with prefetch(engine, iter(epoch * 3), depth=2, skips=skips) as stream:
+        assert [[s.sample_id for s in samples] for samples, _ in stream] == [["a"], []] * 3
+    assert skips.skipped_ids == {"long", "bad"}
+
+
+def test_lengths_are_checked_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    SkipBudget(num_samples=1000).check_lengths([32] * 1000, 32, "data")
+    assert capsys.readouterr().err == ""
+    SkipBudget(num_samples=1000).check_lengths([32] * 999 + [50], 32, "data")
+    said = "data: 1 of 1000 samples are longer than the 32 tokens that the target accepts (longest 50)"
+    assert f"{said}; they are left out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"2 of 1000 .* \(longest 51\); at most 1 may be left out .*0\.10%"):
+        SkipBudget(num_samples=1000).check_lengths([32] * 998 + [50, 51], 32, "data")
 
 
 def test_default_budget_is_a_tenth_of_a_percent() -> None:

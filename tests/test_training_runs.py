@@ -285,6 +285,29 @@ def test_refused_samples_are_counted_and_bounded(tmp_path: Path, capsys: pytest.
         train(strict)
 
 
+def test_samples_too_long_for_the_target_are_skipped_in_every_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = sorted(make_dataset(tmp_path / "data-24").lengths.tolist())
+    assert lengths[-2] < lengths[-1]
+    run = Run(tmp_path, settings={"training": {"total_steps": 36, "skip_budget": 0.05}}, target_length=lengths[-2])
+    assert train(run).skipped_samples == 3  # the same one in each of three epochs
+    assert len(run.losses()) == 36
+    assert f"training data: 1 of 24 samples are longer than the {lengths[-2]} tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_too_long", [1, 2])
+def test_too_many_samples_that_are_too_long_are_told_before_the_first_step(tmp_path: Path, num_too_long: int) -> None:
+    lengths = sorted(make_dataset(tmp_path / "data-24").lengths.tolist())
+    budget = {1: 0.001, 2: 0.05}[num_too_long]
+    limit = lengths[-num_too_long - 1]
+    run = Run(tmp_path, settings={"training": {"skip_budget": budget}}, target_length=limit)
+    found, allowed = f"training data: {num_too_long} of 24 samples", f"at most {num_too_long - 1} may"
+    with pytest.raises(ConfigError, match=f"{found} .* {allowed}"):
+        train(run)
+    assert list(run.output_dir.glob("step_*")) == []
+
+
 def test_a_loss_spike_is_logged_with_its_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(
         tmp_path, settings={"training": {"total_steps": 40}, "logging": {"log_file": str(tmp_path / "log.jsonl")}}

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -55,6 +55,7 @@ class Run:
     faults: dict[str, Fault] = field(default_factory=dict)
     latency_s: float = 0.0
     num_samples: int = 24
+    target_length: int = INFO.max_length  # tokens that the target accepts
     offline: bool = False  # from states that `capture` wrote
 
     @property
@@ -132,7 +133,8 @@ def make_models(data: TokenizedDataset, seed: int = 0) -> RunModels:
 def open_trainer(run: Run, world: World, reporter: Reporter, stop: StopRequest) -> Any:
     data = make_dataset(run.root / f"data-{run.num_samples}", run.num_samples)
     evaluation = make_dataset(run.root / "data-eval", 7, seed=9, prefix="e")
-    engine: TargetEngine = FakeEngine(INFO, run.latency_s, run.faults)
+    info = replace(INFO, max_length=run.target_length)
+    engine: TargetEngine = FakeEngine(info, run.latency_s, run.faults)
     if run.offline:
         parts = [OfflinePart(run.root / "offline" / part) for part in ("train", "eval")]
         data, evaluation, engine = parts[0].dataset, parts[1].dataset, OfflineEngine(parts)

@@ -12,32 +12,39 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from specforge_lite.engines.base import TargetEngine, check_capture
-from specforge_lite.errors import CaptureError
+from specforge_lite.errors import CaptureError, ConfigError
 from specforge_lite.log import warn
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 DEFAULT_SKIP_FRACTION = 0.001
 CLOSE_SECONDS = 30.0
+LONGER_CONTEXT = "Lower --max-length or give the target a longer context"
 
 Captured = tuple[list[TokenizedSample], list[CapturedStates]]
-Answer = tuple[list[TokenizedSample], list[CapturedStates], list[CaptureError]]  # what was captured, what was refused
+Refusal = tuple[str, CaptureError]  # sample id and why
+Answer = tuple[list[TokenizedSample], list[CapturedStates], list[Refusal]]  # what was captured, what was refused
 
 
 @dataclass
 class SkipBudget:
     """How many samples may be left out, too long for the target or refused by it: `fraction` of `num_samples`, or of
-    those seen so far (and then at least one) where the total is not known."""
+    those seen so far (and then at least one) where the total is not known. A sample that comes again in a later epoch
+    counts once."""
 
     fraction: float = DEFAULT_SKIP_FRACTION
     num_samples: int | None = None
     seen: int = 0
-    skipped: int = 0
+    skipped_ids: set[str] = field(default_factory=set)
+
+    @property
+    def skipped(self) -> int:
+        return len(self.skipped_ids)
 
     @property
     def allowed(self) -> int:
@@ -55,18 +62,39 @@ class SkipBudget:
             self.seen += 1
             if len(sample) > max_length:
                 place = f"sample {sample.sample_id}: {len(sample)} tokens, the target accepts {max_length}"
-                self.skip(place, "Lower --max-length or give the target a longer context")
+                self.skip(sample.sample_id, place, LONGER_CONTEXT)
             else:
                 kept.append(sample)
         return kept
 
-    def skip(self, place: str, advice: str) -> None:
+    def skip(self, sample_id: str, place: str, advice: str) -> None:
         """Count and report one sample that is left out; raise CaptureError if it is one too many."""
-        self.skipped += 1
+        if sample_id in self.skipped_ids:
+            return
+        self.skipped_ids.add(sample_id)
         if self.skipped > self.allowed:
             count = f"{self.skipped} skipped, the budget is {self.allowed} ({self.fraction:.2%})"
             raise CaptureError(f"{place}; {count}. {advice}")
         warn(f"{place}; skipped ({self.skipped} of at most {self.allowed})")
+
+    def check_lengths(self, lengths: Sequence[int], max_length: int, what: str) -> None:
+        """Before a run: warn of samples that are too long for the target, all of which will be left out.
+
+        Raises ConfigError when they are more than the budget, so that no run ends in its middle over what was known
+        at its start.
+        """
+        too_long = [length for length in lengths if length > max_length]
+        if not too_long:
+            return
+        found = (
+            f"{what}: {len(too_long)} of {len(lengths)} samples are longer than the {max_length} tokens that the target"
+            f" accepts (longest {max(too_long)})"
+        )
+        if len(too_long) > self.allowed:
+            raise ConfigError(
+                f"{found}; at most {self.allowed} may be left out (skip_budget {self.fraction:.2%}). {LONGER_CONTEXT}"
+            )
+        warn(f"{found}; they are left out")
 
 
 class Prefetcher(Iterator[Captured]):
@@ -116,8 +144,8 @@ class Prefetcher(Iterator[Captured]):
                 samples, states, refusals = future.result()
             finally:
                 self.wait_seconds += time.perf_counter() - start
-            for refusal in refusals:  # counted here, in order, for the same reason as in `_top_up`
-                self.skips.skip(str(refusal), "Every such sample is named above; see the engine's log")
+            for sample_id, refusal in refusals:  # counted here, in order, for the same reason as in `_top_up`
+                self.skips.skip(sample_id, str(refusal), "Every such sample is named above; see the engine's log")
             return samples, states
         except StopIteration:
             raise
@@ -177,7 +205,7 @@ class Prefetcher(Iterator[Captured]):
             return samples, self._capture(samples), []
         except CaptureError as error:
             if len(samples) == 1:
-                return [], [], [error]
+                return [], [], [(samples[0].sample_id, error)]
         parts = [self._answer([sample]) for sample in samples]
         return (
             [sample for part in parts for sample in part[0]],

@@ -133,6 +133,7 @@ def capture_offline(dataset: TokenizedDataset, engine: TargetEngine, directory: 
     if done:
         info(f"{directory}: {len(done)} of {len(plan.shards)} shards are complete already")
     skips = SkipBudget(config.skip_budget, len(dataset))
+    skips.check_lengths(dataset.lengths.tolist(), target.max_length, str(directory))
     dtype = DTYPES[config.states_dtype]
     todo = [number for number in range(len(plan.shards)) if number not in done]
     total = sum(int(dataset.lengths[slice(*plan.shards[number])].sum()) for number in todo)

@@ -56,6 +56,7 @@ def build_trainer(
 ) -> Trainer:
     """Put the parts together; every rank calls it. Raises CheckpointError for a checkpoint of another run."""
     torch.manual_seed(config.training.seed + world.rank)
+    skips = check_lengths(config, data, engine)
     resume = find_resume(config, models, world)
     plan = make_plan(config, data, world)
     total_steps = run_length(config.training, plan.total_steps)
@@ -67,7 +68,6 @@ def build_trainer(
         progress = restore_run(*resume, parallel, optimizer, plan, world)
     ttt = ttt_settings(config, dtype)
     to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
-    skips = SkipBudget(config.training.skip_budget, -(-len(data.train) // world.world_size))
     _announce(config, models, world, total_steps, plan.steps_per_epoch, progress.step, dtype)
     reporter.start(progress.step, redact(config.model_dump(mode="json")))
     return Trainer(
@@ -86,6 +86,17 @@ def build_trainer(
         evaluator=make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
         engine_health=engine.health if isinstance(engine, ReportsHealth) else str,
     )
+
+
+def check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine) -> SkipBudget:
+    """The budget of samples that a rank may leave out. Raises ConfigError if more are too long for the target."""
+    budget, longest = config.training.skip_budget, engine.info.max_length
+    skips = SkipBudget(budget, len(data.train))
+    skips.check_lengths(data.train.lengths.tolist(), longest, "training data")
+    if data.eval is not None:
+        lengths = data.eval.lengths.tolist()[: config.training.eval_max_samples]
+        SkipBudget(budget, len(lengths)).check_lengths(lengths, longest, "evaluation data")
+    return skips
 
 
 def make_plan(config: TrainConfig, data: RunData, world: World) -> BatchPlan:

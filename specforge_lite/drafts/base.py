@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.errors import ConfigError, suggest
+from specforge_lite.nn.acceptance import LK_LOSSES
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
 
 # attend(q [B, heads, T, d], k [B, kv_heads, T, d], v, both after RoPE) -> [B, heads, T, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+LOSSES = ("ce", *LK_LOSSES)
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle1": "LlamaForCausalLMEagle"}
 
 
@@ -221,6 +223,7 @@ class TTTSettings:
 
     loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
     compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
+    loss: ce (soft cross-entropy), or lk and lk_alpha (`nn/acceptance.py`).
     collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
     EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
     """
@@ -233,6 +236,7 @@ class TTTSettings:
     activation_checkpointing: bool = False
     compile: bool = False
     collect_rows: bool = False
+    loss: str = "ce"
     v_weight: float = 1.0
     p_weight: float = 0.1
     noise: float = 0.2
@@ -243,6 +247,8 @@ class TTTSettings:
         if self.loss_mask_alignment not in ("ours", "eagle"):
             hint = suggest(self.loss_mask_alignment, ("ours", "eagle"))
             raise ConfigError(f"loss_mask_alignment: unknown value '{self.loss_mask_alignment}'{hint}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss: unknown value '{self.loss}'{suggest(self.loss, LOSSES)}")
 
     @property
     def eagle_mask(self) -> bool:

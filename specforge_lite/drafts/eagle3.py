@@ -129,7 +129,8 @@ class Eagle3Draft(Draft):
         predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
         tokens_M = predictable_N.nonzero().squeeze(1).to(device, non_blocking=True)
         draft_ids = self.target_ids
-        teacher = ask_teacher(target_head, batch.last_NH[tokens_M - 1], draft_ids, want_lse=ttt.collect_rows)
+        want_lse = ttt.collect_rows or ttt.loss != "ce"
+        teacher = ask_teacher(target_head, batch.last_NH[tokens_M - 1], draft_ids, want_lse)
         in_vocab_M = self.t2d[teacher.argmax_M]
         counted_N = predictable_N
         if device.type == "cpu":  # on a GPU this would wait for the teacher; there the few others get weight 0
@@ -143,8 +144,9 @@ class Eagle3Draft(Draft):
         decay_K = torch.tensor([ttt.step_decay**k for k in range(ttt.num_steps)], dtype=torch.float64).to(device)
         teacher_id_M = self.draft_id_of(teacher.argmax_M)
         loss, loss_MK, correct_MK = ttt_cross_entropy(
-            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, self.lm_head.weight, ttt.compile
-        )
+            head_in_MKD, counted_MK * decay_K, teacher.draft_logits_MVd, teacher_id_M, self.lm_head.weight, ttt.compile,
+            ttt.loss, None if ttt.loss == "ce" else teacher.lse_M,
+        )  # fmt: skip
         alpha_MK: Tensor | None = None
         if ttt.collect_rows:
             head = self.lm_head.weight.to(head_in_MKD.dtype)
@@ -294,7 +296,7 @@ def select_tokens(teacher: Teacher, keep_M: Tensor) -> Teacher:
 
 @dataclass
 class RowResults:
-    """Per predicted token and step [M, K]: cross-entropy, hit, whether the row exists and counts, alpha."""
+    """Per predicted token and step [M, K]: loss, hit, whether the row exists and counts, alpha."""
 
     loss_MK: Tensor
     correct_MK: Tensor

@@ -1,4 +1,4 @@
-"""The teacher's tokens and the soft cross-entropy of all TTT steps, one chunk of logits at a time.
+"""The teacher's tokens and the loss of all TTT steps, one chunk of logits at a time.
 
 Letters: M predicted tokens u of the batch, K steps, D draft width, H target width, V / Vd target / draft vocabulary.
 Head inputs come as [M, K, D], predicted token first: the K rows that predict one token share its teacher, so the
@@ -6,6 +6,8 @@ teacher's distribution is made once per token and broadcast over the steps.
 
     loss = sum over (u, k) of weight[u, k] * CE(softmax(z_u over the draft vocabulary), W h[u, k])
     d loss / d logits = weight * (softmax(logits) - teacher)
+
+The LK losses (`nn/acceptance.py`) take the place of CE in the same pass.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge_lite.nn.acceptance import lk_pass
 from specforge_lite.nn.fused import fused
 from specforge_lite.nn.gemm import RepeatedMatrix, add_product, equal_chunks, matmul_into
 from specforge_lite.nn.target_head import TargetHead
@@ -31,7 +34,8 @@ class Teacher:
     """What the target says about M tokens.
 
     draft_logits_MVd: its logits over the draft vocabulary, compute dtype. argmax_M: its most probable token over the
-    FULL vocabulary (target ids, int64). lse_M: logsumexp over the full vocabulary, fp32, only if asked for.
+    FULL vocabulary (target ids, int64). lse_M: logsumexp over the full vocabulary, fp32 (fp64 for fp64
+    inputs), only if asked for.
     """
 
     draft_logits_MVd: Tensor
@@ -70,14 +74,15 @@ def ask_teacher(
     dtype = target_head.lm_head_VH.dtype
     logits = torch.empty(len(last_MH) if want_logits else 0, num_draft, dtype=dtype, device=last_MH.device)
     argmax = torch.empty(len(last_MH), dtype=torch.int64, device=last_MH.device)
-    lse = torch.empty(len(last_MH), device=last_MH.device) if want_lse else None
+    accumulate = torch.promote_types(dtype, torch.float32)
+    lse = torch.empty(len(last_MH), dtype=accumulate, device=last_MH.device) if want_lse else None
     buffer: Tensor | None = None
     for chunk in equal_chunks(len(last_MH), max(16, TEACHER_CHUNK_ELEMENTS // vocab_size)):
         buffer = matmul_into(buffer, last_MH[chunk].to(dtype), target_head.lm_head_VH)
         full = target_head.scale_logits(buffer)
         argmax[chunk] = fast_argmax(full)
         if lse is not None:
-            lse[chunk] = torch.logsumexp(full.float(), -1)
+            lse[chunk] = torch.logsumexp(full.to(accumulate), -1)
         if want_logits:
             if num_draft == vocab_size:
                 logits[chunk] = full
@@ -93,15 +98,19 @@ def ttt_cross_entropy(
     teacher_id_M: Tensor,
     head_VdD: Tensor,
     compiled: bool = False,
+    loss_name: str = "ce",
+    teacher_lse_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunked linear + soft cross-entropy; gradients are formed in the same pass.
+    """Chunked linear + soft cross-entropy (or an LK loss); gradients are formed in the same pass.
 
     weight_MK: 0 where a row does not exist. teacher_id_M: draft id of the teacher's argmax. head_VdD: the parameter; it
     is cast to the dtype of its inputs here, and gets a gradient summed in fp32. compiled: fuse everything between the
     matrix products with torch.compile.
     Returns (weighted loss sum, fp32 scalar; unweighted loss [M, K]; correct [M, K] bool), the last two detached.
     """
-    return _ChunkedCrossEntropy.apply(head_in_MKD, head_VdD, weight_MK, teacher_MVd, teacher_id_M, compiled)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
+        head_in_MKD, head_VdD, weight_MK, teacher_MVd, teacher_id_M, compiled, loss_name, teacher_lse_M
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -114,6 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         teacher_MVd: Tensor,
         teacher_id_M: Tensor,
         compiled: bool,
+        loss_name: str,
+        teacher_lse_M: Tensor | None,
     ):
         (num_tokens, num_steps, width), device = head_in_MKD.shape, head_in_MKD.device
         head, num_draft = head_VdD.to(head_in_MKD.dtype), len(head_VdD)
@@ -130,8 +141,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden = head_in_MKD[chunk].reshape(-1, width)
             buffer = matrix.times_transposed(hidden, buffer)
             logits_mKV = buffer.view(-1, num_steps, num_draft)
+            lse_m = None if teacher_lse_M is None else teacher_lse_M[chunk]
             loss_MK[chunk], correct_MK[chunk] = logits_to_gradient(
-                logits_mKV, teacher_MVd[chunk], teacher_id_M[chunk], compiled
+                logits_mKV, teacher_MVd[chunk], teacher_id_M[chunk], compiled, loss_name, lse_m
             )
             if grad_in_MKD is not None and grad_head is not None:
                 weight = weight_MK[chunk].reshape(-1, 1).to(hidden.dtype)
@@ -149,23 +161,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _loss: Tensor, _correct: Tensor):  # type: ignore[no-untyped-def, override]
         grad_in_MKD, grad_head_VdD = ctx.saved_tensors
         # in place: they are nobody else's, and a second backward through the same graph raises
-        return grad_in_MKD.mul_(grad_loss.to(grad_in_MKD.dtype)), grad_head_VdD.mul_(grad_loss), None, None, None, None
+        grad_in_MKD.mul_(grad_loss.to(grad_in_MKD.dtype))
+        return grad_in_MKD, grad_head_VdD.mul_(grad_loss), None, None, None, None, None, None
 
 
 def logits_to_gradient(
-    logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor, compiled: bool = False
+    logits_mKV: Tensor,
+    teacher_mV: Tensor,
+    teacher_id_m: Tensor,
+    compiled: bool = False,
+    loss_name: str = "ce",
+    teacher_lse_m: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite logits by d CE / d logits = softmax(logits) - teacher; -> (CE [m, K], hit [m, K]).
+    """Overwrite logits by d loss / d logits, for CE softmax(logits) - teacher; -> (loss [m, K], hit [m, K]).
 
     On a CPU a few tokens at a time, so that what one pass writes is still in the cache for the next one.
     A tie with the teacher's token counts as a hit here; evaluation compares argmax ids (`judge_rows`).
     """
-    loss_pass = fused(loss_pass_fused) if compiled else loss_pass_inplace
     tokens = len(logits_mKV) if logits_mKV.is_cuda else max(1, LOSS_PASS_ELEMENTS // logits_mKV[0].numel())
-    results = [
-        loss_pass(logits, teacher, ids)
-        for logits, teacher, ids in zip(logits_mKV.split(tokens), teacher_mV.split(tokens), teacher_id_m.split(tokens))
-    ]
+    parts = zip(logits_mKV.split(tokens), teacher_mV.split(tokens), teacher_id_m.split(tokens))
+    if teacher_lse_m is None:
+        loss_pass = fused(loss_pass_fused) if compiled else loss_pass_inplace
+        results = [loss_pass(logits, teacher, ids) for logits, teacher, ids in parts]
+    else:
+        of_acceptance, lses = fused(lk_pass, compiled), teacher_lse_m.split(tokens)
+        results = [of_acceptance(*part, lse, loss_name) for part, lse in zip(parts, lses)]
     losses, hits = zip(*results)
     return torch.cat(losses), torch.cat(hits)
 

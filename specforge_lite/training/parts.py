@@ -239,6 +239,7 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
         loss_mask_alignment=training.loss_mask_alignment,
+        loss=training.loss,
         compute_dtype=dtype,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,

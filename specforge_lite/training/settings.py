@@ -59,6 +59,11 @@ class TrainingSection(Section):
     draft_attention_backend: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
         "auto", description="attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere"
     )
+    loss: Literal["ce", "lk", "lk_alpha"] = Field(
+        "ce",
+        description="EAGLE-3: soft cross-entropy; lk: KL that becomes 1 - acceptance as the draft improves; lk_alpha:"
+        " negative log of the acceptance",
+    )
     loss_mask_alignment: Literal["ours", "eagle"] = Field(
         "ours", description="supervise by the mask of the predicted token, or as EAGLE does by that of the row"
     )
@@ -216,6 +221,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
             f"max_tokens_per_batch {training.max_tokens_per_batch} is below max_length {data.max_length}:"
             " the longest sample would fit into no batch"
         )
+    if config.algorithm == "eagle1" and training.loss != "ce":
+        found.append(f"loss {training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
         found.append("cpu_offload: only with --sharding fsdp2")
     if training.offline_dir is not None and training.offline_dir.is_file():

@@ -89,15 +89,9 @@ def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
             device=str(world.device),
         )
     try:
-        _check_target(config, engine.info)
         yield engine
     finally:
         engine.close()
-
-
-def _check_target(config: TrainConfig, target: TargetInfo) -> None:
-    if config.training.offline_dir is None and config.data.max_length > target.max_length:
-        raise ConfigError(f"max_length {config.data.max_length}: the target accepts at most {target.max_length} tokens")
 
 
 def target_directory(model_path: str) -> Path:
@@ -239,7 +233,6 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
         loss_mask_alignment=training.loss_mask_alignment,
-        loss=training.loss,
         compute_dtype=dtype,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,

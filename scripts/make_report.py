@@ -24,6 +24,7 @@ class ReportConfig(Section):
     metrics: Path | None = Field(None, description="metrics.jsonl, where it is not in --run-dir")
     evaluation: Path | None = Field(None, description="JSON of evaluate_draft.py --save-results")
     decoding: Path | None = Field(None, description="JSON of decoded prompts (specforge_lite.report.Decoding)")
+    errors: Path | None = Field(None, description="errors.json of evaluate_draft.py --error-analysis")
     speedup: Path | None = Field(None, description="JSON lines of bench_model_speedup.py")
     provenance: Path | None = Field(None, description="provenance.json, where it is not in --run-dir")
     title: str | None = Field(None, description="default: the name of the run")
@@ -45,6 +46,7 @@ def main() -> None:
         decoding=read_json(config.decoding) if config.decoding else None,
         speedup_rows=read_jsonl(config.speedup) if config.speedup else None,
         provenance=read_json(provenance) if provenance else None,
+        errors=read_json(config.errors) if config.errors else None,
     )
     info(f"wrote {path}")
 

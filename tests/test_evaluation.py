@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from specforge_lite.config import DataSection, TargetSection
 from specforge_lite.drafts import Draft, DraftConfig, TTTSettings, build_draft, init_from_target
 from specforge_lite.drafts.initialize import init_random
 from specforge_lite.engines.hf import HfEngine
 from specforge_lite.evaluation import Acceptance, Walk, answers_of, decode_answers, disagreement
+from specforge_lite.evaluation.run import position_rows
 from specforge_lite.inference import SpeculativeModel
 from specforge_lite.nn.target_head import TargetHead, load_target_head
-from specforge_lite.training.evaluate import walk_document
+from specforge_lite.training.evaluate import batch_row, result_of, walk_document
 from specforge_lite.training.feed import BatchMaker
+from specforge_lite.training.parts import open_dataset
 from specforge_lite.types import TokenizedSample
 from tests.inference_drafts import random_vocabulary
 from tests.script_runner import run_in_process
@@ -58,6 +62,32 @@ def test_walk_agrees_with_the_trainers() -> None:
         acceptance = walk_over(correct, mask, CHAIN)
         tokens, jumps = walk_document(correct, torch.ones_like(correct), torch.tensor(mask), CHAIN)
         assert (acceptance.num_tokens, acceptance.num_passes) == (tokens, jumps)
+
+
+def batch_output(loss: list[float], counted: list[float], supervised: list[float], correct: list[float]):
+    """A batch of one 4-token document, with the sums of two steps as given."""
+    flags = torch.zeros(4, 2, dtype=torch.bool)
+    sums = {"loss_sum_K": loss, "counted_K": counted, "supervised_K": supervised, "correct_K": correct}
+    output = SimpleNamespace(correct_NK=flags, supervised_NK=flags, alpha_sum_K=torch.zeros(2))
+    for name, values in sums.items():
+        setattr(output, name, torch.tensor(values))
+    return output, SimpleNamespace(doc_offsets=[0, 4], loss_mask_N=torch.zeros(4, dtype=torch.bool), sample_ids=["a"])
+
+
+def test_table_by_hand() -> None:
+    """Position 0: accuracies 3/4, 1/2, 1/4, losses 8/4, 3/1, 4/4. Position 1: the third batch has no position at all,
+    so it counts in neither column; accuracies 1/2 and 1, losses 1 and 2."""
+    batches = [
+        batch_output([8.0, 2.0], [4.0, 2.0], [4.0, 2.0], [3.0, 1.0]),
+        batch_output([3.0, 2.0], [1.0, 1.0], [2.0, 1.0], [1.0, 1.0]),
+        batch_output([4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [1.0, 0.0]),
+    ]
+    rows = position_rows(result_of([batch_row(*batch, 5) for batch in batches], 2, 5))  # type: ignore[arg-type]
+    half = 0.5**0.5
+    assert [list(row.values()) for row in rows] == [
+        pytest.approx([0, 0.5, 0.25, 2.0, 1.0]),
+        pytest.approx([1, 0.75, 0.5 * half, 1.5, half]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +160,7 @@ def test_the_script_reports_both(
 ) -> None:
     from specforge_lite.export import export_draft
 
-    draft, engine, _head, samples = trained
+    draft, engine, head, samples = trained
     tokenizer = engine.tokenizer
     rows = []
     for sample in samples:
@@ -147,17 +177,38 @@ def test_the_script_reports_both(
         "--target-model-path", str(tiny_target), "--draft-model-path", str(exported), "--eval-data-path",
         str(tmp_path / "eval.jsonl"), "--cache-dir", str(tmp_path / "cache"), "--max-length", "256", "--target-dtype",
         "float32", "--target-backend", "hf", "--decode", "--chain-length", str(CHAIN), "--device", "cpu",
-        "--save-results", str(tmp_path / "out" / "results.json"),
+        "--save-results", str(tmp_path / "out" / "results.json"), "--batch-size", "2",
     ]  # fmt: skip
     assert run_in_process("evaluate_draft", words) == 0
     printed = capsys.readouterr().out
     assert "share of verification passes that accepted drafted token k" in printed
+    assert "mean and standard deviation over batches" in " ".join(printed.split())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["num_samples"] == len(samples)
     assert len(results["accuracy"]) == 7
+    data = DataSection(eval_data_path=str(tmp_path / "eval.jsonl"), cache_dir=tmp_path / "cache", max_length=256)
+    dataset = open_dataset(data.eval_data_path, TargetSection(target_model_path=str(tiny_target)), data)
+    expected = positions_by_hand(draft, engine, head, [dataset[i] for i in range(len(dataset))], batch_size=2)
+    for row, row_by_hand in zip(results["positions"], expected, strict=True):
+        assert row == pytest.approx(row_by_hand, abs=1e-4)
     assert results["tau_walk"] == pytest.approx(results["estimated"]["tokens_per_pass"])
     assert results["estimated"]["tokens_per_pass"] == pytest.approx(results["decoded"]["tokens_per_pass"], rel=0.05)
     assert results["decoded"]["reproduced_share"] > 0.95
+
+
+def positions_by_hand(draft: Draft, engine: HfEngine, head: TargetHead, samples: list, batch_size: int) -> list[dict]:
+    """Each batch by itself, then numpy's mean and standard deviation (n - 1)."""
+    to_batch = BatchMaker(head, 3, torch.device("cpu"), torch.float32)
+    accuracies, losses = [], []
+    for first in range(0, len(samples), batch_size):
+        part = samples[first : first + batch_size]
+        with torch.no_grad():
+            output = draft(to_batch(part, engine.capture(part)), head, TTTSettings(num_steps=7))
+        accuracies.append((output.correct_K / output.supervised_K).numpy())
+        losses.append((output.loss_sum_K / output.counted_K).numpy())
+    columns = [np.mean(accuracies, 0), np.std(accuracies, 0, ddof=1), np.mean(losses, 0), np.std(losses, 0, ddof=1)]
+    names = ("position", "accuracy_mean", "accuracy_std", "loss_mean", "loss_std")
+    return [dict(zip(names, (k, *(float(column[k]) for column in columns)))) for k in range(7)]
 
 
 def test_the_script_needs_data_and_the_right_layers(trained, tiny_target: Path, tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ class Eagle1Draft(Draft):
         attention = get_attention(ttt.attention_backend, batch.input_ids_N.device.type)
         weights = self._pack(dtype)
         embeds = self.token_embeddings(batch.input_ids_N[plan.embed_tokens], target_head).to(dtype)
-        embed_fc = linear(embeds, weights.fc_e)
+        bias = None if self.fc.bias is None else self.fc.bias.to(dtype)  # only in drafts that others trained
+        embed_fc = linear(embeds, weights.fc_e, bias)
 
         state_RD = batch.last_NH[plan.key_tokens].to(dtype)
         if self.training and not ttt.collect_rows and ttt.noise:

@@ -31,7 +31,16 @@ def load_draft(
     num_target_layers settles aux layer ids that config.json leaves open; dtype: None keeps what is stored.
     Raises CheckpointError for a missing, unknown or misshapen tensor, ConfigError for config.json.
     """
-    files = read_draft_files(directory)
+    return draft_of_files(read_draft_files(directory), num_target_layers, dtype, device)
+
+
+def draft_of_files(
+    files: DraftFiles,
+    num_target_layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Draft:
+    """The same for a directory that was read already."""
     config = draft_config_of(files, num_target_layers)
     weights = canonical_weights(files, config)
     d2t, t2d = vocabulary_of(files, config)

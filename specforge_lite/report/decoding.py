@@ -11,6 +11,7 @@ from specforge_lite.report.values import Decoding, Sample
 
 NUM_PASS_COLOURS = 6
 MAX_PROMPT_CHARACTERS = 600
+DECODED_TOGETHER = 64  # tokens; decoding all of a long text again for each token would take the square of its length
 
 
 def acceptance_section(evaluation: Mapping[str, Any] | None, decoding: Decoding | None) -> Html:
@@ -116,15 +117,18 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     A character made of several byte-level tokens belongs to the last of them; the others get "".
     """
     texts: list[str] = []
-    done = ""
-    for count in range(1, len(token_ids) + 1):
-        whole = tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False)
-        ends_open = whole.endswith("\ufffd") and count < len(token_ids)
+    first, done = 0, ""  # tokens from `first` on are decoded again at each step, so that a word knows its neighbour
+    for at in range(len(token_ids)):
+        whole = tokenizer.decode(list(token_ids[first : at + 1]), skip_special_tokens=False)
+        ends_open = whole.endswith("\ufffd") and at + 1 < len(token_ids)
         if ends_open or not whole.startswith(done):
             texts.append("")
             continue
         texts.append(whole[len(done) :])
         done = whole
+        if at - first >= DECODED_TOGETHER and not whole.endswith("\ufffd"):
+            first = at - DECODED_TOGETHER // 4
+            done = tokenizer.decode(list(token_ids[first : at + 1]), skip_special_tokens=False)
     return texts
 
 

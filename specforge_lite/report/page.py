@@ -11,6 +11,7 @@ from typing import Any
 from specforge_lite.errors import DataError
 from specforge_lite.provenance import redact
 from specforge_lite.report.decoding import acceptance_section, generations_section
+from specforge_lite.report.errors import errors_section
 from specforge_lite.report.markup import Html, join, table, tag
 from specforge_lite.report.sources import read_jsonl
 from specforge_lite.report.speedup import config_label, speedup_section
@@ -31,12 +32,14 @@ def write_report(
     decoding: Decoding | Mapping[str, Any] | None = None,
     speedup_rows: Sequence[Mapping[str, Any]] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    errors: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write report.html at `path` (atomically) and return it. A section appears for each thing that is given.
 
     metrics_path: a run's metrics.jsonl. evaluation: `EvalResult.to_dict()`, what `evaluate_draft.py` writes.
     decoding: `Decoding` or its JSON form. speedup_rows: rows of `bench_model_speedup.py`. provenance: what
-    `collect_provenance` returns, or any nested mapping; secrets are removed.
+    `collect_provenance` returns, or any nested mapping; secrets are removed. errors: errors.json of
+    `evaluate_draft.py --error-analysis`.
 
     Raises DataError for a file or a row that cannot be used.
     """
@@ -46,6 +49,7 @@ def write_report(
     sections = [
         _section("Training", training_section(rows) if metrics_path is not None else Html("")),
         _section("Acceptance per position", acceptance_section(evaluation, decoding)),
+        _section("Where the draft fails", errors_section(errors)),
         _section("Generations", generations_section(decoding.samples if decoding else ())),
         _section("Speed-up", speedup_section(speedup_rows) if speedup_rows else Html("")),
         _section("The run", _facts(rows, provenance)),
@@ -59,7 +63,13 @@ def write_report(
         _tiles(rows, evaluation, decoding, speedup_rows or ()),
     )
     body = tag("main", None, header, *sections)
-    return _write(Path(path), document(title, body))
+    return write_text(Path(path), document(title, body))
+
+
+def write_errors_page(path: Path, errors: Mapping[str, Any], title: str) -> Path:
+    """One self-contained page of an error analysis, every row of it; written atomically."""
+    body = tag("main", None, tag("header", None, tag("h1", None, title)), errors_section(errors, all_rows=True))
+    return write_text(path, document(title, body))
 
 
 def document(title: str, body: Html) -> str:
@@ -152,7 +162,8 @@ def _flat(value: Any, prefix: str = "") -> list[list[str]]:
     return [[prefix or "value", text]]
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` at `path` atomically and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

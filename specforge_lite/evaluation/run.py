@@ -1,0 +1,165 @@
+"""Evaluate drafts on held-out samples: what every draft of one target shares is opened once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from specforge_lite.cli import Section
+from specforge_lite.config import DataSection, TargetSection
+from specforge_lite.data.store import TokenizedDataset
+from specforge_lite.drafts import Draft, TTTSettings
+from specforge_lite.engines.base import TargetEngine
+from specforge_lite.engines.hf import default_device
+from specforge_lite.engines.registry import open_engine
+from specforge_lite.errors import ConfigError
+from specforge_lite.evaluation.acceptance import Walk
+from specforge_lite.inference.variants import Eagle3Variant
+from specforge_lite.log import progress
+from specforge_lite.nn.target_head import TargetHead, load_target_head
+from specforge_lite.training.evaluate import EvalResult, evaluate
+from specforge_lite.training.feed import BatchMaker
+from specforge_lite.training.files import write_json
+from specforge_lite.training.parts import open_dataset, target_directory
+from specforge_lite.types import DraftBatch, StepOutput
+
+Observer = Callable[[StepOutput, DraftBatch], None]
+
+
+class MeasureSection(Section):
+    """How drafts are evaluated."""
+
+    ttt_length: int = Field(7, ge=1, le=32, description="K, draft steps to evaluate: positions 0 to K-1 of the table")
+    chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the acceptance lengths")
+    batch_size: int = Field(4, ge=1, description="samples per batch; means and deviations are over batches")
+    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
+    device: str | None = Field(None, description="default: CUDA if there is one")
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's directory, its transformers config, and its head on the device."""
+
+    directory: Path
+    config: Any
+    head: TargetHead
+    device: torch.device
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+
+def open_target_files(target: TargetSection, device: str | None) -> TargetFiles:
+    """Everything of the target but the model itself. Raises ConfigError with transformers' reason."""
+    from transformers import AutoConfig
+
+    place = torch.device(device) if device else default_device()
+    directory = target_directory(target.target_model_path)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=target.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"target_model_path {directory}: {str(error).splitlines()[0]}") from None
+    return TargetFiles(directory, config, load_target_head(directory, config).to(place, torch.float32), place)
+
+
+def open_eval_data(target: TargetSection, data: DataSection) -> TokenizedDataset:
+    """The tokenized evaluation data. Raises ConfigError without any."""
+    if data.eval_data_path is None:
+        raise ConfigError("eval_data_path: required (flag --eval-data-path)")
+    return open_dataset(data.eval_data_path, target, data)
+
+
+def with_aux_layers(target: TargetSection, draft: Draft) -> TargetSection:
+    """The target section with the aux layers that the draft was trained on."""
+    ids = draft.config.aux_layer_ids
+    if ids is None:
+        return target
+    if target.aux_layer_ids not in (None, ids):
+        raise ConfigError(f"aux_layer_ids {list(target.aux_layer_ids or ())}: the draft was trained on {list(ids)}")
+    return target.model_copy(update={"aux_layer_ids": ids})
+
+
+@contextmanager
+def engine_for(draft: Draft, target: TargetSection, data: DataSection, device: torch.device) -> Iterator[TargetEngine]:
+    """An engine that captures what this draft reads, closed at the end."""
+    engine = open_engine(with_aux_layers(target, draft), data.max_length, device=str(device))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def evaluate_draft(
+    draft: Draft,
+    files: TargetFiles,
+    dataset: TokenizedDataset,
+    engine: TargetEngine,
+    measure: MeasureSection,
+    observers: Sequence[Observer] = (),
+    title: str = "evaluate",
+) -> tuple[EvalResult, Walk]:
+    """Table and acceptance estimates of one draft. observers: called with every batch and its output."""
+    check_evaluable(draft)
+    settings = TTTSettings(num_steps=measure.ttt_length, collect_rows=True)
+    walk = Walk(min(measure.chain_length, measure.ttt_length))
+    count = num_samples(dataset, measure)
+
+    def forward(batch: DraftBatch) -> StepOutput:
+        output: StepOutput = draft(batch, files.head, settings)
+        for observe in (walk.add, *observers):
+            observe(output, batch)
+        return output
+
+    with progress(count, title, "sample") as bar:
+        result = evaluate(
+            forward,
+            dataset,
+            engine,
+            BatchMaker(files.head, len(engine.info.aux_layer_ids), files.device, torch.float32),
+            measure.ttt_length,
+            chain_length=measure.chain_length,
+            batch_size=measure.batch_size,
+            max_samples=count,
+            on_batch=bar.update,
+        )
+    return result, walk
+
+
+def check_evaluable(draft: Draft) -> None:
+    """Raise ConfigError for a draft whose layer differs from the one that the training pass computes."""
+    biases = [name for name, _ in draft.named_parameters() if name.endswith("_proj.bias")]
+    if biases or isinstance(draft, Eagle3Variant):
+        reason = f"it has {biases[0]}" if biases else "its layer is a variant of EAGLE-3's"
+        raise ConfigError(f"{reason}; such a draft can be decoded (scripts/compare_generation.py), not evaluated")
+
+
+def num_samples(dataset: TokenizedDataset, measure: MeasureSection) -> int:
+    """Samples to evaluate on."""
+    return min(len(dataset), measure.eval_max_samples or len(dataset))
+
+
+def position_rows(result: EvalResult) -> list[dict[str, float]]:
+    """The table by position: accuracy and loss, mean and standard deviation (n - 1) over batches."""
+    columns = ("accuracy_mean", "accuracy_std", "loss_mean", "loss_std")
+    return [
+        {"position": k, **{name: getattr(result, name)[k] for name in columns}} for k in range(len(result.accuracy))
+    ]
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write JSON atomically, making its directory. Raises ConfigError when that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ConfigError(f"save_results {path}: is a directory, expected a file name")
+        write_json(path, results)
+    except OSError as error:
+        raise ConfigError(f"save_results {path}: {error.strerror or error}") from None

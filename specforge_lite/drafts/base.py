@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specforge_lite.errors import ConfigError, suggest
 from specforge_lite.nn.acceptance import LK_LOSSES
+from specforge_lite.nn.sequence import SequenceGroup
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
 
@@ -225,6 +226,7 @@ class TTTSettings:
     compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
     loss: ce (soft cross-entropy), or lk and lk_alpha (`nn/acceptance.py`).
     collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
+    sequence: the processes that share each batch (EAGLE-3 only); sums and counts are then those of the own rows.
     EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
     """
 
@@ -237,6 +239,7 @@ class TTTSettings:
     compile: bool = False
     collect_rows: bool = False
     loss: str = "ce"
+    sequence: SequenceGroup | None = None
     v_weight: float = 1.0
     p_weight: float = 0.1
     noise: float = 0.2

@@ -127,17 +127,10 @@ class Eagle3Draft(Draft):
         device = batch.input_ids_N.device
         host_mask_N = batch.loss_mask_N if batch.host_mask_N is None else batch.host_mask_N
         predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
-        tokens_M = predictable_N.nonzero().squeeze(1).to(device, non_blocking=True)
-        draft_ids = self.target_ids
-        want_lse = ttt.collect_rows or ttt.loss != "ce"
-        teacher = ask_teacher(target_head, batch.last_NH[tokens_M - 1], draft_ids, want_lse)
-        in_vocab_M = self.t2d[teacher.argmax_M]
-        counted_N = predictable_N
-        if device.type == "cpu":  # on a GPU this would wait for the teacher; there the few others get weight 0
-            counted_N = torch.zeros_like(predictable_N).index_fill_(0, tokens_M[in_vocab_M], True)
-            teacher, in_vocab_M = select_tokens(teacher, in_vocab_M), in_vocab_M[in_vocab_M]
-        plan = plan_rows(counted_N, batch.doc_offsets, ttt.num_steps).to(device)
-
+        owned_N = None
+        if ttt.sequence is not None:
+            owned_N = ttt.sequence.own_rows(predictable_N, batch.doc_offsets, ttt.num_steps)
+        plan, teacher, in_vocab_M = self._plan_and_ask(batch, target_head, predictable_N, owned_N, ttt)
         head_in_MKD = self._unroll(batch, target_head, plan, ttt)
         exists_MK = plan.head_places_KM.T >= 0  # no row before the start of a document
         counted_MK = exists_MK & in_vocab_M[:, None]
@@ -152,7 +145,35 @@ class Eagle3Draft(Draft):
             head = self.lm_head.weight.to(head_in_MKD.dtype)
             correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, teacher_id_M, head)
         results = RowResults(loss_MK, correct_MK & counted_MK, counted_MK, alpha_MK)
-        return summarize(batch, predictable_N.to(device), plan, loss, results)
+        return summarize(batch, predictable_N.to(device), plan, loss, results, owned_N)
+
+    def _plan_and_ask(
+        self,
+        batch: DraftBatch,
+        target_head: TargetHead,
+        predictable_N: Tensor,
+        owned_N: Tensor | None,
+        ttt: TTTSettings,
+    ) -> tuple[RowPlan, Teacher, Tensor]:
+        """Which rows are computed, and what the target says about the tokens they predict: is it in the vocabulary?
+
+        On a CPU tokens whose teacher is not are left out of the plan. On a GPU that would wait for the teacher, and
+        between processes it would have to be told to all; there these few get weight 0.
+        """
+        device, want_lse = batch.input_ids_N.device, ttt.collect_rows or ttt.loss != "ce"
+        if owned_N is not None:
+            plan = plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps, owned_N=owned_N).to(device)
+            last_MH = batch.last_NH[plan.predicted_tokens - 1]
+            teacher = ask_teacher(target_head, last_MH, self.target_ids, want_lse)
+            return plan, teacher, self.t2d[teacher.argmax_M]
+        tokens_M = predictable_N.nonzero().squeeze(1).to(device, non_blocking=True)
+        teacher = ask_teacher(target_head, batch.last_NH[tokens_M - 1], self.target_ids, want_lse)
+        in_vocab_M = self.t2d[teacher.argmax_M]
+        counted_N = predictable_N
+        if device.type == "cpu":
+            counted_N = torch.zeros_like(predictable_N).index_fill_(0, tokens_M[in_vocab_M], True)
+            teacher, in_vocab_M = select_tokens(teacher, in_vocab_M), in_vocab_M[in_vocab_M]
+        return plan_rows(counted_N, batch.doc_offsets, ttt.num_steps).to(device), teacher, in_vocab_M
 
     def _unroll(self, batch: DraftBatch, target_head: TargetHead, plan: RowPlan, ttt: TTTSettings) -> Tensor:
         """Run the K steps; -> inputs of the head [M, K, D], zeros where a row does not exist."""
@@ -195,6 +216,9 @@ class Eagle3Draft(Draft):
         state_ND = self._first_state_packed(batch.aux_NG.index_select(0, plan.key_tokens).to(dtype))
         heads = (0, self.config.num_key_value_heads, self.config.num_key_value_heads)
         _, key, value = self._project(state_ND, plan.key_embed_places, plan.key_positions, heads, shared)
+        if ttt.sequence is not None:
+            assert plan.key_places is not None
+            key, value = ttt.sequence.share(key, value, plan.key_places, plan.num_keys)
         shared.kv_first = (key, value)
         return shared, state_ND
 
@@ -311,8 +335,9 @@ def summarize(
     plan: RowPlan,
     loss: Tensor,
     results: RowResults,
+    owned_N: Tensor | None = None,
 ) -> StepOutput:
-    """Sums per step, and the run of correct steps of each row t = u - 2 - k."""
+    """Sums per step, and the run of correct steps of each row t = u - 2 - k; of the rows `owned_N` only, if given."""
     correct_MK, counted_MK, alpha_MK = results.correct_MK, results.counted_MK, results.alpha_MK
     collect_rows = alpha_MK is not None
     num_tokens, num_steps = len(predictable_N), counted_MK.shape[1]
@@ -322,6 +347,8 @@ def summarize(
     start_N = offsets[torch.bucketize(tokens, offsets[1:], right=True).clamp(max=len(offsets) - 2)]
     rows_KN = tokens[None] - 2 - torch.arange(num_steps, device=device)[:, None]  # [k, u] -> t
     supervised_KN = predictable_N & (rows_KN >= start_N)
+    if owned_N is not None:
+        supervised_KN &= owned_N.to(device)[rows_KN.clamp(min=0)]
 
     def by_row(values_KU: Tensor) -> Tensor:  # [k, u] -> [t, k]
         out = torch.zeros(num_steps, num_tokens + num_steps + 2, dtype=torch.bool, device=device)

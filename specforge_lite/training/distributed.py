@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from specforge_lite.cli import ConfigT, parse_config
 from specforge_lite.errors import ConfigError, SpecforgeError
 from specforge_lite.log import USER_ERROR_EXIT_CODE, is_main_rank
+from specforge_lite.nn.sequence import SequenceGroup
 from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE, FailureBoard
 from specforge_lite.training.settings import DistributedSection
 
@@ -38,13 +39,18 @@ class Verdict:
 
 @dataclass
 class World:
-    """This process among the ranks. `device` is where the draft trains; `timeout_s` bounds every collective."""
+    """This process among the ranks. `device` is where the draft trains; `timeout_s` bounds every collective.
+
+    sp_size: neighbouring ranks share a batch (`nn/sequence.py`), so there are dp_size = world_size / sp_size batches at
+    a time, of which this rank works on number dp_rank.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     timeout_s: float
     board: FailureBoard | None = None
+    sequence: SequenceGroup | None = None
     _buffer: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64), repr=False)
 
     @property
@@ -54,6 +60,22 @@ class World:
     @property
     def distributed(self) -> bool:
         return self.world_size > 1
+
+    @property
+    def sp_size(self) -> int:
+        return 1 if self.sequence is None else self.sequence.size
+
+    @property
+    def sp_rank(self) -> int:
+        return 0 if self.sequence is None else self.sequence.rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.world_size // self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp_size
 
     def agree(self, step: int, stopping: bool, out_of_data: bool, num_skipped: int) -> Verdict:
         """Meet before `step`. Host only. Raises RuntimeError when another rank is gone or does not come in time."""
@@ -84,6 +106,12 @@ class World:
         """Copy a CPU tensor of rank 0 to all ranks, in place."""
         if self.distributed:
             dist.broadcast(tensor, src=0)
+        return tensor
+
+    def share_in_group_(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor of the sequence group's first rank to the others, in place; nccl for CUDA tensors."""
+        if self.sequence is not None:
+            dist.broadcast(tensor, src=self.rank - self.sp_rank, group=self.sequence.group)
         return tensor
 
     def broadcast_text(self, text: str) -> str:
@@ -127,9 +155,16 @@ def open_world(config: DistributedSection) -> Iterator[World]:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _own_device(int(os.environ.get("LOCAL_RANK", "0")))
     world = World(rank, world_size, device, timeout_s=60 * config.dist_timeout)
+    if world_size % config.sp_size:
+        raise ConfigError(
+            f"sp_size {config.sp_size}: does not divide the {world_size} torchrun rank(s); start a multiple of it, as"
+            f" with torchrun --nproc_per_node {config.sp_size}"
+        )
     needs_group = world.distributed or config.sharding == "fsdp2"
     if needs_group:
         world.board = _init_process_group(world)
+    if config.sp_size > 1:
+        world.sequence = _open_sequence_group(world, config.sp_size)
     try:
         with report_failure(world):
             yield world
@@ -174,6 +209,14 @@ def _own_device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _open_sequence_group(world: World, size: int) -> SequenceGroup:
+    """This rank's group among those of `size` neighbouring ranks. Every rank makes all of them, in the same order."""
+    timeout = timedelta(seconds=world.timeout_s)
+    starts = range(0, world.world_size, size)
+    groups = [dist.new_group(list(range(start, start + size)), timeout=timeout) for start in starts]
+    return SequenceGroup(world.rank % size, size, groups[world.rank // size])
 
 
 def _init_process_group(world: World) -> FailureBoard | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Feed:
         steps: Iterator[PlannedStep],
         dataset: Dataset,
         engine: TargetEngine,
-        to_batch: BatchMaker,
+        to_batch: Callable[[Sequence[TokenizedSample], Sequence[CapturedStates]], DraftBatch],
         skips: SkipBudget,
         depth: int = 2,
     ) -> None:

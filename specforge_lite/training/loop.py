@@ -135,6 +135,8 @@ class Trainer:
                 flags.append(bad_documents(batch))
                 sample_ids += batch.sample_ids
                 row += output_row(output, batch)
+        if self.world.sp_rank:
+            row[1] = 0  # the batch's tokens are counted once, by the first rank of those that share it
         if flags:  # a broken hidden state makes the step's loss NaN, also where no supervised token depends on it
             row[0] = torch.where(torch.cat(flags).any(), torch.nan, row[0])
         local_row = row.clone()
@@ -215,7 +217,8 @@ class Trainer:
 
     def _collect_ids(self, own: list[str]) -> list[str]:
         """Sample ids of all ranks. Collective: every rank sees the same records, so all call it together."""
-        return [name for text in self.world.gather_texts("\n".join(own)) for name in text.split("\n") if name]
+        names = [name for text in self.world.gather_texts("\n".join(own)) for name in text.split("\n") if name]
+        return list(dict.fromkeys(names))  # ranks that share a batch name the same
 
     def _report(self) -> None:
         interval, self._interval = self._interval, _Interval()

@@ -156,6 +156,13 @@ class DistributedSection(Section):
         "ddp", description="ddp: every rank holds the draft; fsdp2: parameters, gradients and AdamW state are sharded"
     )
     cpu_offload: bool = Field(False, description="with fsdp2: parameters and AdamW state live in CPU memory")
+    sp_size: int = Field(
+        1,
+        ge=1,
+        description="EAGLE-3: neighbouring ranks that share each batch, every one with its part of the rows (sequence"
+        " parallelism, for long samples)",
+        json_schema_extra={"flags": ["--sp-ulysses-size", "--sequence-parallel-size"]},
+    )
     dist_timeout: float = Field(
         20.0, gt=0, description="minutes after which ranks give up waiting for one that died or hangs"
     )
@@ -223,6 +230,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
         )
     if config.algorithm == "eagle1" and training.loss != "ce":
         found.append(f"loss {training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce")
+    if config.algorithm == "eagle1" and config.distributed.sp_size > 1:
+        found.append(f"sp_size {config.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
         found.append("cpu_offload: only with --sharding fsdp2")
     if training.offline_dir is not None and training.offline_dir.is_file():

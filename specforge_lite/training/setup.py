@@ -36,6 +36,7 @@ from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt
 from specforge_lite.training.reporting import Reporter
 from specforge_lite.training.run_dir import StopRequest
 from specforge_lite.training.settings import TrainConfig, run_length
+from specforge_lite.training.shared_feed import FollowerFeed, SharingBatchMaker
 
 
 @runtime_checkable
@@ -66,7 +67,7 @@ def build_trainer(
     progress = Progress(data=plan.state_dict())
     if resume is not None:
         progress = restore_run(*resume, parallel, optimizer, plan, world)
-    ttt = ttt_settings(config, dtype)
+    ttt = replace(ttt_settings(config, dtype), sequence=world.sequence)
     to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
     _announce(config, models, world, total_steps, plan.steps_per_epoch, progress.step, dtype)
     reporter.start(progress.step, redact(config.model_dump(mode="json")))
@@ -77,7 +78,7 @@ def build_trainer(
         optimizer=optimizer,
         target_head=models.target_head,
         ttt=ttt,
-        feed=Feed(plan.steps(), data.train, engine, to_batch, skips, _depth(config, data, engine)),
+        feed=make_feed(config, plan, data, engine, to_batch, skips, world, dtype),
         reporter=reporter,
         stop=stop,
         progress=progress,
@@ -107,11 +108,28 @@ def make_plan(config: TrainConfig, data: RunData, world: World) -> BatchPlan:
         data.train.supervised_counts,
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=world.dp_rank,
+        world_size=world.dp_size,
         seed=training.seed,
         max_tokens_per_batch=training.max_tokens_per_batch,
     )
+
+
+def make_feed(
+    config: TrainConfig,
+    plan: BatchPlan,
+    data: RunData,
+    engine: TargetEngine,
+    to_batch: BatchMaker,
+    skips: SkipBudget,
+    world: World,
+    dtype: torch.dtype,
+) -> Feed:
+    """The batches of this rank; those of a sequence group come from its first rank."""
+    if world.sp_rank:
+        return FollowerFeed(plan.steps(), world, dtype)
+    maker = to_batch if world.sequence is None else SharingBatchMaker(to_batch, world)
+    return Feed(plan.steps(), data.train, engine, maker, skips, _depth(config, data, engine))
 
 
 def _depth(config: TrainConfig, data: RunData, engine: TargetEngine) -> int:
@@ -145,7 +163,9 @@ def _announce(
     trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
     info(
         f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {total_steps} steps, {per_epoch} per"
-        f" epoch, {world.world_size} rank(s), {config.distributed.sharding}, "
+        f" epoch, {world.world_size} rank(s)"
+        + (f" ({world.sp_size} per batch)" if world.sp_size > 1 else "")
+        + f", {config.distributed.sharding}, "
         + (f"resumed after step {step}" if step else "from the start")
     )
 
@@ -169,7 +189,8 @@ def make_evaluator(
         return None
     # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
     chain = config.training.eval_chain_length if config.algorithm == "eagle1" else 1
-    settings = replace(ttt, collect_rows=True, num_steps=max(ttt.num_steps, chain))
+    # Every rank evaluates samples of its own: without gradients a long one fits as well.
+    settings = replace(ttt, collect_rows=True, sequence=None, num_steps=max(ttt.num_steps, chain))
 
     def run() -> EvalResult:
         return evaluate(

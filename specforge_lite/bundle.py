@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from specforge_lite.data.atomic import remove_leftovers, replace_directory
 from specforge_lite.errors import ConfigError, DataError
-from specforge_lite.export import replace_directory, write_config
+from specforge_lite.export import write_config
 
 NUM_DRAFT_TOKENS = 3
 SETTINGS_ON_THE_CARD = (
@@ -51,8 +52,9 @@ def write_bundle(
         raise ConfigError(f"bundle {bundle_dir}: exists already; give another directory, or --overwrite")
     evaluation, decoding = _read_results(facts.evaluation), _read_results(facts.decoding)
     partial = bundle_dir.with_name(f".{bundle_dir.name}.partial-{os.getpid()}")
-    shutil.copytree(exported, partial)
+    remove_leftovers(bundle_dir)
     try:
+        shutil.copytree(exported, partial)
         config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
         run = config.get("specforge_lite") or {}
         config["specforge_lite"] = without_paths(run)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specforge_lite import __version__
 from specforge_lite.contract import check_draft
+from specforge_lite.data.atomic import remove_leftovers, replace_directory
 from specforge_lite.drafts.base import ARCHITECTURES, Draft, DraftConfig
 from specforge_lite.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.inference.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
@@ -52,6 +53,7 @@ def export_draft(
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder}: exists already; give another directory, or --overwrite")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    remove_leftovers(folder)
     partial.mkdir(parents=True)
     try:
         write_config(partial / "config.json", exported_config(config, dtype, provenance))
@@ -175,14 +177,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
-
-
-def replace_directory(source: Path, destination: Path) -> None:
-    """Move `source` to `destination`; an older directory there is set aside first and then deleted."""
-    if destination.exists():
-        aside = destination.with_name(f".{destination.name}.old-{os.getpid()}")
-        os.replace(destination, aside)
-        os.replace(source, destination)
-        shutil.rmtree(aside)
-    else:
-        os.replace(source, destination)

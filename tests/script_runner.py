@@ -30,3 +30,24 @@ def run_in_process(name: str, words: list[str]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         return int(module.main() or 0)
+
+
+def end_of_script(name: str, words: list[str], capsys: Any) -> tuple[int, str]:
+    """Run scripts/NAME.py as its `__main__` does; (exit code, the last line on stderr, which is the error)."""
+    from specforge_lite.log import run_script
+
+    module = load_script(name)
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            run_script(module.main)
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    return int(ended.value.code or 0), (errors.splitlines() or [""])[-1]
+
+
+def visible(directory: Path) -> list[str]:
+    """What lies under a final name in a directory, which may be missing."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(name for name in names if not name.startswith("."))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -43,11 +43,18 @@ SHORT_KILLS = {"training": 3, "dataset cache": 2, "offline capture": 2, "regener
 
 @dataclass
 class Undisturbed:
-    """A run that was not killed: what it left, its directory changes, its seconds."""
+    """A run that was not killed: what it left, its directory changes, its seconds. `deck`: changes still to be hit."""
 
     result: Result
     events: int
     seconds: float
+    deck: list[int] = field(default_factory=list)
+
+    def next_event(self, rng: random.Random) -> int:
+        """A change to be killed at; each once before any of them comes again."""
+        if not self.deck:
+            self.deck = rng.sample(range(1, self.events + 1), self.events)
+        return self.deck.pop()
 
 
 @dataclass
@@ -106,7 +113,7 @@ def kill_chain(
     done = 0
     while done < kills:
         if rng.random() < 0.5:
-            reply = host.run(stage, inputs, root, at_event=rng.randint(1, whole.events))
+            reply = host.run(stage, inputs, root, at_event=whole.next_event(rng))
             row.kills_at_changes += reply["status"] == -signal.SIGKILL
         else:
             reply = host.run(stage, inputs, root, after_s=rng.uniform(0, whole.seconds))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -26,11 +29,16 @@ def user_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """A file that appears under `path` when the block ends without an error; nothing is left of it otherwise."""
+    """A file that appears under `path` when the block ends without an error; nothing is left of it otherwise.
+
+    What a killed process left of an earlier attempt is removed.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says to `remove_leftovers` that we live
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,13 +65,77 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
         sync_directory(temporary)
-        if path.exists():
-            os.rename(path, path.with_name(f".{path.name}.tmp-old-{secrets.token_hex(4)}"))
-        os.rename(temporary, path)
-        sync_directory(path.parent)
+        replace_directory(temporary, path)
     finally:
         for left in path.parent.glob(f".{path.name}.tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed left beside `path`: `.NAME.tmp-PID...`, `.NAME.partial-PID`.
+
+    Nothing is touched whose process lives here, or that anybody (on another host, perhaps) holds a lock on.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:tmp|partial|old)-(\d+)(?:-[0-9a-f]+)?")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        match = pattern.fullmatch(left.name)
+        if match is None or _is_alive(int(match[1])) or _is_locked(left):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # not ours to ask
+        return True
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def replace_directory(source: Path, destination: Path) -> None:
+    """Move `source` to `destination` in one step, whatever was there; an older directory is deleted afterwards.
+
+    Where the file system cannot exchange two names, the older one is set aside first: a process that is killed just
+    then leaves it as `.NAME.old-PID`.
+    """
+    if not destination.exists():
+        os.replace(source, destination)
+    elif _exchange(source, destination):
+        shutil.rmtree(source)
+    else:
+        aside = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        os.replace(destination, aside)
+        os.replace(source, destination)
+        shutil.rmtree(aside)
+    sync_directory(destination.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically with renameat2(2); False where kernel, libc or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
+    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
 
 
 @contextmanager

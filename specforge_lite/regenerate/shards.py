@@ -58,6 +58,7 @@ class ShardStore:
             for left in directory.glob(".*.tmp-*"):  # a crash inside `atomic_file`; nobody else writes here now
                 left.unlink()
             check_manifest(directory, settings, resume)
+            self._remove_finished_parts()
         except BaseException:
             self._lock.close()
             raise
@@ -163,6 +164,12 @@ class ShardStore:
         if (written := os.write(self._handles[path], line)) != len(line):
             raise DataError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
         self._unsynced.add(path)
+
+    def _remove_finished_parts(self) -> None:
+        """A crash between naming a shard's final file and deleting what it was made from."""
+        for shard in self.complete_shards():
+            for final in (shard, shard.with_name(shard.name.replace("shard_", "error_", 1))):
+                final.with_name(final.name + PART).unlink(missing_ok=True)
 
     def _close_handle(self, path: Path) -> None:
         handle = self._handles.pop(path, None)

@@ -209,11 +209,28 @@ def newest_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a crashed save or deletion left behind; only call it while holding the directory's lock."""
-    for path in output_dir.glob(".step_*"):
+def remove_leftovers(output_dir: Path, keep: int | None = None) -> None:
+    """Delete what a crashed save or deletion left behind; only call it while holding the directory's lock.
+
+    keep: a run killed between a save and the deletion of the oldest checkpoint left one too many; it goes if the newest
+    `keep` are complete.
+    """
+    for path in output_dir.glob(".*"):
         if re.fullmatch(r"\.step_\d+\.(tmp|deleted)-\d+", path.name):
             shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():  # of `write_atomically`
+            path.unlink(missing_ok=True)
+    found = checkpoints(output_dir)
+    if keep is not None and len(found) > keep and all(_is_complete(path) for path in found[:keep]):
+        _delete_oldest(output_dir, keep)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -230,7 +230,7 @@ def _starts(dataset: TokenizedDataset, first: int, end: int) -> np.ndarray:
 def _complete_shards(directory: Path, count: int) -> set[int]:
     """Numbers of shards whose content has the hash of its sidecar; leftovers of a crash are removed."""
     for path in directory.glob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     done = set()
     for number in range(count):
         if not _sidecar(directory, number).exists():

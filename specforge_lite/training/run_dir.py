@@ -45,7 +45,7 @@ class RunDirectory:
         self._lock = lock_directory(self.path, "output_dir")
         self._last_beat = 0.0
         try:
-            remove_leftovers(self.path)
+            remove_leftovers(self.path, config.save_total_limit if config.resume and not config.overwrite else None)
             _settle_earlier_run(self.path, config)
             self.restarts = _count_start(self.path / STARTS_FILE)
         except BaseException:

@@ -39,8 +39,9 @@ def get_attention(name: str, device_type: str = "cpu") -> TttAttention:
 
 
 def attention_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """bf16 on a CPU attends in fp32: the CPU's bf16 flash backward is slower than its fp32 one, and less precise."""
-    return torch.float32 if compute_dtype == torch.bfloat16 and device_type == "cpu" else compute_dtype
+    """bf16 and fp16 on a CPU attend in fp32: the CPU's 16-bit flash backward is slower than that, and less precise."""
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and device_type == "cpu" else compute_dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------- eager

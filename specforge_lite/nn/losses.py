@@ -161,7 +161,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _loss: Tensor, _correct: Tensor):  # type: ignore[no-untyped-def, override]
         grad_in_MKD, grad_head_VdD = ctx.saved_tensors
         # in place: they are nobody else's, and a second backward through the same graph raises
-        grad_in_MKD.mul_(grad_loss.to(grad_in_MKD.dtype))
+        if grad_in_MKD.dtype == torch.float16:  # a loss scale may lie outside its range, the product inside
+            grad_in_MKD.copy_(grad_in_MKD.float().mul_(grad_loss))
+        else:
+            grad_in_MKD.mul_(grad_loss.to(grad_in_MKD.dtype))
         return grad_in_MKD, grad_head_VdD.mul_(grad_loss), None, None, None, None, None, None
 
 

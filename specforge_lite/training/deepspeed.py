@@ -26,6 +26,11 @@ PLAIN_KEYS: dict[str, tuple[str, str]] = {
     "optimizer.params.weight_decay": ("optimizer", "weight_decay"),
     "scheduler.params.warmup_num_steps": ("optimizer", "warmup_steps"),
     "scheduler.params.total_num_steps": ("optimizer", "schedule_steps"),
+    "fp16.loss_scale": ("optimizer", "loss_scale"),
+    "fp16.initial_scale_power": ("optimizer", "initial_scale_power"),
+    "fp16.loss_scale_window": ("optimizer", "loss_scale_window"),
+    "fp16.hysteresis": ("optimizer", "loss_scale_hysteresis"),
+    "fp16.min_loss_scale": ("optimizer", "min_loss_scale"),
     "scheduler.params.warmup_max_lr": ("optimizer", "learning_rate"),  # after optimizer.params.lr, as in DeepSpeed
 }
 
@@ -46,6 +51,8 @@ def translate(values: dict[str, Any], source: str = "deepspeed_config") -> tuple
     leaves = _flatten(values)
     settings: Settings = {}
     used = {key for key, value in leaves.items() if value != "auto" and key in PLAIN_KEYS}
+    if leaves.get("fp16.enabled") is not True:  # "auto" is decided by flags of a trainer that is not ours
+        used = {key for key in used if not key.startswith("fp16.")}
     for key, (section, leaf) in PLAIN_KEYS.items():
         if key in used:
             settings.setdefault(section, {})[leaf] = leaves[key]
@@ -121,6 +128,11 @@ def _set_offload(value: Any, settings: Settings) -> None:
         settings.setdefault("distributed", {})["cpu_offload"] = True
 
 
+def _set_fp16(value: Any, settings: Settings) -> None:
+    if value:
+        settings.setdefault("training", {})["precision"] = "fp16"
+
+
 def _set_bf16(value: Any, settings: Settings) -> None:
     if value:
         settings.setdefault("training", {})["precision"] = "bf16"
@@ -133,6 +145,7 @@ TRANSLATORS: dict[str, Callable[[Any, Settings], None]] = {
     "zero_optimization.stage": _set_sharding,
     "zero_optimization.offload_optimizer.device": _set_offload,
     "zero_optimization.offload_param.device": _set_offload,
+    "fp16.enabled": _set_fp16,
     "bf16.enabled": _set_bf16,
 }
 

@@ -130,7 +130,7 @@ class Trainer:
         flags, sample_ids = [], []
         for index, batch in enumerate(step.batches):
             output = self.parallel.forward(batch, self.target_head, self.ttt)
-            self.parallel.backward(output.loss, last=index == len(planned.micro_batches) - 1)
+            self.parallel.backward(self.optimizer.scaled(output.loss), last=index == len(planned.micro_batches) - 1)
             if batch.sample_ids:
                 flags.append(bad_documents(batch))
                 sample_ids += batch.sample_ids
@@ -190,7 +190,9 @@ class Trainer:
             return
         fetched = self._metrics.fetch()
         for index, record in enumerate(fetched.records):
-            if record.skipped:
+            if record.overflow:
+                info(f"step {record.step}: gradient overflow in fp16, step skipped while the loss scale is searched")
+            elif record.skipped:
                 self._note_skipped(fetched, index, record)
             elif self._spikes.is_spike(record.loss):
                 self._note_spike(fetched, index, record)
@@ -243,6 +245,7 @@ class Trainer:
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": self.progress.nonfinite_steps,
             "engine": self.engine_health(),
+            **self.optimizer.scaler_state(),
         }
         if self._slots.slots:
             metrics["packing_efficiency"] = self._slots.take()
@@ -273,6 +276,7 @@ class Trainer:
                 "skipped_samples": self._num_skipped,
                 "nonfinite_steps": progress.nonfinite_steps,
                 "seconds": self._seconds,
+                **self.optimizer.scaler_state(),
             },
             world_size=self.world.world_size,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specforge_lite.log import format_seconds
 from specforge_lite.training.files import format_bytes
-from specforge_lite.training.optimizer import UpdateResult
+from specforge_lite.training.optimizer import OVERFLOW, UpdateResult
 from specforge_lite.types import DraftBatch, StepOutput
 
 NUM_SCALARS = 4
@@ -62,6 +62,7 @@ class StepRecord:
     loss: float
     grad_norm: float
     skipped: bool
+    overflow: bool = False  # skipped while the fp16 loss scale is searched
 
 
 @dataclass
@@ -147,7 +148,8 @@ class Fetched:
         for step, row in zip(self.steps, self.rows):
             skipped = bool(row[-1])
             count = max(1.0, float(counted_in(row, self.num_steps)))
-            found.append(StepRecord(step, float("nan") if skipped else float(row[0]) / count, float(row[-2]), skipped))
+            loss, overflow = float("nan") if skipped else float(row[0]) / count, float(row[-1]) == OVERFLOW
+            found.append(StepRecord(step, loss, float(row[-2]), skipped, overflow))
         return found
 
     def sums(self) -> IntervalSums:
@@ -227,6 +229,8 @@ def step_line(step: int, total_steps: int, metrics: dict[str, Any]) -> str:
         f" tok/s {metrics['tokens_per_second']:.0f} wait {100 * metrics['wait_share']:.0f}%"
         f" mem {format_bytes(metrics['memory_bytes'])} eta {format_seconds(metrics['eta_seconds'])}"
     )
+    if "loss_scale" in metrics:
+        line += f" scale {metrics['loss_scale']:g}"
     if "packing_efficiency" in metrics:
         line += f" packed {100 * metrics['packing_efficiency']:.0f}%"
     if metrics["skipped_samples"]:

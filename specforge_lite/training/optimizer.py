@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.errors import CheckpointError
+from specforge_lite.training.loss_scale import LossScaler
 from specforge_lite.training.settings import OptimizerSection, warmup_length
 
 
@@ -30,9 +31,15 @@ def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> f
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
 
 
+NOT_FINITE, OVERFLOW = 1.0, 2.0
+
+
 @dataclass
 class UpdateResult:
-    """Scalars on the device: norm of the mean gradient before clipping, and 1.0 where the update was skipped."""
+    """Scalars on the device: norm of the mean gradient before clipping, and whether the update was skipped:
+
+    0 it was not, NOT_FINITE, or OVERFLOW: a gradient too large for fp16, at a loss scale that can still fall.
+    """
 
     grad_norm: Tensor
     skipped: Tensor
@@ -41,11 +48,18 @@ class UpdateResult:
 class DraftOptimizer:
     """AdamW over named fp32 tensors (whole parameters, or the shards of this rank).
 
-    parameters: leaf tensors whose `.grad` holds the summed gradient when `step` is called.
+    parameters: leaf tensors whose `.grad` holds the summed gradient when `step` is called, times the loss scale where
+    there is a scaler.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], config: OptimizerSection, total_steps: int) -> None:
-        self.parameters = parameters
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        config: OptimizerSection,
+        total_steps: int,
+        scaler: LossScaler | None = None,
+    ) -> None:
+        self.parameters, self.scaler = parameters, scaler
         self._config, self._total_steps = config, total_steps
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
@@ -74,8 +88,10 @@ class DraftOptimizer:
         counted positions, loss, squared norm of the summed gradient.
         """
         divisor = count.clamp(min=1).float()
+        if self.scaler is not None:
+            divisor = divisor * self.scaler.scale
         grad_norm = square_sum.sqrt() / divisor
-        skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss_sum))).float()
+        skipped = self._verdict(torch.isfinite(grad_norm), torch.isfinite(loss_sum))
         scale = divisor
         if self._config.max_grad_value > 0:
             self._clip_elements(divisor * self._config.max_grad_value)
@@ -84,9 +100,27 @@ class DraftOptimizer:
         rate = learning_rate_at(self._config, step, self._total_steps)
         for group in self._adam.param_groups:
             group["lr"] = rate
-        self._adam.grad_scale, self._adam.found_inf = scale, skipped  # type: ignore[attr-defined]
+        self._adam.grad_scale, self._adam.found_inf = scale, skipped.clamp(max=1)  # type: ignore[attr-defined]
         self._adam.step()
         return UpdateResult(grad_norm, skipped)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What `backward` is to be called on."""
+        return loss if self.scaler is None else loss * self.scaler.scale
+
+    def scaler_state(self) -> dict[str, float]:
+        """The loss scale for a checkpoint; nothing without one."""
+        return {} if self.scaler is None else self.scaler.state()
+
+    def _verdict(self, finite_gradient: Tensor, finite_loss: Tensor) -> Tensor:
+        """`UpdateResult.skipped` of a step; tells the scaler. A loss that is not finite is not the scale's fault."""
+        skipped = torch.where(finite_gradient & finite_loss, 0.0, NOT_FINITE)
+        if self.scaler is None:
+            return skipped
+        overflow = finite_loss & ~finite_gradient
+        skipped = torch.where(overflow & self.scaler.can_fall(), OVERFLOW, skipped)
+        self.scaler.update(overflow)
+        return skipped
 
     def _clip_elements(self, limit: Tensor) -> None:
         """Clip the SUMMED gradients to +-limit (a scalar on their device), so that their means are clipped."""

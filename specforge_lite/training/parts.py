@@ -129,7 +129,7 @@ def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
     name = config.training.precision
     if name == "auto":
         name = "bf16" if world.device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: Any) -> DraftConfig:

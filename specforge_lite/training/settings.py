@@ -14,6 +14,7 @@ from specforge_lite.config import DataSection, TargetSection
 from specforge_lite.log import info
 from specforge_lite.training.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
 
+TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
 
 
@@ -67,8 +68,10 @@ class TrainingSection(Section):
     loss_mask_alignment: Literal["ours", "eagle"] = Field(
         "ours", description="supervise by the mask of the predicted token, or as EAGLE does by that of the row"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU; fp16 scales the"
+        " loss, for GPUs without bf16",
     )
     compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
     activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
@@ -94,6 +97,12 @@ class TrainingSection(Section):
     profile_start_step: int | None = Field(None, ge=1, description="write a chrome trace from this step on")
     profile_num_steps: int = Field(3, ge=1, description="steps in the trace")
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _torch_names(cls, value: Any) -> Any:
+        """`float16`, `bfloat16`, `float32` and `half` are understood as well."""
+        return TORCH_DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
 
 class OptimizerSection(Section):
     """AdamW and its schedule."""
@@ -112,6 +121,16 @@ class OptimizerSection(Section):
     schedule_steps: int | None = Field(
         None, ge=1, description="length of the learning-rate schedule, where it is not that of the run"
     )
+    loss_scale: float = Field(0.0, ge=0, description="with fp16: a fixed scale of the loss; 0: find it while training")
+    initial_scale_power: int = Field(16, ge=0, le=32, description="with fp16: the loss scale starts at 2 to this power")
+    loss_scale_window: int = Field(1000, ge=1, description="with fp16: steps without overflow until the scale doubles")
+    loss_scale_hysteresis: int = Field(
+        2,
+        ge=1,
+        description="with fp16: overflows until the scale halves",
+        json_schema_extra={"flags": ["--hysteresis"]},
+    )
+    min_loss_scale: float = Field(1.0, gt=0, description="with fp16: the loss scale does not fall below this")
 
 
 class CheckpointSection(Section):

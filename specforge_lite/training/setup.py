@@ -30,6 +30,7 @@ from specforge_lite.training.distributed import World
 from specforge_lite.training.evaluate import EvalResult, evaluate
 from specforge_lite.training.feed import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.loop import Progress, Trainer
+from specforge_lite.training.loss_scale import LossScaler
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors, spread_draft
 from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt_settings
@@ -63,7 +64,8 @@ def build_trainer(
     total_steps = run_length(config.training, plan.total_steps)
     dtype = compute_dtype(config, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
-    optimizer = DraftOptimizer(parallel.parameters, config.optimizer, total_steps)
+    scaler = LossScaler(config.optimizer, world.device) if dtype == torch.float16 else None
+    optimizer = DraftOptimizer(parallel.parameters, config.optimizer, total_steps, scaler)
     progress = Progress(data=plan.state_dict())
     if resume is not None:
         progress = restore_run(*resume, parallel, optimizer, plan, world)
@@ -277,6 +279,8 @@ def restore_run(
 ) -> Progress:
     """Weights, optimizer, random numbers and the position in the data of a checkpoint."""
     restore(path, parallel, optimizer, world)
+    if optimizer.scaler is not None:
+        optimizer.scaler.load_state(state.counters)
     restore_rng(path, state, world)
     if state.data:
         plan.load_state_dict(state.data)

@@ -46,8 +46,9 @@ def random_batch(lengths: list[int], hidden: int, vocab: int) -> Any:
     return DraftBatch(ids, mask, offsets, randn(offsets[-1], 3 * hidden), randn(offsets[-1], hidden), names)
 
 
-@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
-def test_guesses_hit_where_the_training_pass_hits(algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "bias"), [("eagle3", False), ("eagle1", False), ("eagle1", True)])
+def test_guesses_hit_where_the_training_pass_hits(algorithm: str, bias: bool) -> None:
+    """bias: drafts of SafeAILab's EAGLE-1 have one in `fc`."""
     head = make_head()
     hidden, vocab = head.lm_head_VH.shape[1], len(head.lm_head_VH)
     num_draft = vocab if algorithm == "eagle1" else vocab // 2
@@ -59,6 +60,9 @@ def test_guesses_hit_where_the_training_pass_hits(algorithm: str) -> None:
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)  # so that attention and position matter
+    if bias:
+        generator = torch.Generator().manual_seed(1)
+        draft.fc.bias = torch.nn.Parameter(torch.randn(hidden, generator=generator))  # type: ignore[union-attr]
     batch = random_batch([9, 2, 400, 600], hidden, vocab)
     if algorithm == "eagle3":  # it does not read last_NH, so the target can be made to say what the draft guesses
         guesses_NK = draft_guesses(draft, head, batch, 4)

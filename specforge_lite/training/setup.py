@@ -27,6 +27,7 @@ from specforge_lite.training.checkpoint import (
     restore_rng,
 )
 from specforge_lite.training.distributed import World
+from specforge_lite.training.eagle_resume import find_eagle_state, resume_from_state
 from specforge_lite.training.evaluate import EvalResult, evaluate
 from specforge_lite.training.feed import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.loop import Progress, Trainer
@@ -60,6 +61,7 @@ def build_trainer(
     torch.manual_seed(config.training.seed + world.rank)
     skips = check_lengths(config, data, engine)
     resume = find_resume(config, models, world)
+    eagle_state = find_eagle_state(config, models, world) if resume is None else None
     plan = make_plan(config, data, world)
     total_steps = run_length(config.training, plan.total_steps)
     dtype = compute_dtype(config, world)
@@ -69,6 +71,8 @@ def build_trainer(
     progress = Progress(data=plan.state_dict())
     if resume is not None:
         progress = restore_run(*resume, parallel, optimizer, plan, world)
+    elif eagle_state is not None:
+        progress = resume_from_state(eagle_state, parallel, optimizer, plan, world, total_steps)
     ttt = replace(ttt_settings(config, dtype), sequence=world.sequence)
     to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
     _announce(config, models, world, total_steps, plan.steps_per_epoch, progress.step, dtype)

@@ -1,0 +1,142 @@
+"""Continue a run of EAGLE: weights, vocabulary map and, where they can be told apart, AdamW's moments of `state_N`.
+
+`state_N` is written at the end of epoch N, so training goes on with epoch N + 1, as EAGLE's own trainer does. The
+learning-rate schedule follows from the step; EAGLE's scheduler and random states are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specforge_lite.data.sampler import BatchPlan
+from specforge_lite.drafts import Draft
+from specforge_lite.errors import CheckpointError, ConfigError
+from specforge_lite.inference.draft_files import DraftFiles, vocabulary_of
+from specforge_lite.inference.eagle_state import epoch_of, optimizer_moments, read_state_files, state_directories
+from specforge_lite.inference.loading import canonical_weights
+from specforge_lite.log import info
+from specforge_lite.training.checkpoint import MOMENTS
+from specforge_lite.training.distributed import World
+from specforge_lite.training.loop import Progress
+from specforge_lite.training.optimizer import DraftOptimizer
+from specforge_lite.training.parallel import ParallelDraft
+from specforge_lite.training.parts import RunModels, load_target_config
+from specforge_lite.training.settings import TrainConfig
+
+
+@dataclass
+class EagleStart:
+    """What is left to restore once the weights are in the draft. Moments are on rank 0 only."""
+
+    path: str
+    epoch: int
+    names: list[str]
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def find_eagle_state(config: TrainConfig, models: RunModels, world: World) -> EagleStart | None:
+    """Load the newest `state_N` of --output-dir into the draft; None where there is none or --no-resume says so.
+
+    Every rank calls it; rank 0 reads. Raises CheckpointError naming the tensor that does not fit.
+    """
+    if not config.checkpoint.resume or config.checkpoint.overwrite:
+        return None
+    start, problem = EagleStart("", 0, []), ""
+    tensors: dict[str, Tensor] = {}
+    if world.is_main:
+        states = state_directories(config.checkpoint.output_dir)
+        try:
+            if states:
+                start, tensors = read_start(states[0], config, models.draft)
+        except (CheckpointError, ConfigError) as error:
+            problem = str(error)
+    facts = {"path": start.path, "epoch": start.epoch, "names": start.names, "tensors": {}, "problem": problem}
+    facts["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    facts = json.loads(world.broadcast_text(json.dumps(facts)))
+    if facts["problem"]:
+        raise CheckpointError(facts["problem"])
+    if not facts["path"]:
+        return None
+    _set_tensors(models.draft, tensors, facts["tensors"], world)
+    return EagleStart(facts["path"], facts["epoch"], facts["names"], start.moments)
+
+
+def read_start(state: Path, config: TrainConfig, draft: Draft) -> tuple[EagleStart, dict[str, Tensor]]:
+    """(start, tensors to copy into the draft: trained weights, d2t, t2d) of one `state_N`."""
+    given = config.draft.draft_model_config
+    files = read_state_files(state, load_target_config(config), given)
+    weights = {name: tensor.float() for name, tensor in canonical_weights(files, draft.config).items()}
+    if "fc.bias" in weights:
+        weights.pop("fc.bias")
+        info(f"{state}: fc.bias is left out: vLLM's EAGLE-1 has none, so a draft of ours must learn without it")
+    trained: dict[str, Tensor] = {
+        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
+    }
+    _check_names(state, files, weights, trained)
+    moments, reason = optimizer_moments(state, files, draft.config.algorithm)
+    moments = {name: values for name, values in moments.items() if name in trained}
+    if set(moments) != set(trained):
+        info(f"{state}: the optimizer starts fresh: {reason or 'optimizer.bin lacks some parameters'}")
+        moments = {}
+    d2t, t2d = vocabulary_of(files, draft.config)
+    return EagleStart(str(state), epoch_of(state), sorted(moments), moments), {**weights, "d2t": d2t, "t2d": t2d}
+
+
+def _check_names(state: Path, files: DraftFiles, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
+    for words, names in (("missing", trained.keys() - weights.keys()), ("no place for", weights.keys() - trained)):
+        if names:
+            raise CheckpointError(f"{state}: {files.weight_file}: {words} {', '.join(sorted(names)[:5])}")
+    for name, parameter in trained.items():
+        if weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{state}: {name} has shape {list(weights[name].shape)}, this run's draft {list(parameter.shape)}; give"
+                " EAGLE's config.json as --draft-model-config" + _vocabulary_hint(name, weights[name])
+            )
+
+
+def _vocabulary_hint(name: str, weight: Tensor) -> str:
+    return f", or --draft-vocab-size {len(weight)}" if name == "lm_head.weight" else ""
+
+
+@torch.no_grad()
+def _set_tensors(draft: Draft, tensors: dict[str, Tensor], shapes: dict[str, list[int]], world: World) -> None:
+    """Copy rank 0's tensors into the draft of every rank."""
+    own = dict(draft.named_parameters()) | dict(draft.named_buffers())
+    for name, shape in shapes.items():
+        place = own[name]
+        if list(place.shape) != shape:
+            raise CheckpointError(f"{name}: shape {shape} in the state, {list(place.shape)} in this run's draft")
+        # gloo has no bool
+        kind = torch.uint8 if place.dtype == torch.bool else place.dtype
+        value = tensors[name].to(kind) if name in tensors else torch.empty(shape, dtype=kind)
+        place.copy_(world.broadcast_(value.contiguous()))
+
+
+def resume_from_state(
+    start: EagleStart, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World, total: int
+) -> Progress:
+    """AdamW's moments, and the beginning of epoch N + 1. Raises ConfigError where the run would be over."""
+    states = optimizer.state_tensors()
+    steps = {name: float(values["step"]) for name, values in start.moments.items()}
+    steps = json.loads(world.broadcast_text(json.dumps(steps)))
+    shapes = {name: parameter.shape for name, parameter in parallel.draft.named_parameters()}
+    for name in start.names:
+        for kind in MOMENTS:
+            full = start.moments[name][kind].float() if world.is_main else torch.empty(shapes[name])
+            parallel.load(name, states[name][kind], world.broadcast_(full.contiguous()))
+    if start.names:
+        optimizer.load_steps(steps)
+    plan.load_state_dict({**plan.state_dict(), "epoch": start.epoch + 1, "consumed": 0})
+    done = plan.total_steps(start.epoch + 1)
+    if done >= total:
+        raise ConfigError(
+            f"{start.path}: {start.epoch + 1} epochs are done ({done} steps), the run ends after {total} steps; give"
+            f" --num-epochs above {start.epoch + 1}, or another --output-dir to start anew"
+        )
+    info(f"resumed from {start.path}: epoch {start.epoch + 1} begins" + ("" if start.names else ", optimizer fresh"))
+    return Progress(step=done, data=plan.state_dict())

@@ -141,6 +141,8 @@ def _merge_yaml(
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested without end") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -150,12 +152,19 @@ def _merge_yaml(
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
     for key, value in loaded.items():
-        if key in leaves and leaves[key][0]:
+        section = config_class.model_fields.get(key) if isinstance(key, str) else None
+        if section is not None and _is_section(section) and not isinstance(value, dict):
+            problems.append(f"{key}: expected a mapping of keys to values, found {value!r}")
+        elif key in leaves and leaves[key][0]:
             _assign(values, leaves[key][0], key, value)
         elif isinstance(value, dict) and isinstance(values.get(key), dict):
             values[key].update(value)
         else:
             values[str(key)] = dict(value) if isinstance(value, dict) else value
+
+
+def _is_section(info: FieldInfo) -> bool:
+    return isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 
 
 def _assign(values: dict[str, Any], path: tuple[str, ...], name: str, raw: Any) -> None:

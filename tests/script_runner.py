@@ -33,7 +33,7 @@ def run_in_process(name: str, words: list[str]) -> int:
 
 
 def end_of_script(name: str, words: list[str], capsys: Any) -> tuple[int, str]:
-    """Run scripts/NAME.py as its `__main__` does; (exit code, the last line on stderr, which is the error)."""
+    """Run scripts/NAME.py as its `__main__` does; (exit code, its error, or else the last line of stderr)."""
     from specforge_lite.log import run_script
 
     module = load_script(name)
@@ -44,7 +44,8 @@ def end_of_script(name: str, words: list[str], capsys: Any) -> tuple[int, str]:
             run_script(module.main)
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
-    return int(ended.value.code or 0), (errors.splitlines() or [""])[-1]
+    start = errors.rfind("error: ")
+    return int(ended.value.code or 0), errors[start:].rstrip("\n") if start >= 0 else (errors.splitlines() or [""])[-1]
 
 
 def visible(directory: Path) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specforge_lite.errors import ConfigError, suggest
 from specforge_lite.nn.acceptance import LK_LOSSES
+from specforge_lite.nn.layers import ACTIVATIONS
 from specforge_lite.nn.sequence import SequenceGroup
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
@@ -64,6 +65,12 @@ class DraftConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
         set_field("head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 1 or self.target_hidden_size < 1 or self.max_position_embeddings < 1:
+            names = ("head_dim", "target_hidden_size", "max_position_embeddings")
+            name = next(name for name in names if getattr(self, name) < 1)
+            raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act: unknown value '{self.hidden_act}'{suggest(self.hidden_act, ACTIVATIONS)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads"
@@ -85,6 +92,7 @@ class DraftConfig:
         Raises ConfigError naming the key.
         """
         values = dict(values)
+        _check_kinds(values, source)
         architecture = (values.get("architectures") or [""])[0]
         by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
         if "algorithm" not in values and architecture in by_name:
@@ -123,7 +131,7 @@ class DraftConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
@@ -169,6 +177,33 @@ class DraftConfig:
     def replace(self, **changes: Any) -> DraftConfig:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+# Keys whose content is looked into.
+KINDS: dict[str, tuple[type, str]] = {
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "eagle_config": (dict, "an object"),
+    "architectures": (list, "a list"),
+    "aux_layer_ids": (list, "a list of layers"),
+    "hidden_act": (str, "a name"),
+    "algorithm": (str, "a name"),
+}
+
+
+def _check_kinds(values: dict[str, Any], source: str) -> None:
+    for name, (kind, wanted) in KINDS.items():
+        found = values.get(name)
+        if found is not None and not isinstance(list(found) if isinstance(found, tuple) else found, kind):
+            raise ConfigError(f"{source}: {name}: expected {wanted}, found {found!r}")
+    ids = list(values.get("aux_layer_ids") or ())
+    ids += (values.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+    wrong = [i for i in ids if not _is_number(i, "int") or i < 0]
+    if wrong:
+        raise ConfigError(f"{source}: aux layer ids: expected numbers from 0, found {wrong[0]!r}")
+    names = [name for name in values.get("architectures") or () if not isinstance(name, str)]
+    if names:
+        raise ConfigError(f"{source}: architectures: expected names, found {names[0]!r}")
 
 
 def _is_number(value: Any, wanted: str) -> bool:

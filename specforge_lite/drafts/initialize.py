@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.drafts.base import Draft
-from specforge_lite.nn.target_head import ONE_PLUS_WEIGHT, TargetHead, weight_files
+from specforge_lite.nn.target_head import ONE_PLUS_WEIGHT, TargetHead, open_safetensors, weight_files
 
 INIT_STD = 0.02
 
@@ -104,12 +104,10 @@ def _split_fused(sources: dict[str, Tensor], num_queries: int, num_keys: int) ->
 
 def _last_layer(directory: Path, num_layers: int) -> dict[str, Tensor]:
     """Tensors of the target's last decoder layer by their name inside the layer."""
-    from safetensors import safe_open
-
     marker = f"layers.{num_layers - 1}."
     found: dict[str, Tensor] = {}
     for name, file in weight_files(directory).items():
         if marker in name and "vision" not in name:
-            with safe_open(file, framework="pt") as handle:
+            with open_safetensors(file) as handle:
                 found[name.split(marker, 1)[1]] = handle.get_tensor(name)
     return found

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
@@ -168,10 +169,39 @@ def load_target_model(
                     model_path, dtype=dtype, trust_remote_code=trust_remote_code, distributed_config=split
                 )
             return model.eval().requires_grad_(False)
-        model = auto_class.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"target_model_path {model_path}: {str(error).splitlines()[0]}") from None
+        loaded: Any = auto_class.from_pretrained(
+            model_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the name
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"target_model_path {model_path}: {first_line(error)}") from None
+    model, report = loaded
+    check_all_weights(model, report, model_path)
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str) -> None:
+    """Raise ConfigError for a parameter that the files lack or have in another shape: transformers would go on with
+    random values and a warning. report: `output_loading_info` of `from_pretrained`."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for kind, found in (("missing", "missing_keys"), ("of another shape", "mismatched_keys")):
+        names = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in report.get(found) or ())
+        wrong = [name for name in names if name in parameters]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ConfigError(
+                f"target_model_path {model_path}: {wrong[0]}{more}: {kind} in the weight files; is the download"
+                " complete, and config.json this model's?"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:

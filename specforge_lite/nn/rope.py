@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specforge_lite.errors import ConfigError, suggest
+
 
 class RotaryEmbedding(nn.Module):
     """cos and sin for integer positions, fp32. `apply` rotates halves, as Llama checkpoints expect."""
@@ -142,5 +144,11 @@ def _frequencies(
         max_position_embeddings=max_positions,
         standardize_rope_params=lambda: None,
     )
-    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, device=None)
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ConfigError(f"rope_type: unknown value '{kind}'{suggest(str(kind), ROPE_INIT_FUNCTIONS)}")
+    try:
+        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, device=None)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"rope scaling '{kind}' with {scaling}: {type(error).__name__}: {error}") from None
     return inv_freq, float(attention_scaling)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,17 +199,43 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """Map tensor name -> safetensors file of a model directory, from its index or its only file."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: directory / file for name, file in weight_map.items()}
-    from safetensors import safe_open
-
+        return _files_of_index(index)
     files: dict[str, Path] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
+        with open_safetensors(file) as handle:
             files.update(dict.fromkeys(handle.keys(), file))
     if not files:
         raise CheckpointError(f"{directory}: no *.safetensors here; other weight formats are not read")
     return files
+
+
+def _files_of_index(index: Path) -> dict[str, Path]:
+    """Tensor name -> file, as a shard index says it; each file must lie beside the index."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: expected a JSON object with a 'weight_map' of tensor names to files: {error}"
+        ) from None
+    for file in dict.fromkeys(weight_map.values()):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: file name {file!r} leaves the directory")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file}: missing, {index.name} names it")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for single tensors. Raises CheckpointError for one that is cut off or damaged, and
+    for a tensor that is not in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...] = ()) -> str | None:
@@ -222,11 +250,10 @@ def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...
 
 def read_tensor(directory: Path, names: tuple[str, ...], what: str, endings: tuple[str, ...] = ()) -> Tensor:
     """Read what `find_tensor` finds; raise CheckpointError naming what was looked for otherwise."""
-    from safetensors import safe_open
-
     name = find_tensor(directory, names, endings)
     if name is None:
         wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
         raise CheckpointError(f"{directory}: {what} not found; looked for {wanted}")
-    with safe_open(weight_files(directory)[name], framework="pt") as handle:
-        return handle.get_tensor(name)
+    with open_safetensors(weight_files(directory)[name]) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor

@@ -39,7 +39,7 @@ def read_deepspeed_config(path: Path) -> tuple[Settings, list[str]]:
     """(settings, keys without effect) of a DeepSpeed config file. Raises ConfigError with file and key."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed_config {path}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"deepspeed_config {path}: expected a JSON object, found {type(values).__name__}")
@@ -82,7 +82,7 @@ def eagle_length(draft_model_config: Any) -> int | None:
     """`length` of an EAGLE head's config.json, the steps it is unrolled for; None without one or without the file."""
     try:
         values = json.loads(Path(draft_model_config).read_text(encoding="utf-8"))
-    except (TypeError, OSError, ValueError):  # told later, where the draft's shape is read
+    except (TypeError, OSError, ValueError, RecursionError):  # told later, where the draft's shape is read
         return None
     length = values.get("length") if isinstance(values, dict) else None
     return length if isinstance(length, int) else None

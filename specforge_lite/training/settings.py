@@ -75,7 +75,7 @@ class TrainingSection(Section):
     )
     compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
     activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
-    seed: int = Field(0, ge=0, description="order of the samples, initial weights, noise")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="order of the samples, initial weights, noise")
     deepspeed_config: Path | None = Field(
         None, description="ds_config.json of an EAGLE run: its settings hold where no flag is given"
     )

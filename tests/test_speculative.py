@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from transformers import AutoTokenizer
 
 from specforge_lite.engines.hf import load_target_model
 from specforge_lite.errors import CheckpointError, ConfigError
 from specforge_lite.export import export_draft
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
-from specforge_lite.inference.decode import Decoding
-from specforge_lite.inference.drafter import Drafter
-from specforge_lite.inference.fused import FusedStep, step_of
-from specforge_lite.inference.output import StopRules
 from specforge_lite.inference.target import ExactReplay
-from specforge_lite.inference.verify import Sampling
-from tests.inference_drafts import OracleDraft, random_draft
-from tests.target_families import FAMILIES, HIDDEN, REMOTE_FAMILIES, VOCAB, save_family
-
-CHAIN, TREE = TreeShape.chain(4), TreeShape(total_token=20, depth=3, top_k=4)
-CPU = torch.device("cpu")
-PROMPTS = [[5, 17, 9, 33, 21, 8, 60, 2, 11], [7, 8, 9], [90, 100, *range(3, 26)]]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory):
-    """Tiny models by family, loaded once."""
-    loaded: dict[str, Any] = {}
-
-    def get(family: str) -> Any:
-        if family not in loaded:
-            folder = save_family(family, tmp_path_factory.mktemp(family))
-            loaded[family] = load_target_model(str(folder), "float32", CPU, family in REMOTE_FAMILIES)
-        return loaded[family]
-
-    return get
-
-
-def own_answer(model: Any, prompt: list[int], max_new_tokens: int = 32, **options: Any) -> list[int]:
-    """The oracle: transformers' greedy `generate`, prompt included."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
-    )
-    return output[0].tolist()
-
-
-def oracle_for(model: Any, texts: list[list[int]], rank_of) -> OracleDraft:
-    return OracleDraft(model.get_input_embeddings().weight, texts, rank_of)
-
+from tests.inference_drafts import random_draft
+from tests.speculative_cases import CHAIN, CPU, PROMPTS, TREE, oracle_for, own_answer
+from tests.target_families import FAMILIES, HIDDEN, VOCAB
 
 # --------------------------------------------------------------------------------------------------------- exactness
 
@@ -103,6 +70,28 @@ def test_text_prompts_on_the_shipped_target(tiny_target: Path, tmp_path: Path) -
     assert output.sequences_BT.shape[0] == 3
 
 
+@pytest.mark.stress
+@pytest.mark.parametrize("shape", [TreeShape.chain(5), TreeShape()], ids=["chain", "default tree"])
+def test_two_hundred_prompts_of_128_tokens(tiny_target: Path, shape: TreeShape) -> None:
+    """The first 200 questions of GSM8K on the shipped target, eight at once; the draft is right now and then."""
+    model = load_target_model(str(tiny_target), "float32", CPU, False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_target)
+    with resources.files("specforge_lite.assets").joinpath("prompts/gsm8k_test.jsonl").open(encoding="utf-8") as lines:
+        questions = [json.loads(line)["question"] for line in islice(lines, 200)]
+    texts = [
+        own_answer(model, tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n")["input_ids"], 128, eos_token_id=[])
+        for question in questions
+    ]
+    for first in range(0, 200, 8):
+        eight = texts[first : first + 8]
+        draft = oracle_for(model, eight, rank_of=lambda position: (0, 0, 1, 0, 3, 0, 9)[position % 7])
+        output = SpeculativeModel(model, draft).speculative_generate(
+            [text[:-128] for text in eight], max_new_tokens=128, shape=shape, eos_token_id=[]
+        )
+        assert [answer.all_tokens for answer in output.answers] == eight
+        assert output.stats.tokens_per_pass > 1.5
+
+
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 def test_a_draft_that_is_always_right(families, shape: TreeShape) -> None:
     """Every pass yields the longest path and the bonus token: the count of passes is known beforehand."""
@@ -127,171 +116,6 @@ def test_a_draft_that_is_never_right(families) -> None:
     assert output.answers[0].all_tokens == own_answer(model, PROMPTS[0])
     assert output.stats.tokens_per_pass == 1.0
     assert output.stats.accepted_at == [0, 0, 0, 0]
-
-
-# ------------------------------------------------------------------------------------------------ the draft's cache
-
-
-def watched(speculative: SpeculativeModel, prompts: list[list[int]], shape: TreeShape, check) -> Decoding:
-    """Decode 12 tokens; `check(text, tree, row)` sees every tree of every row with the text accepted before it."""
-    rules = StopRules(max_new_tokens=12)
-    decoding = Decoding(speculative.target, prompts, rules, Sampling(), None, None, tie_units=256)
-    drafter = speculative.drafter
-    assert drafter is not None
-    propose = drafter.propose
-
-    def checked(root_B, shape):
-        tree = propose(root_B, shape)
-        for row, index in enumerate(decoding.active):
-            check(decoding.answers[index].all_tokens, tree, row)
-        return tree
-
-    drafter.propose = checked  # type: ignore[method-assign]
-    try:
-        with torch.inference_mode():
-            for _chunks in decoding.speculative(drafter, shape):
-                pass
-    finally:
-        drafter.propose = propose  # type: ignore[method-assign]
-    return decoding
-
-
-class DenseDraft:
-    """The draft without a cache: everything is recomputed from the text with one full causal attention."""
-
-    def __init__(self, speculative: SpeculativeModel) -> None:
-        self.draft, self.target = speculative.drafter.draft, speculative.target
-        self.head = speculative.drafter.head
-
-    def features(self, text: list[int]) -> torch.Tensor:
-        output = self.target.model(torch.tensor([text]), output_hidden_states=True)
-        if self.target.last_state:
-            return output.hidden_states[-1]
-        return torch.cat([output.hidden_states[i + 1] for i in self.target.aux_layer_ids], -1)
-
-    def log_probs(self, text: list[int], path: list[int]) -> torch.Tensor:
-        """After `text` and a drafted `path`: log-probabilities of the next token, [V] with -inf outside the draft's."""
-        states = self.draft.first_state(self.features(text[:-1]))
-        tokens = text[1:] + path
-        for depth in range(len(path) + 1):
-            inputs = torch.tensor([tokens[: len(text) - 1 + depth]])
-            embeds = embedding(inputs, self.target.embedding_VH)
-            positions = torch.arange(inputs.shape[1])[None]
-
-            def attend(q, k, v):
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-                return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-            out, head_in = self.draft.step(states, embeds, positions, attend)
-            states = torch.cat([states, out[:, -1:]], 1)
-        logits = self.head(head_in[0, -1]).log_softmax(-1)
-        full = torch.full((self.draft.config.vocab_size,), -torch.inf)
-        full[torch.arange(len(logits)) + self.draft.d2t] = logits
-        return full
-
-
-def small_case(families, algorithm: str, family: str = "llama2", **options: Any) -> SpeculativeModel:
-    draft = random_draft(HIDDEN, VOCAB, 60, algorithm=algorithm, aux_layer_ids=(0, 1, 2), seed=3, **options)
-    return SpeculativeModel(families(family), draft)
-
-
-@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
-def test_chains_are_those_of_a_draft_without_a_cache(families, algorithm: str) -> None:
-    """Two texts of different lengths; every drafted token is the argmax of the uncached computation."""
-    speculative = small_case(families, algorithm)
-    dense = DenseDraft(speculative)
-    checked = []
-
-    def check(text, tree, row) -> None:
-        tokens = tree.tokens_BQ[row].tolist()
-        assert tokens[0] == text[-1]
-        for depth in range(1, len(tokens)):
-            scores = dense.log_probs(text, tokens[1:depth])
-            assert float(scores.max() - scores[tokens[depth]]) < 1e-4
-        checked.append(len(text))
-
-    watched(speculative, PROMPTS[:2], CHAIN, check)
-    assert len(checked) >= 10
-
-
-@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
-@pytest.mark.parametrize("norm_output", [False, True])
-def test_trees_are_those_of_a_plain_search_without_a_cache(families, algorithm: str, norm_output: bool) -> None:
-    """EAGLE-2's search written plainly: same nodes, for every step of two texts."""
-    options = {"norm_output": True, "fc_norm": True} if norm_output and algorithm == "eagle3" else {}
-    speculative = small_case(families, algorithm, **options)
-    dense = DenseDraft(speculative)
-    shape = TreeShape(total_token=8, depth=2, top_k=3)
-    checked = []
-
-    def search(text: list[int]) -> set[tuple[int, ...]]:
-        pool: list[tuple[float, tuple[int, ...]]] = []
-        frontier: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-        for _level in range(shape.depth + 1):
-            children = []
-            for score, path in frontier:
-                best = dense.log_probs(text, list(path)).topk(shape.top_k)
-                children += [(score + v, (*path, i)) for v, i in zip(best.values.tolist(), best.indices.tolist())]
-            pool += children
-            frontier = sorted(children, reverse=True)[: shape.top_k]
-        return {path for _, path in sorted(pool, reverse=True)[: shape.total_token - 1]}
-
-    def check(text, tree, row) -> None:
-        if len(checked) >= 8:
-            return
-        tokens, seen = tree.tokens_BQ[row].tolist(), tree.ancestors_BQQ[row]
-        paths = {tuple(tokens[j] for j in seen[i].nonzero().flatten().tolist()[1:]) for i in range(1, len(tokens))}
-        assert paths == search(text)
-        checked.append(text)
-
-    watched(speculative, PROMPTS[:2], shape, check)
-    assert len(checked) == 8
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_output": True, "fc_norm": True}, {"target_hidden_size": 48}])
-def test_the_fused_step_equals_the_drafts_own(options: dict) -> None:
-    """Also after the table of positions has grown, and with the fused matrices behind the draft's own parameters."""
-    draft, oracle = random_draft(**options), random_draft(**options)
-    step = step_of(draft)
-    assert isinstance(step, FusedStep)
-    for first, last in ((0, 5), (290, 300)):
-        positions = torch.arange(first, last).expand(2, -1)
-        state, embeds = torch.randn(2, last - first, 32), torch.randn(2, last - first, 32)
-
-        def attend(q, k, v):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        step.cover(last, CPU, torch.float32)
-        torch.testing.assert_close(
-            step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
-        )
-    torch.testing.assert_close(
-        draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
-    )
-    draft.requires_grad_(True)
-    assert step_of(draft) == draft.step  # a draft in training keeps its parameters
-
-
-@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
-def test_true_rows_are_computed_once(families, shape: TreeShape) -> None:
-    """The draft reads every position of the text once, and none again: prompt plus answer, less the last tokens that no
-    proposal needed."""
-    model = families("qwen2")
-    texts = [own_answer(model, prompt, 30) for prompt in PROMPTS]
-    draft = oracle_for(model, texts, lambda position: (0, 1, 0, 2, 9)[position % 5])
-    speculative = SpeculativeModel(model, draft)
-    rows_of: dict[int, int] = {}
-
-    def check(text, tree, row) -> None:
-        assert speculative.drafter.cache.lengths[row] == len(text) - 1  # row t for every token but the last
-        rows_of[tuple(text[:3])] = len(text) - 1
-
-    rows_before = speculative.drafter.num_true_rows
-    watched(speculative, PROMPTS, shape, check)
-    assert speculative.drafter.num_true_rows - rows_before == sum(rows_of.values())
-
-    answers = speculative.speculative_generate(PROMPTS, max_new_tokens=30, shape=shape)
-    assert answers.stats.draft_true_rows <= sum(len(text) - 1 for text in texts)
 
 
 # --------------------------------------------------------------------------------------------------------- near-ties
@@ -532,15 +356,3 @@ def test_seeded_sampling_repeats_itself(families) -> None:
 
     assert run(1) == run(1)
     assert run(1) != run(2)
-
-
-def test_the_drafter_counts_its_rows(families) -> None:
-    speculative = small_case(families, "eagle3")
-    drafter = speculative.drafter
-    assert isinstance(drafter, Drafter)
-    stats = speculative.speculative_generate(PROMPTS[1], max_new_tokens=6, shape=CHAIN, eos_token_id=[]).stats
-    passes = stats.verification_passes
-    assert stats.draft_speculative_rows == passes * (CHAIN.longest_path - 1)
-    assert (
-        stats.draft_forwards == passes * CHAIN.longest_path
-    )  # of these one reads the prompt, the last pass's reads none

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from specforge_lite.cli import Section, parse_config
-from specforge_lite.data.fim_source import FimSourceOptions
+from specforge_lite.data.fim_source import EXCLUDED_DIRS, FimSourceOptions
 from specforge_lite.data.prepare import PrepareOptions, output_files, prepare
 from specforge_lite.data.sources import choose_source
 from specforge_lite.log import info, run_script
@@ -30,13 +30,16 @@ class PrepareConfig(Section):
     split_eval: float = Field(0.0, ge=0, lt=1, description="share of rows (for code: of files) kept for evaluation")
     seed: int = Field(0, ge=0, description="decides sample, split and holes")
     source_dir: Path | None = Field(None, description="directory of source code for --dataset fim")
+    exclude_dirs: tuple[str, ...] = Field(EXCLUDED_DIRS, description="names of directories below it to pass over")
     rows_per_file: int = Field(4, ge=1, description="at most so many holes per source file")
     max_context_chars: int = Field(6000, ge=100, description="characters kept before and after a hole")
 
 
 def main() -> None:
     config = parse_config(PrepareConfig, description=__doc__ or "")
-    fim = FimSourceOptions(config.rows_per_file, config.max_context_chars, seed=config.seed)
+    fim = FimSourceOptions(
+        config.rows_per_file, config.max_context_chars, seed=config.seed, exclude_dirs=config.exclude_dirs
+    )
     source = choose_source(config.dataset, config.data_path, config.source_dir, fim)
     files = output_files(config.output_path, source.name)
     options = PrepareOptions(config.sample_size, config.split_eval, config.seed, config.data_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +209,20 @@ def test_a_directory(tmp_path: Path) -> None:
         "latin.py": b"# \xe9\nx = 1\n",
         "notes.txt": "not code\n",
         ".git/hooks.py": "x = 1\n",
+        "site-packages/theirs.py": "x = 1\n",
+        "tests/test_good.py": CODE,
+        "tests.py": "def (:\n",
         "old.py": "print 'two'\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    rows = list(fim_rows(tmp_path, FimSourceOptions(rows_per_file=2)))
+    everything = fim_rows(tmp_path, FimSourceOptions(exclude_dirs=()))
+    assert {row.source.split("/")[0] for row in everything if isinstance(row, FimRow)} == {
+        "good.py", "deep", "site-packages", "tests",
+    }  # fmt: skip
+    options = FimSourceOptions(rows_per_file=2, exclude_dirs=("site-packages", "tests"))
+    rows = list(fim_rows(tmp_path, options))
     assert {row.source for row in rows if isinstance(row, FimRow)} == {"good.py", "deep/other.rs"}
     bad = [(row.reason, row.detail.split(":")[0]) for row in rows if isinstance(row, BadRow)]
     assert bad == [
@@ -221,9 +230,10 @@ def test_a_directory(tmp_path: Path) -> None:
         ("empty-middle", "blank.c"),
         ("not-utf8", "latin.py"),
         ("syntax-error", "old.py"),
+        ("syntax-error", "tests.py"),  # a file, not a directory of that name
     ]
-    assert list(fim_rows(tmp_path, FimSourceOptions(rows_per_file=2))) == rows
-    assert list(fim_rows(tmp_path, FimSourceOptions(rows_per_file=2, seed=1))) != rows
+    assert list(fim_rows(tmp_path, options)) == rows
+    assert list(fim_rows(tmp_path, replace(options, seed=1))) != rows
 
 
 def test_a_directory_without_code(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from specforge_lite.data.reading import BadRow
 from specforge_lite.errors import DataError
 
 MAX_FILE_BYTES = 1 << 20
+EXCLUDED_DIRS = ("site-packages", "node_modules")  # what others wrote, below somebody's own code
 LANGUAGES = {
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".jsx", ".ts", ".tsx", ".go",
     ".rs", ".rb", ".php", ".cs", ".swift", ".kt", ".scala", ".lua", ".sh", ".sql", ".r", ".jl", ".hs", ".ml", ".ex",
@@ -24,19 +25,20 @@ LANGUAGES = {
 @dataclass(frozen=True)
 class FimSourceOptions:
     """How rows are made. rows_per_file: at most so many holes; max_context_chars: of prefix and of suffix, cut at line
-    ends; max_span_lines: of a random span."""
+    ends; max_span_lines: of a random span; exclude_dirs: names of directories that are passed over."""
 
     rows_per_file: int = 4
     max_context_chars: int = 6000
     max_span_lines: int = 12
     seed: int = 0
+    exclude_dirs: tuple[str, ...] = EXCLUDED_DIRS
 
 
 def fim_rows(source_dir: Path, options: FimSourceOptions) -> Iterator[FimRow | BadRow]:
     """Rows of all source files below a directory, in the order of their names; the same for the same files and seed.
 
     A file that cannot be read or parsed comes as a `BadRow` whose detail starts with its name. Hidden files and
-    directories are passed over. Raises DataError if the directory is missing or has no source file.
+    directories are passed over, and `exclude_dirs`. Raises DataError if the directory is missing or has no source file.
     """
     if not source_dir.is_dir():
         raise DataError(f"{source_dir}: no such directory; expected --source-dir with source code")
@@ -46,6 +48,7 @@ def fim_rows(source_dir: Path, options: FimSourceOptions) -> Iterator[FimRow | B
         if path.suffix in LANGUAGES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(source_dir).parts)
+        and not set(options.exclude_dirs) & set(path.relative_to(source_dir).parts[:-1])
     )
     if not files:
         raise DataError(f"{source_dir}: no source files; known endings: {' '.join(sorted(LANGUAGES))}")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from specforge_lite.cli import Section, parse_config
 from specforge_lite.contract import Finding, check_draft
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import transformers_errors
 from specforge_lite.inference.draft_files import draft_config_of, read_draft_files
 from specforge_lite.log import USER_ERROR_EXIT_CODE, run_script
 
@@ -41,10 +41,8 @@ def main() -> int:
 def load_target_config(path: str, trust_remote_code: bool) -> object:
     from transformers import AutoConfig
 
-    try:
+    with transformers_errors(f"target_model_path {path}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"target_model_path {path}: {str(error).splitlines()[0]}") from None
 
 
 def print_findings(title: str, findings: list[Finding]) -> None:

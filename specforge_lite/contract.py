@@ -68,7 +68,7 @@ def check_draft(
     """
     try:
         files = read_draft_files(directory)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         return [Finding("files", "broken", str(error))]
     algorithm = algorithm_of(files.config, list(files.tensors))
     recorded = trained_aux_layer_ids or tuple(files.config.get("aux_layer_ids") or ()) or None

@@ -16,7 +16,7 @@ from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
 from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import TEMPLATES, Chat, ChatTemplate, Rendering
 from specforge_lite.data.templates.auto import choose_template
-from specforge_lite.errors import ConfigError, DataError
+from specforge_lite.errors import DataError, transformers_errors
 from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.
@@ -67,11 +67,8 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer of a directory or hub name. Raises ConfigError with one line."""
     from transformers import AutoTokenizer
 
-    try:
+    with transformers_errors(f"target_model_path {model_path}: cannot load its tokenizer"):
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"target_model_path {model_path}: cannot load its tokenizer: {reason}") from None
 
 
 def load_target_vocab_size(model_path: str, trust_remote_code: bool = False) -> int:
@@ -81,11 +78,8 @@ def load_target_vocab_size(model_path: str, trust_remote_code: bool = False) -> 
     """
     from transformers import AutoConfig
 
-    try:
+    with transformers_errors(f"target_model_path {model_path}: cannot load its config"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"target_model_path {model_path}: cannot load its config: {reason}") from None
     return int(config.get_text_config().vocab_size)
 
 

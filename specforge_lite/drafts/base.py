@@ -92,7 +92,7 @@ class DraftConfig:
         Raises ConfigError naming the key.
         """
         values = dict(values)
-        _check_kinds(values, source)
+        check_kinds(values, source)
         architecture = (values.get("architectures") or [""])[0]
         by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
         if "algorithm" not in values and architecture in by_name:
@@ -191,7 +191,8 @@ KINDS: dict[str, tuple[type, str]] = {
 }
 
 
-def _check_kinds(values: dict[str, Any], source: str) -> None:
+def check_kinds(values: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a key of a config.json whose content is looked into and is not of the right kind."""
     for name, (kind, wanted) in KINDS.items():
         found = values.get(name)
         if found is not None and not isinstance(list(found) if isinstance(found, tuple) else found, kind):

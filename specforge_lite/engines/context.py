@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specforge_lite.config import TargetSection
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import transformers_errors
 from specforge_lite.log import info
 
 DEFAULT_WAIT_MINUTES = 20.0
@@ -31,10 +31,8 @@ def read_target_info(target: TargetSection, engine: str, max_length: int | None 
     """Facts about the target from its config.json; `max_length` defaults to its position limit."""
     from transformers import AutoConfig
 
-    try:
+    with transformers_errors(f"target_model_path {target.target_model_path}"):
         config = AutoConfig.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"target_model_path {target.target_model_path}: {str(error).splitlines()[0]}") from None
     text = config.get_text_config()
     num_layers = int(text.num_hidden_layers)
     if target.aux_layer_ids is None:

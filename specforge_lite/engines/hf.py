@@ -10,16 +10,17 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
 from specforge_lite.engines.hf_tp import Lockstep, as_world, open_group
-from specforge_lite.errors import CaptureError, ConfigError
+from specforge_lite.errors import CaptureError, ConfigError, transformers_errors
 from specforge_lite.log import info as log_info
+from specforge_lite.nn.target_head import INDEX_FILE, weight_files
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_TOKENS_PER_FORWARD = 16_384
@@ -80,7 +81,8 @@ class HfEngine:
         """The model's tokenizer, loaded on first use."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+        with transformers_errors(f"target_model_path {self.model_path}: cannot load its tokenizer"):
+            return AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
 
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """Return the states of `samples`, in their order, detached, in the model's dtype on `output_device`.
@@ -155,7 +157,8 @@ def load_target_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
+    check_weight_index(model_path)
+    with transformers_errors(f"target_model_path {model_path}"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         known = type(config) in AutoModelForCausalLM._model_mapping or remote
@@ -176,8 +179,6 @@ def load_target_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with the name
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"target_model_path {model_path}: {first_line(error)}") from None
     model, report = loaded
     check_all_weights(model, report, model_path)
     return model.to(device).eval().requires_grad_(False)
@@ -198,10 +199,10 @@ def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str)
             )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def check_weight_index(model_path: str) -> None:
+    """A shard index that came with a local model must name files beside it; transformers would follow it anywhere."""
+    if (Path(model_path) / INDEX_FILE).is_file():
+        weight_files(Path(model_path))
 
 
 def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:

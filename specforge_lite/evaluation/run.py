@@ -18,7 +18,7 @@ from specforge_lite.drafts import Draft, TTTSettings
 from specforge_lite.engines.base import TargetEngine
 from specforge_lite.engines.hf import default_device
 from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.evaluation.acceptance import Walk
 from specforge_lite.inference.variants import Eagle3Variant
 from specforge_lite.log import progress
@@ -63,10 +63,8 @@ def open_target_files(target: TargetSection, device: str | None) -> TargetFiles:
 
     place = torch.device(device) if device else default_device()
     directory = target_directory(target.target_model_path)
-    try:
+    with transformers_errors(f"target_model_path {directory}"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=target.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"target_model_path {directory}: {str(error).splitlines()[0]}") from None
     return TargetFiles(directory, config, load_target_head(directory, config).to(place, torch.float32), place)
 
 

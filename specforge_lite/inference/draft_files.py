@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.drafts.base import DraftConfig
+from specforge_lite.drafts.base import DraftConfig, check_kinds
 from specforge_lite.engines.base import default_aux_layer_ids
-from specforge_lite.errors import CheckpointError
+from specforge_lite.errors import CheckpointError, first_line
 
 AUX_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
@@ -43,7 +43,7 @@ class DraftFiles:
 
 
 def read_draft_files(directory: str | Path) -> DraftFiles:
-    """Read config.json and all tensors of a draft directory; raises CheckpointError naming the file."""
+    """Read config.json and all tensors of a draft directory; raises CheckpointError or ConfigError naming the file."""
     folder = Path(directory)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
@@ -52,7 +52,9 @@ def read_draft_files(directory: str | Path) -> DraftFiles:
         return DraftFiles(folder, values, read_safetensors([folder / TRAINING_WEIGHTS]), TRAINING_WEIGHTS, False)
     raw = read_config(folder / "config.json")
     tensors, weight_file = read_tensors(folder)
-    return DraftFiles(folder, flatten_config(raw), tensors, weight_file, "speculators_model_type" in raw)
+    flat = flatten_config(raw)
+    check_kinds(flat, str(folder / "config.json"))
+    return DraftFiles(folder, flat, tensors, weight_file, "speculators_model_type" in raw)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -81,8 +83,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{file}: not a file of plain tensors: {first_line}") from None
+            raise CheckpointError(f"{file}: not a file of plain tensors: {first_line(error)}") from None
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
             raise CheckpointError(f"{file}: expected a mapping of names to tensors")
         tensors.update(loaded)

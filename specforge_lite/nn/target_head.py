@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specforge_lite.errors import CheckpointError
 
+INDEX_FILE = "model.safetensors.index.json"
 EMBED_NAMES = (
     "model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
@@ -197,7 +198,7 @@ def family_scales(text_config: Any) -> tuple[float, float, float | None]:
 
 def weight_files(directory: Path) -> dict[str, Path]:
     """Map tensor name -> safetensors file of a model directory, from its index or its only file."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_FILE
     if index.exists():
         return _files_of_index(index)
     files: dict[str, Path] = {}

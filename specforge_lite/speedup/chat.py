@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.speedup.prompts import Prompt
 
 
@@ -41,10 +41,8 @@ class Chat:
         """With the tokenizer of a model; raises ConfigError if it cannot be loaded."""
         from transformers import AutoTokenizer
 
-        try:
+        with transformers_errors(f"model_path {model_path}: no tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model_path {model_path}: no tokenizer: {str(error).splitlines()[0]}") from None
         return cls(tokenizer, template_kwargs, system_prompt, raw)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from specforge_lite.engines.environment import find_interpreter, installed_engine_python
 from specforge_lite.engines.hf_generate import eos_token_ids_of
 from specforge_lite.engines.serving import ServingOptions
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.log import info
 from specforge_lite.speedup.configs import Speculation
@@ -128,8 +128,6 @@ def context_limit(model_path: str, trust_remote_code: bool) -> int:
     """Positions the target has been made for. Raises ConfigError if its config cannot be read."""
     from transformers import AutoConfig
 
-    try:
+    with transformers_errors(f"model_path {model_path}"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model_path {model_path}: {str(error).splitlines()[0]}") from None
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)

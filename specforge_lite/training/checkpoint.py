@@ -240,7 +240,7 @@ def read_json(path: Path) -> Any:
     """A JSON file of a checkpoint; raises CheckpointError with the place."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -260,10 +260,13 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 def read_state(path: Path) -> SavedState:
     """The JSON state of a checkpoint."""
     values = read_json(path / "state.json")
-    try:
-        return SavedState(values["step"], values["data"], values["counters"], values["world_size"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: {error} is missing") from None
+    kinds = {"step": int, "data": dict, "counters": dict, "world_size": int}
+    for name, kind in kinds.items():
+        if not isinstance(values, dict) or name not in values:
+            raise CheckpointError(f"{path / 'state.json'}: '{name}' is missing")
+        if not isinstance(values[name], kind):
+            raise CheckpointError(f"{path / 'state.json'}: {name}: expected {kind.__name__}, found {values[name]!r}")
+    return SavedState(values["step"], values["data"], values["counters"], values["world_size"])
 
 
 def restore(path: Path, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
@@ -340,6 +343,11 @@ def restore_rng(path: Path, state: SavedState, world: World) -> None:
     own = {
         kind: torch.frombuffer(bytearray.fromhex(rows[world.rank]), dtype=torch.uint8) for kind, rows in states.items()
     }
+    expected = torch.get_rng_state().shape
+    if own["cpu"].shape != expected:
+        raise CheckpointError(
+            f"{path / 'rng.safetensors'}: a state of {len(own['cpu'])} bytes, this torch has {expected[0]}"
+        )
     torch.set_rng_state(own["cpu"])
     if world.device.type == "cuda" and "cuda" in own:
         torch.cuda.set_rng_state(own["cuda"], world.device)

@@ -16,7 +16,7 @@ from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions,
 from specforge_lite.drafts import Draft, DraftConfig, build_draft
 from specforge_lite.engines.base import check_aux_layer_ids, default_aux_layer_ids
 from specforge_lite.engines.hf import HfEngine
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import transformers_errors
 from specforge_lite.nn.target_head import TargetHead, load_target_head, weight_files
 from specforge_lite.training.files import format_bytes
 from specforge_lite.training.parts import target_directory
@@ -70,11 +70,8 @@ def check_config(x: Examination) -> Iterator[Problem]:
     from transformers import AutoConfig
 
     path = x.options.target_model_path
-    try:
+    with transformers_errors(f"target_model_path {path}"):
         x.config = AutoConfig.from_pretrained(path, trust_remote_code=x.options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        hint = "; its code runs only with --trust-remote-code" if "trust_remote_code" in str(error) else ""
-        raise ConfigError(f"target_model_path {path}: {str(error).splitlines()[0]}{hint}") from None
     x.text_config = text = x.config.get_text_config()
     nested = "" if text is x.config else f" ({text.model_type} inside {x.config.model_type})"
     yield (

@@ -20,7 +20,7 @@ from specforge_lite.drafts import Draft, DraftConfig, TTTSettings, build_draft, 
 from specforge_lite.drafts.initialize import fit_own_embeddings, init_random
 from specforge_lite.engines.base import TargetEngine, TargetInfo
 from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import ConfigError
+from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.log import info
 from specforge_lite.nn.target_head import TargetHead, load_target_head
 from specforge_lite.training.distributed import World
@@ -66,10 +66,8 @@ def load_tokenizer(target: TargetSection) -> Any:
     """The target's tokenizer. Raises ConfigError with transformers' reason."""
     from transformers import AutoTokenizer
 
-    try:
+    with transformers_errors(f"target_model_path {target.target_model_path}: cannot load its tokenizer"):
         return AutoTokenizer.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"target_model_path {target.target_model_path}: {str(error).splitlines()[0]}") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- target
@@ -115,10 +113,8 @@ def load_target_config(config: TrainConfig) -> Any:
     from transformers import AutoConfig
 
     target = config.target
-    try:
+    with transformers_errors(f"target_model_path {target.target_model_path}"):
         return AutoConfig.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"target_model_path {target.target_model_path}: {str(error).splitlines()[0]}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- draft

@@ -152,7 +152,7 @@ def main() -> None:
              "--log-dir", str(out / "serving")],
             threads=1,
         )  # fmt: skip
-    finish(out, run_dir, time.monotonic() - started)
+    finish(config, out, run_dir, time.monotonic() - started)
 
 
 @contextmanager
@@ -162,7 +162,14 @@ def regeneration_server(config: QuickstartConfig) -> Iterator[str | None]:
     if config.engine == "hf" or answered:
         yield None
         return
-    options = ServingOptions(config.engine, str(TARGET), dtype="float32", log_dir=config.output_dir / "serving")
+    options = ServingOptions(
+        config.engine,
+        str(TARGET),
+        dtype="float32",
+        max_length=1024,
+        concurrency=64,
+        log_dir=config.output_dir / "serving",
+    )
     with ServingSession(options) as session:
         yield session.url
 
@@ -181,7 +188,7 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: st
     )  # fmt: skip
 
 
-def finish(out: Path, run_dir: Path, seconds: float) -> None:
+def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -> None:
     """The table, the report, and the RESULT line."""
     evaluation = json.loads((out / "evaluation.json").read_text())
     decoding = json.loads((out / "decoding.json").read_text())
@@ -202,6 +209,9 @@ def finish(out: Path, run_dir: Path, seconds: float) -> None:
     for column in ("", "without draft", "with draft"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("acceptance length, decoded", "1.00", f"{decoding['acceptance_length']:.2f}")
+    if config.engine != "hf":
+        served = json.loads((out / f"serving_{config.engine}.json").read_text())["acceptance_length"]
+        table.add_row(f"acceptance length, served by {config.engine}", "", f"{served:.2f}")
     for k, accuracy in enumerate(evaluation["accuracy"][:CHAIN]):
         table.add_row(f"accuracy, step {k}", "", f"{accuracy:.1%}")
     passes = [decoding[key] / tokens for key in ("num_passes_without", "num_passes")]

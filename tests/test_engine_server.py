@@ -33,7 +33,9 @@ from specforge_lite.engines.server import (
     collect_leftovers,
     free_port,
     is_healthy,
+    own_environment,
     server_environment,
+    temporary_directory,
 )
 from specforge_lite.errors import ConfigError, EngineError
 
@@ -197,11 +199,12 @@ def start_trainer(tmp_path: Path) -> tuple[subprocess.Popen[str], int, Path]:
 def test_a_killed_trainer_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     trainer, session, run_dir = start_trainer(tmp_path)
     assert run_dir.exists()
+    assert stat.S_IMODE(temporary_directory(run_dir).stat().st_mode) == 0o700
     assert len(watchdog.session_processes(session)) == 2
     trainer.kill()
     trainer.wait()
     assert wait_for(lambda: not watchdog.session_processes(session) and not alive(session))
-    assert wait_for(lambda: not run_dir.exists())
+    assert wait_for(lambda: not run_dir.exists() and not temporary_directory(run_dir).exists())
 
 
 def test_what_even_the_watchdog_could_not_tidy_is_collected_at_the_next_start(tmp_path: Path) -> None:
@@ -215,6 +218,7 @@ def test_what_even_the_watchdog_could_not_tidy_is_collected_at_the_next_start(tm
     assert collect_leftovers(tmp_path / "shm") == 1
     assert not watchdog.session_processes(session)
     assert not run_dir.exists()
+    assert not temporary_directory(run_dir).exists()
 
 
 def test_a_living_trainers_directory_is_left_alone(tmp_path: Path) -> None:
@@ -247,6 +251,7 @@ def test_run_directories_are_private_and_unguessable(tmp_path: Path) -> None:
     assert len(first.path.name.removeprefix("specforge-")) == 32
     first.close(), first.close(), second.close()
     assert list(tmp_path.iterdir()) == []
+    assert not temporary_directory(first.path).exists()
     with pytest.raises(ConfigError, match=r"handoff_dir .*: no such directory"):
         RunDirectory(tmp_path / "missing")
 
@@ -260,6 +265,19 @@ def test_servers_do_not_see_torchruns_environment(monkeypatch: pytest.MonkeyPatc
     assert environment["ADDED"] == "x"
     assert environment["RANK"] == "mine"
     assert not {"WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH"} & environment.keys()
+
+
+def test_ranks_of_a_server_meet_on_this_host_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    environment = own_environment(tmp_path)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == f"file://{tmp_path}/.rendezvous"
+    assert environment["TMPDIR"] == str(temporary_directory(tmp_path))
+    assert "NCCL_SOCKET_IFNAME" not in environment
 
 
 def test_free_port_is_free() -> None:

@@ -4,6 +4,7 @@ trainer itself leaves behind."""
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -28,6 +30,7 @@ TAIL_LINES = 25
 RUN_PREFIX = "specforge-"
 OWNER_FILE = ".owner"
 SESSION_FILE = ".session"
+RENDEZVOUS_FILE = ".rendezvous"
 _NOT_FOR_SERVERS = frozenset(
     (
         "RANK",
@@ -79,22 +82,37 @@ def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
         return False
 
 
+def temporary_directory(run_dir: Path) -> Path:
+    """TMPDIR of a server, from its run directory's name: engines leave sockets and files there when they are killed.
+    Short, because a socket's path may have 107 characters."""
+    return Path(tempfile.gettempdir()) / f"sf-{run_dir.name[-12:]}"
+
+
 class RunDirectory:
-    """A directory only this user can enter, with an unguessable name, locked for as long as this process lives."""
+    """A directory only this user can enter, with an unguessable name, locked for as long as this process lives.
+
+    Beside it comes `temporary_directory(path)`, for what the server's own libraries write.
+    """
 
     def __init__(self, parent: Path) -> None:
         if not parent.is_dir():
             raise ConfigError(f"handoff_dir {parent}: no such directory")
         self.path = parent / f"{RUN_PREFIX}{secrets.token_hex(16)}"
         self.path.mkdir(mode=0o700)
+        temporary_directory(self.path).mkdir(mode=0o700)
         self._lock = os.open(self.path / OWNER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
         if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
             os.close(self._lock)
             self._lock = -1
+
+
+def _remove(run_dir: Path) -> None:
+    shutil.rmtree(temporary_directory(run_dir), ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def collect_leftovers(parent: Path) -> int:
@@ -113,7 +131,7 @@ def collect_leftovers(parent: Path) -> int:
             continue  # its trainer is alive
         else:
             _end_recorded_session(path)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             collected += 1
         finally:
             os.close(lock)
@@ -185,7 +203,10 @@ class LaunchedServer:
 
     def _spawn(self) -> None:
         spec = self.spec
-        order = {"command": spec.command, "grace_s": STOP_GRACE_SECONDS, "run_dir": str(spec.run_dir)}
+        temporary = temporary_directory(spec.run_dir)
+        directories = [str(spec.run_dir), str(temporary)]
+        order = {"command": spec.command, "grace_s": STOP_GRACE_SECONDS, "directories": directories}
+        (spec.run_dir / RENDEZVOUS_FILE).unlink(missing_ok=True)  # that of the server before a restart
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         with spec.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -193,7 +214,7 @@ class LaunchedServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(spec.env),
+                env=server_environment(own_environment(spec.run_dir) | spec.env),
                 start_new_session=True,
             )
         record = {"session": self._process.pid, "start_time": watchdog.start_time(self._process.pid)}
@@ -268,6 +289,24 @@ class LaunchedServer:
     def _show_tail(self) -> None:
         tail = self._tail(TAIL_LINES)
         warn(f"last lines of {self.spec.log_path}:\n  " + "\n  ".join(tail))
+
+
+def own_environment(run_dir: Path) -> dict[str, str]:
+    """Keeps a server's ranks to this host and its files where they are found again; what the user has set stays.
+
+    The ranks' sockets bind to loopback instead of what the host's name resolves to. SGLang's would meet at a torch
+    store that listens on all interfaces, vLLM's meet in a file; with a file, SGLang's do so too.
+    """
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # torch's own default
+    chosen = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{run_dir.absolute() / RENDEZVOUS_FILE}",
+        "TORCHINDUCTOR_CACHE_DIR": compiled,
+    }
+    kept = {name: value for name, value in chosen.items() if name not in os.environ}
+    return kept | {"TMPDIR": str(temporary_directory(run_dir))}
 
 
 def server_environment(extra: dict[str, str]) -> dict[str, str]:

@@ -142,7 +142,8 @@ def main() -> int:
     end_session(os.getpid(), 0.0 if died else float(order["grace_s"]), shared)
     server.wait()
     if os.getppid() != trainer:  # nobody is left who would restart the server or fetch its files
-        shutil.rmtree(order["run_dir"], ignore_errors=True)
+        for directory in order["directories"]:
+            shutil.rmtree(directory, ignore_errors=True)
     return server.returncode
 
 

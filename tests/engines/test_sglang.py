@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from live_suite import CaptureChecks, TensorParallelChecks, TrainingChecks, oracle
+from live_suite import CaptureChecks, oracle
+from live_training import TensorParallelChecks, TrainingChecks
 
 from specforge_lite.config import TargetSection
 from specforge_lite.engines.registry import open_engine

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from live_suite import CaptureChecks, TensorParallelChecks, TrainingChecks, oracle
+from live_suite import CaptureChecks, oracle
+from live_training import TensorParallelChecks, TrainingChecks
 
 __all__ = ["oracle"]
 

@@ -166,6 +166,21 @@ class TrainingRuns:
         return exported
 
     @cache  # noqa: B019
+    def exported_eagle1_draft(self) -> Path:
+        """A draft that learned these answers by heart: what a server accepts of it is far from nothing."""
+        run, exported = self.directory / "eagle1", self.directory / "eagle1-draft"
+        run_script(
+            "scripts/train_eagle1.py", "--target-model-path", str(TARGET), "--target-backend", "hf", "--target-dtype",
+            "float32", "--train-data-path", str(self.data()), "--cache-dir", str(self.directory / "cache"),
+            "--output-dir", str(run), "--max-length", "256", "--batch-size", "4", "--total-steps", "80",
+            "--learning-rate", "2e-3", "--warmup-ratio", "0.05", "--schedule-steps", "none", "--max-grad-norm", "0.5",
+            "--eval-epochs", "none", "--save-interval", "0", "--seed", "0",
+        )  # fmt: skip
+        words = ("--checkpoint", str(run), "--output-dir", str(exported), "--dtype", "float32")
+        run_script("scripts/export_draft.py", *words)
+        return exported
+
+    @cache  # noqa: B019
     def prompts(self) -> list[list[int]]:
         """Token ids of the questions, as the chat template lays them out."""
         from transformers import AutoTokenizer

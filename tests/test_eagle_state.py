@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from specforge_lite.cli import parse_config
 from specforge_lite.drafts import Draft, DraftConfig, build_draft
 from specforge_lite.drafts.initialize import init_random
 from specforge_lite.errors import CheckpointError, ConfigError, SpecforgeError
 from specforge_lite.inference.eagle_state import load_state_draft, optimizer_moments, read_state_files
 from specforge_lite.nn.target_head import load_target_head
+from specforge_lite.training.settings import TrainConfig
 from tests.eagle_states import eagle1_tensors, write_accelerate_state, write_deepspeed_state
 from tests.inference_drafts import random_vocabulary
 from tests.script_runner import run_in_process
@@ -129,6 +131,24 @@ def test_eagle3_takes_the_vocabulary_map_along(
     run_in_process("train_eagle3_online", [*words, "--total-steps", "5"])  # from here on our own checkpoints count
     assert "resumed from" in (printed := capsys.readouterr().out)
     assert "state_0" not in printed
+
+
+@pytest.mark.parametrize("words", [("--savedir", "--trainpath"), ("--cpdir", "--train-data-path")])
+def test_eagles_flags(data: Path, tmp_path: Path, words: tuple[str, str]) -> None:
+    config_file = tmp_path / "config.json"
+    config_file.write_text(json.dumps({"draft_vocab_size": 32000, "length": 4}))
+    config = parse_config(
+        TrainConfig,
+        ["--basepath", "m", words[1], str(data / "train.jsonl"), "--testpath", str(data / "eval.jsonl"), words[0], "o",
+         "--configpath", str(config_file), "--bs", "3", "--lr", "3e-5", "--gradient-accumulation-steps", "2"],
+    )  # fmt: skip
+    assert (config.target.target_model_path, config.checkpoint.output_dir) == ("m", Path("o"))
+    assert (config.data.train_data_path, config.data.eval_data_path) == (
+        str(data / "train.jsonl"), str(data / "eval.jsonl"),
+    )  # fmt: skip
+    assert (config.draft.draft_model_config, config.training.ttt_length) == (config_file, 4)
+    assert (config.training.batch_size, config.training.accumulation_steps) == (3, 2)
+    assert config.optimizer.learning_rate == 3e-5
 
 
 def test_when_a_state_is_not_continued(

@@ -22,7 +22,9 @@ class DraftSection(Section):
     """The draft network."""
 
     draft_model_config: Path | None = Field(
-        None, description="config.json of the draft; default: derived from the target's config"
+        None,
+        description="config.json of the draft; default: derived from the target's config",
+        json_schema_extra={"flags": ["--configpath"]},
     )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="overrides the draft config; default when derived: 32000 or the whole vocabulary"
@@ -45,7 +47,9 @@ class TrainingSection(Section):
         description="optimizer steps; with --num-epochs the smaller one ends the run; default: from --num-epochs",
         json_schema_extra={"flags": ["--max-num-steps"]},
     )
-    batch_size: int = Field(1, ge=1, description="samples per micro batch and rank")
+    batch_size: int = Field(
+        1, ge=1, description="samples per micro batch and rank", json_schema_extra={"flags": ["--bs"]}
+    )
     accumulation_steps: int = Field(
         1,
         ge=1,
@@ -136,7 +140,9 @@ class OptimizerSection(Section):
 class CheckpointSection(Section):
     """Where the run lives and how it is continued."""
 
-    output_dir: Path = Field(description="checkpoints, metrics, provenance", json_schema_extra={"flags": ["--savedir"]})
+    output_dir: Path = Field(
+        description="checkpoints, metrics, provenance", json_schema_extra={"flags": ["--savedir", "--cpdir"]}
+    )
     resume: bool = Field(True, description="continue the newest complete checkpoint of --output-dir, if there is one")
     overwrite: bool = Field(False, description="delete the checkpoints and metrics of an earlier run first")
     save_interval: int = Field(1000, ge=0, description="save every so many steps, and at the end; 0: at the end only")

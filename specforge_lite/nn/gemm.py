@@ -50,14 +50,16 @@ class RepeatedMatrix:
     def __init__(self, weight_OI: Tensor, rows_per_product: int) -> None:
         self._weight_OI = weight_OI
         self._blocks: tuple[Tensor, Tensor] | None = None
+        self._buffer: Tensor | None = None
         if _has_blocked_products(weight_OI):
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self._blocks = (reorder(weight_OI, rows_per_product), reorder(weight_OI.T, rows_per_product))
 
-    def times_transposed(self, x_RI: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """x @ W^T [R, O], in `buffer` where that is possible."""
+    def times_transposed(self, x_RI: Tensor) -> Tensor:
+        """x @ W^T [R, O]; may be in the memory of the result before, which is then overwritten."""
         if self._blocks is None:
-            return matmul_into(buffer, x_RI, self._weight_OI)
+            self._buffer = matmul_into(self._buffer, x_RI, self._weight_OI)
+            return self._buffer
         return _blocked_product(x_RI, self._blocks[0])
 
     def times(self, x_RO: Tensor) -> Tensor:

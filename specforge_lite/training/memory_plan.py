@@ -204,12 +204,12 @@ def _loss(load: Workload) -> dict[str, float]:
     draft, size = load.draft, BYTES[load.precision]
     head = draft.draft_vocab_size * draft.hidden_size
     inputs = _rows(load)[2] * load.num_steps * draft.hidden_size * size
-    chunk = LOSS_CHUNK_ELEMENTS * size
+    chunk, blocks = float(LOSS_CHUNK_ELEMENTS * size), 0.0
     if load.device == "cpu":
         chunk = 2 * chunk + 4 * LOSS_PASS_ELEMENTS * 3  # a fresh product each time, and a few passes of fp32
         blocks = 2 * head * size
     else:
-        chunk, blocks = chunk * 4 * 4 / size, 0.0  # the whole chunk in fp32, several times
+        chunk = 4 * chunk * 4 / size  # the whole chunk in fp32, several times
     half = 0.0 if size == 4 else 2 * head * size  # the head and its product in the compute dtype
     return {
         "head inputs and their gradients": 3 * inputs,

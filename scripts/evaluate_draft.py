@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from specforge_lite.cli import Section, parse_config
@@ -26,14 +25,15 @@ from specforge_lite.evaluation.run import (
     TargetFiles,
     engine_for,
     evaluate_draft,
+    load_evaluated,
     num_samples,
     open_eval_data,
     open_target_files,
     position_rows,
+    prepare_place,
     save_results,
 )
 from specforge_lite.inference import SpeculativeModel
-from specforge_lite.inference.loading import load_draft
 from specforge_lite.log import info, run_script
 from specforge_lite.training.parts import load_tokenizer
 
@@ -41,7 +41,7 @@ from specforge_lite.training.parts import load_tokenizer
 class EvaluationSection(MeasureSection):
     """What to evaluate, and how."""
 
-    draft_model_path: Path = Field(description="exported draft directory, or a training checkpoint step_N")
+    draft_model_path: Path = Field(description="exported draft directory, a checkpoint step_N, or EAGLE's state_N")
     decode: bool = Field(False, description="decode the same prompts too and compare, per position")
     error_analysis: Path | None = Field(
         None, description="directory for errors.json and errors.html: where the draft fails, with samples"
@@ -60,9 +60,13 @@ class EvaluateConfig(Section):
 def main() -> None:
     config = parse_config(EvaluateConfig, description=__doc__ or "")
     options = config.evaluation
+    if options.save_results is not None:
+        prepare_place(options.save_results, "save_results")
+    if options.error_analysis is not None:
+        prepare_place(options.error_analysis / "errors.json", "error_analysis")
     dataset = open_eval_data(config.target, config.data)
     files = open_target_files(config.target, options.device)
-    draft = load_draft(options.draft_model_path, files.num_layers, torch.float32, files.device)
+    draft = load_evaluated(options.draft_model_path, files)
     with engine_for(draft, config.target, config.data, files.device) as engine:
         analysis = error_analysis(config, draft, files) if options.error_analysis is not None else None
         observers = [analysis] if analysis is not None else []

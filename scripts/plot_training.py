@@ -14,6 +14,7 @@ from pydantic import Field
 from specforge_lite.cli import Section, parse_config
 from specforge_lite.evaluation.training_curves import curves_of, plot_curves, read_rows
 from specforge_lite.log import info, run_script
+from specforge_lite.training.trackers import METRICS_FILE
 
 FIGURE_FILE = "training_curves.png"
 
@@ -37,7 +38,8 @@ def main() -> None:
     curves = curves_of(read_rows(config.input), str(config.input))
     directory = config.input if config.input.is_dir() else config.input.parent
     output = config.output or directory / FIGURE_FILE
-    plot_curves(curves, output, config.title or config.input.resolve().stem)
+    name = directory.resolve().name if config.input.name in ("", METRICS_FILE) else config.input.resolve().stem
+    plot_curves(curves, output, config.title or name)
     info(f"wrote {output}: {len(curves)} curves")
 
 

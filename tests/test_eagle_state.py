@@ -22,6 +22,7 @@ from specforge_lite.training.settings import TrainConfig
 from tests.eagle_states import eagle1_tensors, write_accelerate_state, write_deepspeed_state
 from tests.inference_drafts import random_vocabulary
 from tests.script_runner import run_in_process
+from tests.training_runs import run_ranks
 
 NUM_SAMPLES, STEPS_PER_EPOCH = 6, 3
 DRAFT_VOCAB = 300
@@ -109,6 +110,29 @@ def test_eagle1_continues_with_its_optimizer(
         assert float(found["without"][f"step.{parameter}"]) == 1
 
 
+def train_rank(words: list[str]) -> None:
+    run_in_process("train_eagle1", words)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_ranks_continue_from_what_rank_0_reads(
+    data: Path, tiny_target: Path, target_config: Any, eagle1: Draft, tmp_path: Path, sharding: str
+) -> None:
+    """Three pairs of samples, two ranks: two steps an epoch, so state_0 is two steps."""
+    saved = write_accelerate_state(
+        tmp_path / "run" / "state_0", eagle1_tensors(eagle1, table(tiny_target, target_config))
+    )
+    words = flags(data, tiny_target, tmp_path / "run", "--total-steps", "3", "--sharding", sharding)
+    words += ["--v-weight", "0", "--p-weight", "0"]  # no gradient: the moments only decay
+    assert run_ranks(2, train_rank, (words,), tmp_path / "logs") == [0, 0], (tmp_path / "logs/rank_0.log").read_text()
+    weights = load_file(tmp_path / "run" / "step_3" / "draft.safetensors")
+    moments = load_file(tmp_path / "run" / "step_3" / "optimizer.safetensors")
+    for name, value in tensors_as_trained(tmp_path / "run" / "state_0").items():
+        assert torch.equal(weights[name], value)
+        assert float(moments[f"step.{name}"]) == 4
+        torch.testing.assert_close(moments[f"exp_avg.{name}"], 0.9 * saved[name], rtol=1e-5, atol=1e-9)
+
+
 def tensors_as_trained(state: Path) -> dict[str, torch.Tensor]:
     loaded = torch.load(state / "pytorch_model.bin", weights_only=True)
     return {name: tensor for name, tensor in loaded.items() if name not in ("embed_tokens.weight", "fc.bias")}
@@ -180,6 +204,11 @@ def test_curve_over_states(
     first, second = results["checkpoints"]
     assert first["loss"] != second["loss"]  # the bias of fc counts
     assert f"best by tau_walk: {results['best']}" in capsys.readouterr().out
+    single = ["--draft-model-path", str(run / "state_1"), *words[1:], "--save-results"]
+    run_in_process("evaluate_draft", [*single, str(tmp_path / "new" / "single.json")])
+    assert json.loads((tmp_path / "new" / "single.json").read_text())["loss"] == second["loss"]
+    with pytest.raises(ConfigError, match="save_results .*ckpt: is a directory, expected a file name"):
+        run_in_process("evaluate_draft", [*single, str(run)])
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -20,6 +20,8 @@ from specforge_lite.engines.hf import default_device
 from specforge_lite.engines.registry import open_engine
 from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.evaluation.acceptance import Walk
+from specforge_lite.inference.eagle_state import STATE_NAME, load_state_draft
+from specforge_lite.inference.loading import load_draft
 from specforge_lite.inference.variants import Eagle3Variant
 from specforge_lite.log import progress
 from specforge_lite.nn.target_head import TargetHead, load_target_head
@@ -83,6 +85,13 @@ def with_aux_layers(target: TargetSection, draft: Draft) -> TargetSection:
     if target.aux_layer_ids not in (None, ids):
         raise ConfigError(f"aux_layer_ids {list(target.aux_layer_ids or ())}: the draft was trained on {list(ids)}")
     return target.model_copy(update={"aux_layer_ids": ids})
+
+
+def load_evaluated(path: Path, files: TargetFiles) -> Draft:
+    """A draft to evaluate, fp32 on the target's device: exported, a checkpoint step_N, or EAGLE's state_N."""
+    if STATE_NAME.fullmatch(path.name) and not (path / "config.json").exists():
+        return load_state_draft(path, files.config, None, torch.float32, files.device)
+    return load_draft(path, files.num_layers, torch.float32, files.device)
 
 
 @contextmanager
@@ -152,12 +161,20 @@ def position_rows(result: EvalResult) -> list[dict[str, float]]:
     ]
 
 
-def save_results(path: Path, results: dict[str, Any]) -> None:
-    """Write JSON atomically, making its directory. Raises ConfigError when that cannot be."""
+def prepare_place(path: Path, flag: str) -> None:
+    """Make the directory of a file that will be written after long work. Raises ConfigError when that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise ConfigError(f"save_results {path}: is a directory, expected a file name")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a directory, expected a file name")
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write JSON atomically, making its directory. Raises ConfigError when that cannot be."""
+    prepare_place(path, "save_results")
+    try:
         write_json(path, results)
     except OSError as error:
         raise ConfigError(f"save_results {path}: {error.strerror or error}") from None

@@ -207,7 +207,7 @@ def test_curve_over_states(
     single = ["--draft-model-path", str(run / "state_1"), *words[1:], "--save-results"]
     run_in_process("evaluate_draft", [*single, str(tmp_path / "new" / "single.json")])
     assert json.loads((tmp_path / "new" / "single.json").read_text())["loss"] == second["loss"]
-    with pytest.raises(ConfigError, match="save_results .*ckpt: is a directory, expected a file name"):
+    with pytest.raises(ConfigError, match=r"save_results .*ckpt: is a directory, expected a file name"):
         run_in_process("evaluate_draft", [*single, str(run)])
 
 

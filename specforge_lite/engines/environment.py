@@ -9,6 +9,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from specforge_lite.errors import ConfigError, EngineError
@@ -131,7 +132,7 @@ def engine_of_url(url: str) -> str:
                 return engine
         except urllib.error.HTTPError:
             continue
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise EngineError(f"target_url {url}: nothing answers ({getattr(error, 'reason', error)})") from None
     raise EngineError(f"target_url {url}: the server is neither SGLang nor vLLM")
 

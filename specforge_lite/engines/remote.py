@@ -21,13 +21,15 @@ from specforge_lite.engines import handoff
 from specforge_lite.engines.base import TargetInfo, check_capture
 from specforge_lite.engines.environment import PLUGIN_VERSION
 from specforge_lite.engines.handoff import Blob, Handoff, LostSample, NoSpace, open_handoff
-from specforge_lite.engines.http import HttpLoop, HttpStatus, ServerGone
+from specforge_lite.engines.http import BadReply, HttpLoop, HttpStatus, ServerGone
 from specforge_lite.engines.server import LaunchedServer, RunDirectory
 from specforge_lite.errors import CaptureError, EngineError
 from specforge_lite.log import format_seconds, warn
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_ATTEMPTS = 6
+# Connections of one sample that may break while the server's health path answers.
+MAX_BREAKS = 20
 PROBE_TOKENS = 16
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 0.2
@@ -165,19 +167,27 @@ class RemoteEngine:
 
     async def _capture_one(self, sample: TokenizedSample, url: str) -> CapturedStates:
         token_ids = sample.input_ids_L.tolist()
+        attempt = breaks = 0
         async with self._slots:
-            for attempt in itertools.count(1):
+            while True:
                 try:
                     blob = await self._ask(token_ids, url)
                     break
                 except ServerGone as error:
+                    breaks += 1
+                    if breaks > MAX_BREAKS:
+                        raise CaptureError(
+                            f"{self.info.engine}: sample {sample.sample_id}: the connection broke {breaks} times,"
+                            f" although the server answers its health path: {error}"
+                        ) from None
                     await self._wait_until_back(url, str(error))
                     url = next(self._next_url)
-                except (LostSample, HttpStatus) as error:
+                except (LostSample, HttpStatus, BadReply) as error:
+                    attempt += 1
                     if attempt >= MAX_ATTEMPTS:
                         raise CaptureError(
                             f"{self.info.engine}: sample {sample.sample_id}: asked {attempt} times, {error}"
-                            f"{self._space_hint(error)}"
+                            f"{self._space_hint(error)}{'' if url in str(error) else f' ({url})'}"
                         ) from None
                     self._tell(f"sample {sample.sample_id}: {error}; asking again")
                     await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
@@ -199,8 +209,11 @@ class RemoteEngine:
             if error.status < 500 and error.status != 429:
                 raise CaptureError(f"{url}: {error}") from None
             raise
-        facts = self._dialect.capture_reply(reply)
-        if facts is None:
+        try:
+            facts = self._dialect.capture_reply(reply)
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise BadReply(f"{url}: a reply that is not understood ({error!r})") from None
+        if not isinstance(facts, dict):
             raise CaptureError(
                 f"{url}: the reply holds no captured sample, so the capture plugin is not at work in this server;"
                 f" see docs/topologies.md for how to start one (SPECFORGE_CAPTURE must be set, the plugin installed)"
@@ -209,7 +222,7 @@ class RemoteEngine:
             raise CaptureError(f"{url}: {facts['error']}")
         if facts.get("plugin") != PLUGIN_VERSION:
             raise CaptureError(f"{url}: capture plugin {facts.get('plugin')}, expected {PLUGIN_VERSION}")
-        return await self._handoff(str(facts["place"]), url).take(key, handoff.TAKE_SECONDS)
+        return await self._handoff(str(facts.get("place")), url).take(key, handoff.TAKE_SECONDS)
 
     def _handoff(self, place: str, url: str) -> Handoff:
         if self._place is not None and not place.startswith(self._place):
@@ -223,8 +236,10 @@ class RemoteEngine:
     async def _ask_facts(self, url: str) -> ServerFacts:
         try:
             return await self._dialect.read_facts(self._http, url)
-        except (ServerGone, HttpStatus) as error:
+        except (ServerGone, HttpStatus, BadReply) as error:
             raise EngineError(f"{url}: not a {self._dialect.name} server that answers ({error})") from None
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineError(f"{url}: what the server says of itself is not understood ({error!r})") from None
 
     async def _wait_until_back(self, url: str, reason: str) -> None:
         """Return when the server answers its health path again, or another of several does."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from specforge_lite.engines import sglang, vllm
 from specforge_lite.engines.environment import find_interpreter, has_gpu
-from specforge_lite.engines.http import HttpLoop, HttpStatus, ServerGone
+from specforge_lite.engines.http import BadReply, HttpLoop, HttpStatus, ServerGone
 from specforge_lite.engines.launch import engine_arg_words
 from specforge_lite.engines.server import LaunchedServer, RunDirectory, ServerSpec, collect_leftovers, free_port
 from specforge_lite.errors import ConfigError, EngineError, suggest
@@ -144,7 +144,7 @@ class ServingSession:
             # The first speculative step compiles for many seconds; it belongs to the start, not to a measurement.
             self._http.run(self._generate_all([[1, 2, 3, 4]], 8, 0.0, True, None))
             self.reset_acceptance()
-        except (ServerGone, HttpStatus) as error:
+        except (ServerGone, HttpStatus, BadReply) as error:
             self.close()
             raise EngineError(f"{self._server.spec.name} fails at its first prompt: {error}; log: {log_dir}") from None
 
@@ -170,7 +170,7 @@ class ServingSession:
             work = self._generate_all(prompts, max_tokens, temperature, ignore_eos, bar)
             try:
                 outputs = self._http.run(work)
-            except (ServerGone, HttpStatus) as error:
+            except (ServerGone, HttpStatus, BadReply) as error:
                 raise EngineError(f"{self._server.spec.name}: {error}; log: {self.log_path}") from None
         return GenerationRun(outputs, time.perf_counter() - start)
 

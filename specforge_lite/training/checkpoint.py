@@ -76,7 +76,7 @@ def save_checkpoint(
         name: tensor.detach().cpu() for name, tensor in parallel.frozen().items()
     }
     optimizer_tensors: dict[str, Tensor] = {}
-    for name, moments in optimizer.state_tensors().items():
+    for name, moments in optimizer.saved_tensors().items():
         for kind in MOMENTS:
             optimizer_tensors[f"{kind}.{name}"] = parallel.full(name, moments[kind])
         optimizer_tensors[f"step.{name}"] = moments["step"].detach().cpu().clone()

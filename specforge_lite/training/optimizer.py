@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge_lite.errors import CheckpointError
+from specforge_lite.training.adam8bit import Adam8bit, plain
 from specforge_lite.training.loss_scale import LossScaler
 from specforge_lite.training.settings import OptimizerSection, warmup_length
 
@@ -45,6 +47,32 @@ class UpdateResult:
     skipped: Tensor
 
 
+class FusedAdam:
+    """torch's fused AdamW with fp32 moments."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerSection) -> None:
+        betas = (config.adam_beta1, config.adam_beta2)
+        self._adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+        for parameter in (p for group in groups for p in group["params"]):
+            self._adam.state[parameter] = {  # now, so that saving and loading never meet a missing state
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Parameter -> step, exp_avg, exp_avg_sq."""
+        return self._adam.state
+
+    def update(self, rate: float, scale: Tensor, skipped: Tensor) -> None:
+        """One update with gradient / scale, none where `skipped` is 1 (scalars on the device)."""
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.grad_scale, self._adam.found_inf = scale, skipped  # type: ignore[attr-defined]
+        self._adam.step()
+
+
 class DraftOptimizer:
     """AdamW over named fp32 tensors (whole parameters, or the shards of this rank).
 
@@ -67,19 +95,11 @@ class DraftOptimizer:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
-        for parameter in parameters.values():  # made now, so that saving and loading never meet a missing state
-            self._adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        groups = [group for group in groups if group["params"]]
+        if config.optim == "adamw_8bit":
+            self._adam: FusedAdam | Adam8bit = Adam8bit(groups, config)
+        else:
+            self._adam = FusedAdam(groups, config)
 
     def step(self, step: int, count: Tensor, loss_sum: Tensor, square_sum: Tensor) -> UpdateResult:
         """Update with gradient / count, clipped; do nothing where the loss or the gradient is not finite.
@@ -97,11 +117,7 @@ class DraftOptimizer:
             self._clip_elements(divisor * self._config.max_grad_value)
         if self._config.max_grad_norm > 0:
             scale = divisor * (grad_norm / self._config.max_grad_norm).clamp(min=1.0)
-        rate = learning_rate_at(self._config, step, self._total_steps)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.grad_scale, self._adam.found_inf = scale, skipped.clamp(max=1)  # type: ignore[attr-defined]
-        self._adam.step()
+        self._adam.update(learning_rate_at(self._config, step, self._total_steps), scale, skipped.clamp(max=1))
         return UpdateResult(grad_norm, skipped)
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -129,8 +145,13 @@ class DraftOptimizer:
                 parameter.grad.clamp_(min=-limit, max=limit)
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> {"exp_avg", "exp_avg_sq" (shaped like it), "step" (scalar)}; the live tensors."""
+        """Parameter name -> {"exp_avg", "exp_avg_sq" (shaped like it), "step" (scalar)}; the live tensors, which
+        `copy_` writes to."""
         return {name: self._adam.state[parameter] for name, parameter in self.parameters.items()}
+
+    def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The same as ordinary fp32 tensors, whatever the moments are kept in."""
+        return {name: {k: plain(v) for k, v in state.items()} for name, state in self.state_tensors().items()}
 
     def load_steps(self, steps: dict[str, float]) -> None:
         """Set the per-parameter step counters of a checkpoint. Raises CheckpointError naming a missing one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from specforge_lite.config import DataSection, TargetSection
 from specforge_lite.log import info
 from specforge_lite.training.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
 
+TORCHAO = "torchao==0.18.0"
 TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
 
@@ -111,6 +113,9 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
+    optim: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: a quarter of the optimizer's memory, needs the package torchao"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     min_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear end")
@@ -255,6 +260,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
         )
     if config.algorithm == "eagle1" and training.loss != "ce":
         found.append(f"loss {training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce")
+    if optimizer.optim == "adamw_8bit" and find_spec("torchao") is None:
+        found.append(f"optim adamw_8bit: needs torchao, which is not installed: pip install {TORCHAO}")
     if config.algorithm == "eagle1" and config.distributed.sp_size > 1:
         found.append(f"sp_size {config.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":

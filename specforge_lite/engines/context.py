@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from specforge_lite.config import TargetSection
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
@@ -46,6 +47,20 @@ def read_target_info(target: TargetSection, engine: str, max_length: int | None 
         num_layers=num_layers,
         hidden_size=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
-        max_length=int(max_length or text.max_position_embeddings),
+        max_length=int(max_length or num_positions(text) or 1 << 30),
         aux_layer_ids=aux_layer_ids,
     )
+
+
+def num_positions(target_config: Any) -> int | None:
+    """Positions a target was made for: max_position_embeddings, stretched by rope scaling; None if it does not say."""
+    text = target_config.get_text_config() if hasattr(target_config, "get_text_config") else target_config
+    trained = getattr(text, "max_position_embeddings", None)
+    if not trained:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope = rope.get("full_attention") or rope
+    if (rope.get("rope_type") or rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return int(trained)  # llama3 and longrope count their scaling in already
+    original = rope.get("original_max_position_embeddings") or trained
+    return max(int(trained), int(original * float(rope.get("factor") or 1.0)))

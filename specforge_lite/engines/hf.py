@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.engines.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
+from specforge_lite.engines.context import num_positions
 from specforge_lite.engines.hf_tp import Lockstep, as_world, open_group
 from specforge_lite.errors import CaptureError, ConfigError, transformers_errors
 from specforge_lite.log import info as log_info
@@ -67,7 +68,7 @@ class HfEngine:
             num_layers=len(layers),
             hidden_size=int(text_config.hidden_size),
             vocab_size=int(text_config.vocab_size),
-            max_length=int(getattr(text_config, "max_position_embeddings", None) or 1 << 30),
+            max_length=num_positions(text_config) or 1 << 30,
             aux_layer_ids=choose_aux_layer_ids(aux_layer_ids, len(layers)),
         )
         self._length_group = length_group(text_config)

@@ -19,6 +19,7 @@ from specforge_lite.data.vocab import VocabMap, open_or_build_vocab_map
 from specforge_lite.drafts import Draft, DraftConfig, TTTSettings, build_draft, init_from_target
 from specforge_lite.drafts.initialize import fit_own_embeddings, init_random
 from specforge_lite.engines.base import TargetEngine, TargetInfo
+from specforge_lite.engines.context import num_positions
 from specforge_lite.engines.registry import open_engine
 from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.log import info
@@ -40,7 +41,11 @@ class RunData:
 
 
 def load_data(config: TrainConfig) -> RunData:
-    """Open or build the tokenized datasets; with `--offline-dir` they lie beside the captured states."""
+    """Open or build the tokenized datasets; with `--offline-dir` they lie beside the captured states.
+
+    Raises ConfigError first of all for a `--max-length` that the target has no positions for.
+    """
+    check_max_length(config)
     if config.training.offline_dir is not None:
         parts = open_offline(config.training.offline_dir)
         return RunData(parts[0].dataset, parts[1].dataset if len(parts) > 1 else None)
@@ -106,6 +111,21 @@ def target_directory(model_path: str) -> Path:
         raise ConfigError(
             f"target_model_path {model_path}: no such directory, and not from the hub: {reason}"
         ) from None
+
+
+def check_max_length(config: TrainConfig) -> None:
+    """Raise ConfigError if the `--max-length` that was given is beyond the target's positions.
+
+    A default is not refused, and neither is a server that was started with less: there the samples' lengths count.
+    """
+    if config.training.offline_dir is not None or "max_length" not in config.data.model_fields_set:
+        return
+    longest = num_positions(load_target_config(config))
+    if longest is not None and config.data.max_length > longest:
+        raise ConfigError(
+            f"max_length {config.data.max_length}: target {config.target.target_model_path} has positions for {longest}"
+            f" tokens; use --max-length {longest} or less, or give its config.json rope scaling"
+        )
 
 
 def load_target_config(config: TrainConfig) -> Any:
@@ -229,6 +249,7 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
         loss_mask_alignment=training.loss_mask_alignment,
+        loss=training.loss,
         compute_dtype=dtype,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,

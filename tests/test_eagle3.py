@@ -8,6 +8,7 @@ import torch
 from benchmarks.reference import ReferenceConfig, reference_loss
 from specforge_lite.drafts import DraftConfig, TTTSettings, build_draft
 from specforge_lite.drafts.initialize import init_random
+from specforge_lite.nn import attention, dense_attention
 from specforge_lite.nn.rows import plan_rows
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import DraftBatch
@@ -107,25 +108,38 @@ def assert_same(draft, head, batch, backend: str, num_steps: int = STEPS, checkp
         torch.testing.assert_close(actual[name], expected_grads[name], rtol=1e-10, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.fixture(params=["dense", "dense, small blocks", "flash"])
+def step0_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which a CPU attends to the step-0 keys."""
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "MAX_PROBABILITIES", -1)
+    elif request.param == "dense, small blocks":
+        monkeypatch.setattr(dense_attention, "BLOCK_ROWS", 2)
+
+
 @pytest.mark.parametrize("mask", MASKS)
-def test_step_equals_reference(mask: str, backend: str) -> None:
-    assert_same(make_draft(), make_target_head(), make_batch([MASKS[mask]]), backend)
+def test_step_equals_reference(mask: str, step0_kernel: None) -> None:
+    assert_same(make_draft(), make_target_head(), make_batch([MASKS[mask]]), "sdpa")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_step_with_eager_attention_equals_reference(mask: str) -> None:
+    assert_same(make_draft(), make_target_head(), make_batch([MASKS[mask]]), "eager")
 
 
 @pytest.mark.parametrize("norm_output", [False, True])
 @pytest.mark.parametrize("fc_norm", [False, True])
-def test_packed_documents_equal_the_reference_one_by_one(norm_output: bool, fc_norm: bool) -> None:
+def test_packed_documents_equal_the_reference_one_by_one(norm_output: bool, fc_norm: bool, step0_kernel: None) -> None:
     batch = make_batch(list(MASKS.values()))
     assert_same(make_draft(norm_output, fc_norm), make_target_head(), batch, "sdpa", num_steps=7)
 
 
-def test_activation_checkpointing_gives_every_parameter_the_same_gradient() -> None:
+def test_activation_checkpointing_gives_every_parameter_the_same_gradient(step0_kernel: None) -> None:
     batch = make_batch([MASKS["gaps"], MASKS["several turns"]])
     assert_same(make_draft(), make_target_head(), batch, "sdpa", checkpointing=True)
 
 
-def test_long_gaps_are_cut_into_segments_and_short_ones_bridged() -> None:
+def test_long_gaps_are_cut_into_segments_and_short_ones_bridged(step0_kernel: None) -> None:
     mask = "0" * 5 + "1" * 3 + "0" * 60 + "1" + "0" * 20 + "11" + "0" * 10
     batch = make_batch([mask, mask])
     plan = plan_rows(batch.loss_mask_N, batch.doc_offsets, 2)

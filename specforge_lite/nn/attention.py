@@ -9,7 +9,8 @@ Letters: R needed rows of this step, N step-0 key rows, H query heads, G key/val
 J = k later keys.
 
 eager           materialised scores and mask; the oracle.
-sdpa            flash attention over the step-0 block, the J single keys merged by log-sum-exp; O(R) memory.
+sdpa            flash attention over the step-0 block, the J single keys merged by log-sum-exp; O(R) memory. On a CPU
+                with few rows the step-0 block is dense (nn/dense_attention.py), which is faster there.
 flex_attention  one block mask; torch has no backward for it on CPU.
 """
 
@@ -17,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specforge_lite.errors import ConfigError, suggest
+from specforge_lite.nn.dense_attention import MAX_PROBABILITIES, CpuDense, Step0Block, num_probabilities
 from specforge_lite.nn.rows import Segment, StepRows
 
 # q_RHd, k0_NGd, v0_NGd, later keys [k_RGd ...], later values [v_RGd ...], rows -> o_RHd
@@ -88,8 +89,14 @@ def merged_attention(
         return merged_attention(q_RHd, k0_NGd, v0_NGd, later[: len(later_k)], later[len(later_k) :], rows).to(dtype)
     if q_RHd.shape[0] == 0:
         return q_RHd + 0 * (k0_NGd.sum() + v0_NGd.sum() + sum(x.sum() for x in (*later_k, *later_v)))
-    block: Step0Block = (CudaFlash if q_RHd.is_cuda else CpuFlash)(rows.segments)
-    return _Merged.apply(block, q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)
+    return _Merged.apply(_step0_block(q_RHd, rows), q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)
+
+
+def _step0_block(q_RHd: Tensor, rows: StepRows) -> Step0Block:
+    if q_RHd.is_cuda:
+        return CudaFlash(rows.segments)
+    few = num_probabilities(rows.segments, q_RHd.shape[1]) <= MAX_PROBABILITIES
+    return CpuDense(rows.segments) if few else CpuFlash(rows.segments)
 
 
 class _Merged(torch.autograd.Function):
@@ -102,19 +109,20 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block: Step0Block, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, *later: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         num_later = len(later) // 2
-        out_RHd, z_RH = block.forward(q_RHd, k0_NGd, v0_NGd)
+        out_RHd, z_RH, kept = block.forward(q_RHd, k0_NGd, v0_NGd)
         probabilities: list[Tensor] = []
         if num_later:
             out_RHd, z_RH, probabilities = merge_single_keys(q_RHd, out_RHd, z_RH, later[:num_later], later[num_later:])
-        ctx.block, ctx.num_later = block, num_later
-        ctx.save_for_backward(q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *later, *probabilities)
+        ctx.block, ctx.num_later, ctx.num_kept = block, num_later, len(kept)
+        ctx.save_for_backward(q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *kept, *later, *probabilities)
         return out_RHd
 
     @staticmethod
     def backward(ctx, grad_RHd: Tensor):  # type: ignore[no-untyped-def, override]
         q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *rest = ctx.saved_tensors
+        kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
         later, probabilities = rest[: 2 * ctx.num_later], rest[2 * ctx.num_later :]
-        dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH)
+        dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, kept)
         later_grads: list[Tensor] = []
         if ctx.num_later:
             keys, values = later[: ctx.num_later], later[ctx.num_later :]
@@ -170,20 +178,6 @@ def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
     return x_RHd.unflatten(1, (groups, -1))
 
 
-class Step0Block(Protocol):
-    """Attention over the step-0 keys alone."""
-
-    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (output [R, H, d], logsumexp of the scores [R, H] in fp32 or wider)."""
-        ...
-
-    def backward(
-        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k0, v0 where each probability is exp(score - z) and `out` the output of ALL keys."""
-        ...
-
-
 class CpuFlash:
     """aten's flash kernel for CPUs. Its causal mask starts at the top left, so a span is two calls: all tokens before
     it, and itself, joined by their log-sum-exp."""
@@ -191,7 +185,7 @@ class CpuFlash:
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments
 
-    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
         z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.promote_types(q_RHd.dtype, torch.float32))
         for segment in self._segments:
@@ -208,10 +202,17 @@ class CpuFlash:
                 out.addcmul_(out_own, (lse_own - lse).exp_().unsqueeze(-1))
             _unpad(out_RHd, _tokens_first(out), segment)
             _unpad(z_RH, _tokens_first(lse), segment)
-        return out_RHd, z_RH
+        return out_RHd, z_RH, []
 
     def backward(
-        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
+        self,
+        grad_RHd: Tensor,
+        q_RHd: Tensor,
+        k0_NGd: Tensor,
+        v0_NGd: Tensor,
+        out_RHd: Tensor,
+        z_RH: Tensor,
+        kept: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = k0_NGd.shape[1]
         dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
@@ -277,7 +278,7 @@ class CudaFlash:
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments
 
-    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
         z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.float32, device=q_RHd.device)
         for segment in self._segments:
@@ -288,10 +289,17 @@ class CudaFlash:
             )
             _unpad(out_RHd, out, segment)
             _unpad(z_RH, lse.T, segment)
-        return out_RHd, z_RH
+        return out_RHd, z_RH, []
 
     def backward(
-        self, grad_RHd: Tensor, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, out_RHd: Tensor, z_RH: Tensor
+        self,
+        grad_RHd: Tensor,
+        q_RHd: Tensor,
+        k0_NGd: Tensor,
+        v0_NGd: Tensor,
+        out_RHd: Tensor,
+        z_RH: Tensor,
+        kept: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
         dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)

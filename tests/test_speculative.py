@@ -70,18 +70,23 @@ def test_text_prompts_on_the_shipped_target(tiny_target: Path, tmp_path: Path) -
     assert output.sequences_BT.shape[0] == 3
 
 
-@pytest.mark.stress
-@pytest.mark.parametrize("shape", [TreeShape.chain(5), TreeShape()], ids=["chain", "default tree"])
-def test_two_hundred_prompts_of_128_tokens(tiny_target: Path, shape: TreeShape) -> None:
-    """The first 200 questions of GSM8K on the shipped target, eight at once; the draft is right now and then."""
+@pytest.fixture(scope="module")
+def two_hundred_answers(tiny_target: Path) -> tuple[Any, list[list[int]]]:
+    """(the shipped target, prompt and 128 tokens for each of the first 200 questions of GSM8K)."""
     model = load_target_model(str(tiny_target), "float32", CPU, False)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_target)
     with resources.files("specforge_lite.assets").joinpath("prompts/gsm8k_test.jsonl").open(encoding="utf-8") as lines:
         questions = [json.loads(line)["question"] for line in islice(lines, 200)]
-    texts = [
-        own_answer(model, tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n")["input_ids"], 128, eos_token_id=[])
-        for question in questions
-    ]
+    prompts = [tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n")["input_ids"] for question in questions]
+    return model, [own_answer(model, prompt, 128, eos_token_id=[]) for prompt in prompts]
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("shape", [TreeShape.chain(5), TreeShape()], ids=["chain", "default tree"])
+def test_two_hundred_prompts_of_128_tokens(two_hundred_answers: tuple[Any, list[list[int]]], shape: TreeShape) -> None:
+    """Eight at once, with a draft that is right now and then."""
+    model, texts = two_hundred_answers
     for first in range(0, 200, 8):
         eight = texts[first : first + 8]
         draft = oracle_for(model, eight, rank_of=lambda position: (0, 0, 1, 0, 3, 0, 9)[position % 7])

@@ -15,7 +15,8 @@ quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser" -n 2 --dist worksteal
+	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
+	PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/test_adam8bit.py
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -42,8 +43,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-adam8bit.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	rm -rf $(VENV)/adam8bit
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/adam8bit -r requirements-adam8bit.txt
 	touch $@
 
 # An engine's environment is rebuilt when its lock, its installer or our plugin changes.

@@ -21,6 +21,7 @@ from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft
 from specforge_lite.training.settings import OptimizerSection, TrainConfig
 
+pytestmark = pytest.mark.adam8bit
 ONE = World(0, 1, torch.device("cpu"), 60.0)
 SETTINGS = {"learning_rate": 0.01, "warmup_steps": 0, "lr_schedule": "constant", "weight_decay": 0.1}
 

@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from torch.profiler import record_function
+
 from specforge_lite.engines.base import TargetEngine, check_capture
 from specforge_lite.errors import CaptureError, ConfigError
 from specforge_lite.log import warn
@@ -214,7 +216,8 @@ class Prefetcher(Iterator[Captured]):
         )
 
     def _capture(self, samples: list[TokenizedSample]) -> list[CapturedStates]:
-        states = self._engine.capture(samples) if samples else []
+        with record_function("capture"):  # a name in the trace of --profile-start-step
+            states = self._engine.capture(samples) if samples else []
         if len(states) != len(samples):
             raise CaptureError(f"{self._engine.info.engine}: asked for {len(samples)} samples, got {len(states)}")
         for sample, state in zip(samples, states, strict=True):

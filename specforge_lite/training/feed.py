@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.engines.base import TargetEngine
@@ -96,15 +97,32 @@ def prefetch_depth(engine: TargetEngine, batch_size: int) -> int:
 
 
 class BatchMaker:
-    """Captured states of a micro batch -> DraftBatch on the device, last state normed, in the compute dtype."""
+    """Captured states of a micro batch -> DraftBatch on the device, last state normed, in the compute dtype.
+
+    On a GPU states from the host travel on a stream of their own: the loop asks for the next batch while the device is
+    still busy with this one, so the copy and the step run at the same time.
+    """
 
     def __init__(self, target_head: TargetHead, num_aux_layers: int, device: torch.device, dtype: torch.dtype) -> None:
         self._head, self._num_aux_layers = target_head, num_aux_layers
         self._device, self._dtype = device, dtype
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
         if not samples:
             return self.idle_batch()
+        with record_function("copy to device"):
+            if self._copies is None or any(s.aux_LAH.is_cuda or s.last_LH.is_cuda for s in states):
+                return self._make(samples, states)
+            main = torch.cuda.current_stream(self._device)
+            with torch.cuda.stream(self._copies):
+                batch = self._make(samples, states)
+            main.wait_stream(self._copies)
+            for tensor in (batch.input_ids_N, batch.loss_mask_N, batch.aux_NG, batch.last_NH):
+                tensor.record_stream(main)  # so that its memory is not given to the next copy too early
+            return batch
+
+    def _make(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
         last = [self._move(s.last_LH) for s in states]
         normed = [x if s.last_is_normed else self._head.norm(x) for x, s in zip(last, states)]
         batch = collate(list(samples), normed, [self._move(s.aux_LAH) for s in states])

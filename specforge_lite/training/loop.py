@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.drafts.base import TTTSettings
@@ -100,7 +101,7 @@ class Trainer:
                     reason = f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
                     break
                 assert batches is not None
-                with self._naming_the_checkpoint():
+                with self._naming_the_checkpoint(), record_function("training step"):
                     self.train_step(batches)
                 profiler.step(self.progress.step)
                 self._after_step()

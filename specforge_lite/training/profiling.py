@@ -1,4 +1,7 @@
-"""A chrome trace of a few training steps: host, device, and the capture threads side by side."""
+"""A chrome trace of a few training steps: host, device, and the capture threads side by side.
+
+Its ranges: `capture` (a thread of the prefetcher waits for the engine), `copy to device`, `training step`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(activities=activities)
+        everybody = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # captures run in their own
+        self._profiler = torch.profiler.profile(activities=activities, experimental_config=everybody)
         self._profiler.__enter__()
 
     def _end(self) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from specforge_lite.errors import DataError
 from specforge_lite.report.charts import Bar, bar_chart
-from specforge_lite.report.markup import Html, card, join, table, tag
+from specforge_lite.report.markup import Html, card, table, tag
 
 CONTROL_PICTURES = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 MAX_SHOWN_ROWS = 12
+MAX_NARROW_COLUMNS = 4
 
 
 def shown(text: str) -> str:
@@ -101,19 +102,21 @@ def errors_section(errors: Mapping[str, Any] | None, all_rows: bool = False) -> 
     if not errors:
         return Html("")
     tables = [item for item in error_tables(errors) if item.rows]
-    cards = [_chart(errors)]
+    cards, wide = [_chart(errors)], []
     for item in tables:
         rows = item.rows if all_rows else item.rows[:MAX_SHOWN_ROWS]
-        cards.append(card(item.title, table(item.header, rows, item.text_columns), wide=len(item.header) > 4))
+        place = wide if len(item.header) > MAX_NARROW_COLUMNS else cards
+        place.append(card(item.title, table(item.header, rows, item.text_columns), wide=place is wide))
     facts = f"{errors['num_missed']} of {errors['num_tokens']} tokens missed at position 0"
     note = "· is a space, ↵ a line end. A miss: the draft's guess is not the target's most probable token."
-    return join([tag("p", {"class": "note"}, f"{facts}. {note}"), tag("div", {"class": "grid"}, *cards)])
+    small_print = tag("p", {"class": "note"}, f"{facts}. {note}")
+    return tag("div", None, small_print, tag("div", {"class": "grid"}, *cards), *wide)
 
 
 def _chart(errors: Mapping[str, Any]) -> Html:
     ordered: Sequence[Mapping[str, Any]] = sorted(errors["classes"], key=lambda c: -c["missed"])
     bars = [Bar(c["class"], c["share_of_misses"], f"{_percent(c['share_of_misses'])}, {c['missed']}") for c in ordered]
-    chart = bar_chart("Share of misses", bars, full=1.0, label_width=72)
+    chart = bar_chart("Share of misses", bars, full=1.0, label_width=84)
     return card("Share of misses by kind of token", chart, note="position 0; number of misses on the right")
 
 

@@ -68,7 +68,8 @@ def write_report(
 
 def write_errors_page(path: Path, errors: Mapping[str, Any], title: str) -> Path:
     """One self-contained page of an error analysis, every row of it; written atomically."""
-    body = tag("main", None, tag("header", None, tag("h1", None, title)), errors_section(errors, all_rows=True))
+    section = tag("section", {"class": "part"}, errors_section(errors, all_rows=True))
+    body = tag("main", None, tag("header", None, tag("h1", None, title)), section)
     return write_text(path, document(title, body))
 
 

@@ -49,8 +49,8 @@ def compare_generation(
             prompt_ids = list(encoded["input_ids"])
             plain = model.run(prompt_ids, settings, speculative=False)
             drafted = model.run(prompt_ids, settings, speculative=True)
-            add_stats(without, plain.stats)
-            add_stats(with_draft, drafted.stats)
+            without.add(plain.stats)
+            with_draft.add(drafted.stats)
             num_identical += plain.new_tokens == drafted.new_tokens
             if len(samples) < num_samples:
                 chunks = [len(c.tokens) for c in model.stream(prompt_ids, settings) if c.tokens]
@@ -69,14 +69,3 @@ def compare_generation(
         tokens_per_second_without=without.tokens_per_second,
         samples=tuple(samples),
     )
-
-
-def add_stats(total: DecodeStats, one: DecodeStats) -> None:
-    """Add the counts and seconds of one call to a sum over calls."""
-    for name, value in vars(one).items():
-        if name == "accepted_at":
-            total.accepted_at += [0] * (len(value) - len(total.accepted_at))
-            for k, count in enumerate(value):
-                total.accepted_at[k] += count
-        else:
-            setattr(total, name, getattr(total, name) + value)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from specforge_lite.compare import compare_generation
 from specforge_lite.data.fim import FimRow
 from specforge_lite.errors import ConfigError, DataError, EngineError
 from specforge_lite.evaluation.completions import (
@@ -21,6 +22,8 @@ from specforge_lite.evaluation.completions import (
     read_fim_file,
 )
 from specforge_lite.inference import SpeculativeModel
+from specforge_lite.inference.output import DecodeStats
+from specforge_lite.inference.speculative import GenerationSettings
 from specforge_lite.inference.tree import TreeShape
 from tests.inference_drafts import random_draft
 from tests.script_runner import load_script, run_in_process
@@ -41,6 +44,26 @@ def test_quality_by_hand() -> None:
     same = [row.middle for row in ROWS] + ["one two three four five"]
     assert (quality_of(same, same).bleu, quality_of(same, same).exact_match) == (pytest.approx(100), 1)
     assert [first_line(text) for text in ("\n  a b \n c", "", "\n")] == ["a b", "", ""]
+
+
+def test_counts_of_calls_add_up() -> None:
+    total, one = DecodeStats(num_tokens=3, seconds=0.5, accepted_at=[2]), DecodeStats(4, 5, accepted_at=[1, 1])
+    total.add(one)
+    assert (total.num_prompts, total.num_tokens, total.seconds, total.accepted_at) == (4, 8, 0.5, [3, 1])
+    assert one.accepted_at == [1, 1]
+
+
+def test_the_comparison_of_prompts(tiny_target: Path) -> None:
+    """`compare_generation` counts what the calls it makes count."""
+    plain = SpeculativeModel.from_pretrained(str(tiny_target), dtype="float32", device="cpu")
+    model = SpeculativeModel(plain.target.model, random_draft(128, 4096, 500), plain.tokenizer)
+    prompts = [[{"role": "user", "content": text}] for text in ("How many?", "Tom has 3 apples.")]
+    result = compare_generation(model, prompts, GenerationSettings(6, eos_token_id=[], shape=TreeShape.chain(2)))
+    assert (result.num_prompts, result.num_tokens, result.num_identical) == (2, 12, 2)
+    assert result.num_passes_without == 12
+    assert result.num_passes is not None
+    assert 4 <= result.num_passes <= 12
+    assert [len(sample.token_texts) for sample in result.samples] == [6, 6]
 
 
 def test_completions_are_the_targets_own(tiny_target: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.compare import add_stats
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.fim import FimRow, to_fim_row
 from specforge_lite.errors import ConfigError, DataError
@@ -107,7 +106,7 @@ def complete(model: SpeculativeModel, rows: Sequence[FimRow], settings: Completi
             ids = prompts.prompt_ids(row)
             answers = {drafted: model.run(ids, generation, speculative=drafted) for drafted in (False, True)}
             for drafted, output in answers.items():
-                add_stats(stats[drafted], output.stats)
+                stats[drafted].add(output.stats)
                 texts[drafted].append(tokenizer.decode(output.new_tokens[0], skip_special_tokens=True))
             num_identical += answers[True].new_tokens == answers[False].new_tokens
             bar.update(1)

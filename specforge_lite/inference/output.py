@@ -68,6 +68,16 @@ class DecodeStats:
         for k in range(num_accepted):
             self.accepted_at[k] += 1
 
+    def add(self, other: DecodeStats) -> None:
+        """Add the counts and seconds of another call."""
+        for name, value in vars(other).items():
+            if name == "accepted_at":
+                self.accepted_at += [0] * (len(value) - len(self.accepted_at))
+                for k, count in enumerate(value):
+                    self.accepted_at[k] += count
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
     def to_dict(self) -> dict[str, Any]:
         """All counts and the statistics derived from them, JSON-ready."""
         names = ("acceptance_length", "tokens_per_pass", "acceptance_per_position", "overhead", "tokens_per_second")

@@ -102,7 +102,8 @@ def errors_section(errors: Mapping[str, Any] | None, all_rows: bool = False) -> 
     if not errors:
         return Html("")
     tables = [item for item in error_tables(errors) if item.rows]
-    cards, wide = [_chart(errors)], []
+    cards: list[Html] = [_chart(errors)]
+    wide: list[Html] = []
     for item in tables:
         rows = item.rows if all_rows else item.rows[:MAX_SHOWN_ROWS]
         place = wide if len(item.header) > MAX_NARROW_COLUMNS else cards

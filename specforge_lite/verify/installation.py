@@ -55,7 +55,7 @@ def check_gpu() -> Iterator[Problem]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with --precision fp32"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with --precision fp16"
             yield "ok", f"{index}: {properties.name}, {format_bytes(properties.total_memory)}, {bf16}"
     elif driver:
         yield "warning", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: wrong build of torch?"

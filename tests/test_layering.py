@@ -18,8 +18,9 @@ LAYERS = {
     "__version__": 0, "types": 0, "errors": 0, "log": 0, "assets": 0, "cli": 1, "config": 2, "provenance": 2,
     "data": 3, "nn": 3, "engines": 4, "drafts": 5,
     "regenerate": 6, "training": 6, "inference": 6,
-    "export": 7, "contract": 7, "report": 8, "speedup": 8, "planner": 8, "verify": 8, "bundle": 8,
+    "export": 7, "contract": 7, "report": 8, "speedup": 8, "planner": 8, "bundle": 8,
     "compare": 9, "compare_serving": 9, "evaluation": 9,
+    "verify": 10,
 }  # fmt: skip
 ALLOWED_SIDEWAYS = {("log", "errors"), ("training", "inference"), ("export", "contract"), ("planner", "speedup")}
 FORBIDDEN = {("engines", "drafts"), ("engines", "data"), ("data", "nn"), ("nn", "data")}

@@ -37,14 +37,15 @@ test-browser: $(VENV)/.installed-dev
 stress: $(VENV)/.installed-dev
 	$(PY) -m pytest -m stress tests
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+# requirements.lock fixes the versions of all that comes along; pip reads it as constraints.
+$(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-adam8bit.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements.lock
 	rm -rf $(VENV)/adam8bit
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/adam8bit -r requirements-adam8bit.txt
 	touch $@

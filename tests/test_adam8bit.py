@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,13 @@ import torch
 from test_training_processes import log_of, several_runs
 from training_runs import Run, run_ranks, train
 
-from specforge_lite.cli import parse_config
 from specforge_lite.drafts import DraftConfig, build_draft
 from specforge_lite.drafts.initialize import init_random
-from specforge_lite.errors import ConfigError
-from specforge_lite.training import adam8bit
 from specforge_lite.training.checkpoint import SavedState, restore, save_checkpoint
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft
-from specforge_lite.training.settings import OptimizerSection, TrainConfig
+from specforge_lite.training.settings import OptimizerSection
 
 pytestmark = pytest.mark.adam8bit
 ONE = World(0, 1, torch.device("cpu"), 60.0)
@@ -119,19 +115,3 @@ def test_runs_with_8_bit_moments_train(tmp_path: Path) -> None:
     two = Run(tmp_path, "two", sharded)
     assert run_ranks(2, several_runs, (two,), tmp_path / "log") == [0, 0], log_of(tmp_path / "log")
     assert two.losses() == pytest.approx(plain.losses(), rel=1e-3)
-
-
-def test_without_torchao_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    absent = lambda name: None if name == "torchao" else find(name)  # noqa: E731
-    monkeypatch.setattr("specforge_lite.training.settings.find_spec", absent)
-    monkeypatch.setattr(adam8bit, "find_spec", absent)
-    message = "optim adamw_8bit: needs torchao, which is not installed: pip install torchao==0.18.0"
-    (tmp_path / "train.jsonl").touch()
-    words = ["--target-model-path", "m", "--train-data-path", str(tmp_path / "train.jsonl"), "--output-dir", "o"]
-    with pytest.raises(ConfigError, match=message) as caught:
-        parse_config(TrainConfig, [*words, "--optim", "adamw_8bit"])
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=message):
-        make_pair("adamw_8bit")
-    assert parse_config(TrainConfig, words).optimizer.optim == "adamw"

@@ -156,6 +156,8 @@ def open_world(config: DistributedSection) -> Iterator[World]:
     device = _own_device(int(os.environ.get("LOCAL_RANK", "0")))
     world = World(rank, world_size, device, timeout_s=60 * config.dist_timeout)
     if world_size % config.sp_size:
+        if not world.is_main:  # one rank tells it
+            sys.exit(USER_ERROR_EXIT_CODE)
         raise ConfigError(
             f"sp_size {config.sp_size}: does not divide the {world_size} torchrun rank(s); start a multiple of it, as"
             f" with torchrun --nproc_per_node {config.sp_size}"

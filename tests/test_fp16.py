@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_eagle1
+import test_eagle3
 import torch
 from test_training_processes import log_of, several_runs
 from test_training_runs import assert_same_checkpoint, stop_after
 from training_runs import Run, run_ranks, train, weights
 
+from specforge_lite.drafts import TTTSettings
 from specforge_lite.engines.fake import Fault
 from specforge_lite.errors import TrainingError
 from specforge_lite.training.deepspeed import translate
@@ -96,6 +100,30 @@ def test_the_update_is_that_of_the_unscaled_gradient_and_overflows_change_nothin
     assert scaled.scaler.scale.item() == 512  # a broken loss is not the scale's fault
     assert torch.equal(weight, before)
     assert update(plain, twin, float("inf"), loss).skipped.item() == NOT_FINITE
+
+
+@pytest.mark.parametrize(("kind", "num_steps"), [(test_eagle1, 1), (test_eagle3, 3)], ids=["eagle1", "eagle3"])
+def test_scaled_fp16_gradients_are_those_of_fp64_and_unscaled_ones_vanish(kind: Any, num_steps: int) -> None:
+    """The scale itself, 2**17, lies outside of fp16; what it multiplies does not."""
+    draft, head, batch = kind.make_draft(), kind.make_target_head(), kind.make_batch(["0" * 20 + "1" * 30, "0001100"])
+    settings = TTTSettings(num_steps=num_steps, attention_backend="sdpa", noise=0.0)
+    small = 2.0**-20
+    (draft(batch, head, settings).loss * small).backward()
+    expected = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+    draft.float()
+    half_batch, half_head = batch.to("cpu", torch.float16), head.to("cpu", torch.float16)
+    half = replace(settings, compute_dtype=torch.float16)
+
+    def worst_error(scale: float) -> float:
+        draft.zero_grad(set_to_none=True)
+        (draft(half_batch, half_head, half).loss * small * scale).backward()
+        found = {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        assert found.keys() == expected.keys()
+        return max(float((found[n].double() / scale - e).norm() / e.norm()) for n, e in expected.items())
+
+    assert worst_error(2.0**17) < 0.03
+    assert worst_error(1.0) > 2 * worst_error(2.0**17)
 
 
 def test_fp16_trains_like_fp32(tmp_path: Path) -> None:

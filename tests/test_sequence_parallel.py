@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ VARIANTS = {
     "checkpointing": replace(SETTINGS, activation_checkpointing=True),
     "eagle mask": replace(SETTINGS, loss_mask_alignment="eagle"),
     "one step": replace(SETTINGS, num_steps=1),
+    "lk": replace(SETTINGS, loss="lk"),
+    "normed state": SETTINGS,
 }
 
 
@@ -81,6 +84,10 @@ def test_front_and_back_of_a_long_document_go_together() -> None:
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
+def draft_of(variant: str) -> Any:
+    return make_draft(norm_output=variant == "normed state", fc_norm=True)
+
+
 def share_batches(directory: Path, variants: list[str]) -> None:
     """On every rank: sums and gradients of its part, added up over the ranks; rank 0 writes them down."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -90,7 +97,7 @@ def share_batches(directory: Path, variants: list[str]) -> None:
     for variant in variants:
         settings = VARIANTS[variant]
         for name, masks in BATCHES.items():
-            draft, head, batch = make_draft(fc_norm=True), make_target_head(), make_batch(masks)
+            draft, head, batch = draft_of(variant), make_target_head(), make_batch(masks)
             output = draft(batch, head, replace(settings, sequence=group))
             found = {key: getattr(output, key).detach().double() for key in SUMS}
             found |= gradients(draft, output.loss)
@@ -110,7 +117,7 @@ def test_processes_that_share_a_batch_equal_one_process(tmp_path: Path, size: in
     for variant in variants:
         settings = VARIANTS[variant]
         for name, masks in BATCHES.items():
-            draft, batch = make_draft(fc_norm=True), make_batch(masks)
+            draft, batch = draft_of(variant), make_batch(masks)
             output = draft(batch, make_target_head(), settings)
             expected = {key: getattr(output, key).detach().double() for key in SUMS} | gradients(draft, output.loss)
             found = shared[f"{variant}/{name}"]

@@ -86,6 +86,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_unused: Tensor):  # type: ignore[no-untyped-def, override]
         (grad_MKH,) = ctx.saved_tensors
+        if grad_MKH.dtype == torch.float16:  # a loss scale may lie outside its range, the product inside
+            return (grad_MKH.float() * grad_loss).to(grad_MKH.dtype), None, None, None, None
         return grad_MKH * grad_loss.to(grad_MKH.dtype), None, None, None, None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from specforge_lite.data.atomic import remove_leftovers, replace_directory
+from specforge_lite.data.atomic import remove_leftovers, replace_directory, user_errors
 from specforge_lite.errors import ConfigError, DataError
 from specforge_lite.export import write_config
 
@@ -52,18 +52,19 @@ def write_bundle(
         raise ConfigError(f"bundle {bundle_dir}: exists already; give another directory, or --overwrite")
     evaluation, decoding = _read_results(facts.evaluation), _read_results(facts.decoding)
     partial = bundle_dir.with_name(f".{bundle_dir.name}.partial-{os.getpid()}")
-    remove_leftovers(bundle_dir)
     try:
-        shutil.copytree(exported, partial)
-        config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-        run = config.get("specforge_lite") or {}
-        config["specforge_lite"] = without_paths(run)
-        write_config(partial / "config.json", config)
-        if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, partial)
-        card = model_card(bundle_dir.name, config, facts, evaluation, decoding)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        replace_directory(partial, bundle_dir)
+        with user_errors(bundle_dir):
+            remove_leftovers(bundle_dir)
+            shutil.copytree(exported, partial)
+            config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+            run = config.get("specforge_lite") or {}
+            config["specforge_lite"] = without_paths(run)
+            write_config(partial / "config.json", config)
+            if tokenizer_from is not None:
+                copy_tokenizer(tokenizer_from, partial)
+            card = model_card(bundle_dir.name, config, facts, evaluation, decoding)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            replace_directory(partial, bundle_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return bundle_dir

@@ -6,6 +6,7 @@ written, each in the convention of the engine that reads it (`inference/draft_fi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from specforge_lite import __version__
 from specforge_lite.contract import check_draft
-from specforge_lite.data.atomic import remove_leftovers, replace_directory
+from specforge_lite.data.atomic import remove_leftovers, replace_directory, user_errors
 from specforge_lite.drafts.base import ARCHITECTURES, Draft, DraftConfig
-from specforge_lite.errors import CheckpointError, ConfigError, suggest
+from specforge_lite.errors import CheckpointError, ConfigError, first_line, suggest
 from specforge_lite.inference.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
 from specforge_lite.inference.loading import load_draft
 from specforge_lite.training.checkpoint import newest_complete, read_state, verify_checkpoint
@@ -53,15 +54,16 @@ def export_draft(
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder}: exists already; give another directory, or --overwrite")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    remove_leftovers(folder)
-    partial.mkdir(parents=True)
     try:
-        write_config(partial / "config.json", exported_config(config, dtype, provenance))
-        write_tensors(partial / "model.safetensors", exported_tensors(draft, DTYPES[dtype]))
-        problems = [finding for finding in check_draft(partial) if finding.is_broken]
-        if problems:
-            raise CheckpointError(f"the exported draft would not be served: {problems[0].message}")
-        replace_directory(partial, folder)
+        with user_errors(folder):
+            remove_leftovers(folder)
+            partial.mkdir(parents=True)
+            write_config(partial / "config.json", exported_config(config, dtype, provenance))
+            write_tensors(partial / "model.safetensors", exported_tensors(draft, DTYPES[dtype]))
+            problems = [finding for finding in check_draft(partial) if finding.is_broken]
+            if problems:
+                raise CheckpointError(f"the exported draft would not be served: {problems[0].message}")
+            replace_directory(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -171,9 +173,14 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """safetensors to disk, flushed."""
+    """safetensors to disk, flushed. Raises OSError, for a full disk as well."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # carries the operating system's message as text
+        raise OSError(errno.EIO, first_line(error), str(path)) from None
+    path.chmod(0o644)  # safetensors makes it private to its owner; a server may run as another user
     with path.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -2,12 +2,14 @@
 stage costs and not four seconds of imports. Run as `python kill_host.py`; one JSON request per line on stdin, one JSON
 reply per line on stdout.
 
-request  {"script": NAME, "flags": [...], "root": DIR, "log": FILE, "at_event": N | null, "after_s": S | null}
+request  {"script": NAME, "flags": [...], "root": DIR, "log": FILE, "at_event": N | null, "after_s": S | null,
+          "max_file_bytes": B | null}
 reply    {"status": exit code or -signal, "events": file operations below DIR, "seconds": S}
 
 at_event: the child kills itself with SIGKILL just before its N-th operation that writes, renames or deletes below
 `root`: these are the moments that matter, among them those between a rename and the tidying up after it. after_s: it is
-killed from outside after so many seconds, wherever it is, for instance in the middle of writing a file.
+killed from outside after so many seconds, wherever it is, for instance in the middle of writing a file. max_file_bytes:
+writes beyond that size of a file fail, as on a full disk.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -72,6 +75,9 @@ def run_child(modules: dict[str, ModuleType], request: dict[str, Any], pipe: int
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     code = 1
+    if request["max_file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"], request["max_file_bytes"]))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     counter = EventCounter(Path(request["root"]), request["at_event"])
     sys.argv = [f"{request['script']}.py", *request["flags"]]
     try:

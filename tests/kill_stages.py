@@ -34,17 +34,25 @@ class Host:
         assert self._reply() == "ready"
 
     def run(
-        self, stage: Stage, inputs: Inputs, root: Path, at_event: int | None = None, after_s: float | None = None
+        self,
+        stage: Stage,
+        inputs: Inputs,
+        root: Path,
+        at_event: int | None = None,
+        after_s: float | None = None,
+        max_file_bytes: int | None = None,
+        log: Path | None = None,
     ) -> dict[str, Any]:
-        """One run of a stage: {"status", "events", "seconds"}; its output goes to `root`/../NAME.log."""
+        """One run of a stage: {"status", "events", "seconds"}; its output goes to `log`, by default beside `root`."""
         root.mkdir(parents=True, exist_ok=True)
         request = {
             "script": stage.script,
             "flags": stage.flags(inputs, root),
             "root": str(root),
-            "log": str(log_of(root)),
+            "log": str(log or log_of(root)),
             "at_event": at_event,
             "after_s": after_s,
+            "max_file_bytes": max_file_bytes,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -23,6 +23,9 @@ def user_errors(path: Path) -> Iterator[None]:
     """Turn an OSError (no space, read-only, no permission) into a DataError with the path."""
     try:
         yield
+    except shutil.Error as error:  # of copytree: a list of (source, destination, reason)
+        _, destination, reason = error.args[0][0]
+        raise DataError(f"{destination}: {reason}") from None
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +17,7 @@ from test_training_processes import log_of
 from training_runs import Run, run_ranks, train
 
 from specforge_lite.drafts import TTTSettings
+from specforge_lite.engines.fake import Fault
 from specforge_lite.errors import ConfigError
 from specforge_lite.nn.rows import plan_rows, predictable_tokens
 from specforge_lite.nn.sequence import SequenceGroup, needed_steps, own_rows
@@ -238,6 +240,29 @@ def test_groups_and_replicas_together(tmp_path: Path) -> None:
     two = Run(tmp_path, "two", {"training": {"batch_size": 2, "total_steps": 4}})
     train(two)
     assert four.losses() == pytest.approx(two.losses(), rel=1e-5)
+
+
+def test_bad_samples_are_named_once_and_skipped_by_the_whole_group(tmp_path: Path) -> None:
+    faults = {"s3": Fault("refused"), "s5": Fault("nan")}
+    settings = {"training": {"total_steps": 12, "skip_budget": 0.1}}
+    one = Run(tmp_path, "one", settings, faults)
+    train(one)
+    two = Run(tmp_path, "two", settings | {"distributed": {"sp_size": 2}}, faults)
+    assert run_ranks(2, train, (two,), tmp_path / "log") == [0, 0], log_of(tmp_path / "log")
+    assert log_of(tmp_path / "log").count("loss or gradient not finite; step skipped; samples: s5\n") == 1
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
+    assert len(two.losses()) == 11
+    summary = json.loads((two.output_dir / "exit_summary.json").read_text())
+    assert (summary["skipped_samples"], summary["nonfinite_steps"]) == (1, 1)
+
+
+def test_a_leader_that_fails_ends_its_group(tmp_path: Path) -> None:
+    faults = {f"s{i}": Fault("refused") for i in range(24)}
+    run = Run(tmp_path, "run", {"distributed": {"sp_size": 2}}, faults)
+    codes = run_ranks(2, train, (run,), tmp_path / "log")
+    assert codes == [2, 1]
+    assert "the budget is 0" in log_of(tmp_path / "log")
+    assert "rank 1: stopped" in log_of(tmp_path / "log", 1)  # here the store that says why ends with rank 0
 
 
 def test_group_sizes_that_do_not_divide_the_ranks_are_refused() -> None:

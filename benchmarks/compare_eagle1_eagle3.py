@@ -45,13 +45,13 @@ class CompareConfig(Section):
     train_data_path: Path | None = Field(None, description="conversations the target produced; default: made here")
     eval_data_path: Path | None = Field(None, description="others, to decode")
     output_dir: Path = Path("outputs/eagle1_eagle3")
-    num_train: int = Field(600, ge=8, description="prompts answered for training, when made here")
+    num_train: int = Field(800, ge=8, description="prompts answered for training, when made here")
     num_eval: int = Field(30, ge=1, description="prompts to decode")
-    total_steps: int = Field(400, ge=1)
-    batch_size: int = Field(4, ge=1)
+    total_steps: int = Field(1500, ge=1)
+    batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     eagle1_learning_rate: float = Field(2e-3, gt=0)
-    max_new_tokens: int = Field(100, ge=1)
+    max_new_tokens: int = Field(80, ge=1)
     seed: int = Field(0, ge=0)
 
 
@@ -129,7 +129,7 @@ def train_draft(config: CompareConfig, algorithm: str, states: Path, run: Path) 
         "--cache-dir", str(run.parent / "cache"), "--output-dir", str(run), "--total-steps", str(config.total_steps),
         "--batch-size", str(config.batch_size), "--learning-rate", str(rate), "--warmup-ratio", "0.05",
         "--lr-schedule", "cosine", "--max-grad-norm", "0.5", "--seed", str(config.seed), "--eval-interval", "0",
-        "--save-interval", "0", "--log-interval", "50", *OWN_FLAGS[algorithm],
+        "--save-interval", "0", "--log-interval", "100", *OWN_FLAGS[algorithm],
     )  # fmt: skip
 
 

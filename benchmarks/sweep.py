@@ -1,7 +1,7 @@
 """What changes decoded acceptance: a small sweep on the shipped target, one factor at a time, several seeds each.
 
     make quickstart                      # once: its regenerated answers are the data
-    python benchmarks/sweep.py           # about 20 minutes on one core
+    python benchmarks/sweep.py           # about 15 minutes on one core
     python benchmarks/sweep.py --time-budget 5 --only loss step_decay
 
 The target runs once, its hidden states lie on disk. Each finished cell is a line of OUTPUT_DIR/cells.jsonl and is not
@@ -52,7 +52,7 @@ BASE: dict[str, Any] = {
 FACTORS: dict[str, list[dict[str, Any]]] = {
     "learning_rate": [{"learning_rate": value} for value in (1e-3, 4e-3)],
     "ttt_length": [{"ttt_length": value} for value in (1, 3, 7)],
-    "draft_vocab_size": [{"draft_vocab_size": value} for value in (512, 1024, 4096)],
+    "draft_vocab_size": [{"draft_vocab_size": value} for value in (512, 4096)],
     "loss_mask_alignment": [{"loss_mask_alignment": "eagle"}],
     "step_decay": [{"step_decay": value} for value in (0.6, 1.0)],
     "eagle3.1": [{"norm_output": True, "fc_norm": True}],
@@ -71,11 +71,11 @@ class SweepConfig(Section):
     results: str = Field("sweep", description="name of the table (.md) and the plot (.png) in --output-dir")
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = Field((), description=f"factors to run: base, {', '.join(FACTORS)} (default: all)")
-    total_steps: int = Field(160, ge=1)
-    batch_size: int = Field(4, ge=1)
+    total_steps: int = Field(120, ge=1)
+    batch_size: int = Field(2, ge=1)
     max_length: int = Field(512, ge=8)
-    num_prompts: int = Field(40, ge=1, description="prompts to decode")
-    max_new_tokens: int = Field(100, ge=1)
+    num_prompts: int = Field(24, ge=1, description="prompts to decode")
+    max_new_tokens: int = Field(64, ge=1)
     time_budget: float | None = Field(None, gt=0, description="minutes after which no further cell is started")
 
 
@@ -208,6 +208,7 @@ def train_config(config: SweepConfig, cell: Cell, run: Path) -> TrainConfig:
         "training": {
             "offline_dir": config.output_dir / "states", "total_steps": config.total_steps,
             "batch_size": config.batch_size, "seed": cell.seed, "eval_interval": 0, "eval_chain_length": CHAIN,
+            "eval_max_samples": config.num_prompts,
         },
         "optimizer": {"warmup_ratio": 0.05},
         "checkpoint": {"output_dir": run, "save_interval": 0, "overwrite": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_bad_samples_still_count(tmp_path: Path) -> None:
     run = Run(tmp_path, settings=FP16 | {"training": {**FP16["training"], "nonfinite_budget": 2}}, faults=faults)
     with pytest.raises(TrainingError, match="3 steps had a NaN or infinite loss"):
         train(run)
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch-")]  # a failed run leaves none behind
 
 
 def test_overflow_at_the_smallest_scale_ends_the_run(tmp_path: Path) -> None:

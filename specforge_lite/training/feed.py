@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.engines.base import TargetEngine
-from specforge_lite.engines.prefetch import SkipBudget, prefetch
+from specforge_lite.engines.prefetch import CLOSE_SECONDS, SkipBudget, prefetch
 from specforge_lite.nn.target_head import TargetHead
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
 
@@ -72,9 +72,9 @@ class Feed:
         step = self._planned.popleft()
         return StepBatches(self._batches(first, step), step)
 
-    def close(self) -> None:
-        """Stop the captures that run ahead."""
-        self._prefetcher.close()
+    def close(self, timeout_s: float = CLOSE_SECONDS) -> None:
+        """Stop the captures that run ahead; wait so long for those that an engine is at."""
+        self._prefetcher.close(timeout_s)
 
     def _micro_batches(self) -> Iterator[list[TokenizedSample]]:
         for step in self._steps:

@@ -84,13 +84,23 @@ class Trainer:
         self._first_step = self._saved_step = self.progress.step
         self._interval, self._slots, self._epoch_ended = _Interval(), _Slots(), False
         self._num_skipped = self.progress.skipped_before
+        self.reporter.watch(self.summary)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> ExitSummary:
         """Train until `total_steps`, a signal, or the end of the data on any rank; save; say why it ended."""
-        reason = "finished"
         self.stop.in_loop = True
+        try:
+            summary = self._finish(self._run_steps())
+        except BaseException:
+            self.feed.close(timeout_s=1.0)  # no thread stays behind, and the error is told at once
+            raise
+        self.feed.close()
+        return summary
+
+    def _run_steps(self) -> str:
+        """Steps until the last one, a signal, or the end of the data; -> which of them it was."""
         with StepProfiler(self.config.training, self.config.checkpoint.output_dir, self.world) as profiler:
             while self.progress.step < self.total_steps:
                 batches = None if self.stop else self._next_batches()
@@ -98,16 +108,13 @@ class Trainer:
                 verdict = self.world.agree(self.progress.step, bool(self.stop), out_of_data, self.feed.num_skipped)
                 self._num_skipped = self.progress.skipped_before + verdict.num_skipped_samples
                 if verdict.num_stopping or verdict.num_out_of_data:
-                    reason = f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
-                    break
+                    return f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
                 assert batches is not None
                 with self._naming_the_checkpoint(), record_function("training step"):
                     self.train_step(batches)
                 profiler.step(self.progress.step)
                 self._after_step()
-        summary = self._finish(reason)
-        self.feed.close()
-        return summary
+        return "finished"
 
     def _next_batches(self) -> StepBatches | None:
         with self._naming_the_checkpoint():

@@ -47,7 +47,7 @@ class FollowerFeed(Feed):
         step = next(self._steps)
         return StepBatches((receive_batch(self._world, self._dtype) for _ in step.micro_batches), step)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 0.0) -> None:
         """Nothing runs ahead."""
 
 

@@ -112,13 +112,15 @@ def test_twenty_thousand_steps_stay_flat(tmp_path: Path, capsys: pytest.CaptureF
     samples = run_watched(tmp_path, 20_000, 200, 1400)
     early, late = samples[10:20], samples[-10:]  # warm-up: the first 2,000 steps
     growth = median(late, "rss_bytes") / median(early, "rss_bytes") - 1
-    pace = median(late, "cpu_seconds") / median(early, "cpu_seconds") - 1
+    # The fastest 200 steps of each quarter: other programs on the machine make steps slower, never faster.
+    first, last = (min(s.cpu_seconds for s in part) for part in (samples[10:35], samples[-25:]))
+    pace = last / first - 1
     objects = median(late, "objects") / median(early, "objects") - 1
     with capsys.disabled():
         print(
             f"\n20,000 steps: memory {median(early, 'rss_bytes') / 2**20:.1f} MiB {growth:+.2%},"
             f" handles {max(s.handles for s in early)} -> {max(s.handles for s in late)}, objects {objects:+.2%},"
-            f" CPU per step {1000 * median(early, 'cpu_seconds'):.2f} ms {pace:+.1%}"
+            f" CPU per step {1000 * first:.2f} ms {pace:+.1%}"
         )
     assert growth < 0.01
     assert objects < 0.01

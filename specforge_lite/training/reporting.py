@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from specforge_lite.log import info, warn
+from specforge_lite.provenance import without_secrets
 from specforge_lite.training.distributed import World
 from specforge_lite.training.run_dir import EventLog, ExitSummary, RunDirectory
 from specforge_lite.training.settings import TrainConfig
@@ -27,6 +28,7 @@ class Reporter:
         self._directory: RunDirectory | None = None
         self._finished = False
         self._step = 0
+        self._summarize: Callable[[str], ExitSummary] | None = None
         self._events = EventLog(config.logging.log_file if world.is_main else None)
         if world.is_main:
             self._directory = RunDirectory(config.checkpoint)
@@ -42,6 +44,10 @@ class Reporter:
         if self._main:
             self._trackers = open_trackers(self._config.logging, self._config.checkpoint.output_dir, run_config, step)
         self.event("start", {"step": step})
+
+    def watch(self, summarize: Callable[[str], ExitSummary]) -> None:
+        """From now on an end by an error is told by `summarize(reason)`, with the run's counts and last checkpoint."""
+        self._summarize = summarize
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Send flat metrics to every tracker and to the event log."""
@@ -80,7 +86,12 @@ class Reporter:
 
     def fail(self, reason: str) -> None:
         """Store the end of a run that died before it could say more itself."""
-        if not self._finished:
+        if self._finished:
+            return
+        reason = without_secrets(reason)  # the errors of hubs and trackers quote what they were given
+        if self._summarize is not None:
+            self.finish(self._summarize(reason))
+        else:
             self.finish(ExitSummary(reason, self._step, 0, None, 0, 0, self.restarts, 0.0))
 
     def close(self) -> None:

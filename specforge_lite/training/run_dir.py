@@ -22,7 +22,7 @@ from typing import IO, Any
 from specforge_lite import log
 from specforge_lite.errors import ConfigError
 from specforge_lite.log import info
-from specforge_lite.provenance import without_secrets
+from specforge_lite.provenance import redact, without_secrets
 from specforge_lite.training.checkpoint import checkpoints, remove_leftovers
 from specforge_lite.training.files import write_json
 from specforge_lite.training.settings import CheckpointSection
@@ -211,10 +211,10 @@ class EventLog:
                 raise ConfigError(f"log_file {path}: {error.strerror or error}") from None
 
     def write(self, event: str, facts: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line, without anything that looks like a secret."""
         with self._lock:
             if self._stream is not None:
-                self._stream.write(json.dumps({"time": _now(), "event": event, **facts}) + "\n")
+                self._stream.write(json.dumps({"time": _now(), "event": event, **redact(facts)}) + "\n")
                 self._stream.flush()
 
     def _shown(self, kind: str, message: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import INFO, Run, make_dataset, train
@@ -17,6 +18,8 @@ from specforge_lite.data.atomic import atomic_file, remove_leftovers, replace_di
 from specforge_lite.engines.fake import FakeEngine
 from specforge_lite.regenerate.shards import ShardStore
 from specforge_lite.training.offline import CaptureSection, OfflinePart, capture_offline
+from specforge_lite.training.run_dir import lock_directory
+from tests.script_runner import end_of_script
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,20 @@ def test_a_capture_killed_while_it_copied_the_dataset_continues(tmp_path: Path, 
     capture_offline(data, FakeEngine(INFO), directory, config)
     assert [name for name in names(directory) if name.startswith(".")] == []
     assert len(OfflinePart(directory).dataset) == len(data)
+
+
+def test_a_second_capture_into_one_directory_is_refused(tmp_path: Path, tiny_target: Path, capsys: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "response": "an answer"}\n')
+    holder = lock_directory(tmp_path / "states", "offline_dir")
+    words = ["--target-model-path", str(tiny_target), "--target-backend", "fake", "--train-data-path", str(rows)]
+    words += ["--offline-dir", str(tmp_path / "states"), "--cache-dir", str(tmp_path / "cache"), "--max-length", "64"]
+    code, error = end_of_script("capture_hidden_states", words, capsys)
+    assert code == 2
+    assert f"offline_dir {tmp_path / 'states'}: in use by process {os.getpid()} since" in error
+    assert names(tmp_path / "states") == [".lock"]
+    holder.close()
+    assert end_of_script("capture_hidden_states", words, capsys)[0] == 0
 
 
 def test_parts_of_a_finished_shard_go(tmp_path: Path) -> None:

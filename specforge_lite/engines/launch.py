@@ -217,6 +217,12 @@ def cpu_thread_binding(tp_size: int) -> tuple[int, str]:
     return threads, "|".join(",".join(str(core) for core in group) for group in groups)
 
 
+def without_compiler() -> dict[str, str]:
+    """For a server on CPU: torch.compile off, unless the user has it on. It needs a C++ compiler, and builds the small
+    functions around drafting for longer than they take."""
+    return {"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")}
+
+
 def engine_arg_words(items: Sequence[str]) -> list[str]:
     """`--engine-arg key=value` as flags of the server; a key alone is a switch. They come last, so they win."""
     words: list[str] = []

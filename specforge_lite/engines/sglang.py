@@ -9,7 +9,7 @@ from specforge_lite.config import TargetSection
 from specforge_lite.engines.context import EngineContext
 from specforge_lite.engines.environment import check_version
 from specforge_lite.engines.http import HttpLoop
-from specforge_lite.engines.launch import Launch, Launcher, cpu_thread_binding, open_remote
+from specforge_lite.engines.launch import Launch, Launcher, cpu_thread_binding, open_remote, without_compiler
 from specforge_lite.engines.remote import RemoteEngine, ServerFacts
 from specforge_lite.errors import EngineError
 
@@ -87,7 +87,7 @@ def server_env(launch: Launch) -> dict[str, str]:
 def cpu_env(tp_size: int) -> dict[str, str]:
     """What sglang's CPU engine needs in its environment."""
     threads, binding = cpu_thread_binding(tp_size)
-    env = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
+    env = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)} | without_compiler()
     if tp_size > 1:
         env["SGLANG_CPU_OMP_THREADS_BIND"] = binding
     return env

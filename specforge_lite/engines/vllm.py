@@ -11,7 +11,7 @@ from specforge_lite.config import TargetSection
 from specforge_lite.engines.context import EngineContext
 from specforge_lite.engines.environment import check_version
 from specforge_lite.engines.http import HttpLoop
-from specforge_lite.engines.launch import Launch, Launcher, cpu_thread_binding, open_remote
+from specforge_lite.engines.launch import Launch, Launcher, cpu_thread_binding, open_remote, without_compiler
 from specforge_lite.engines.remote import RemoteEngine, ServerFacts
 
 
@@ -85,7 +85,7 @@ def cpu_env(tp_size: int) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": binding if tp_size > 1 else "nobind",
         "OMP_NUM_THREADS": str(threads),
-    }
+    } | without_compiler()
 
 
 LAUNCHER = Launcher(VllmDialect(), capture_command, server_env)

@@ -79,13 +79,13 @@ def main() -> None:
             str(train), "--offline-dir", str(states), "--cache-dir", str(out / "cache"), "--target-backend",
             config.target_backend, "--target-dtype", "float32", "--states-dtype", "fp32", "--max-length", "512",
         )  # fmt: skip
-    rows = []
-    for algorithm in SCRIPTS:
-        run, draft = out / algorithm, out / f"{algorithm}-draft"
+    drafts = {algorithm: out / f"{algorithm}-draft" for algorithm in SCRIPTS}
+    for algorithm, draft in drafts.items():
         if not (draft / "config.json").exists():
+            run = out / algorithm
             train_draft(config, algorithm, states, run)
             call("scripts/export_draft.py", "--checkpoint", str(run), "--output-dir", str(draft), "--dtype", "float32")
-        rows.append(decode(config, algorithm, draft, evaluation))
+    rows = [decode(config, algorithm, draft, evaluation) for algorithm, draft in drafts.items()]
     with atomic_file(out / "comparison.json") as file:
         json.dump([asdict(row) for row in rows], file, indent=2)
     with atomic_file(out / "comparison.md") as file:

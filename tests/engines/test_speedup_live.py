@@ -43,5 +43,7 @@ def test_the_benchmark_counts_what_a_real_server_does(backend: str, tiny_target:
         given = first_tokens + row["verification_passes"] + accepted
         assert row["completion_tokens"] <= given + 1e-6 <= row["completion_tokens"] + 4 * first_tokens
         assert row["acc_length"] == row["completion_tokens"] / row["verification_passes"]
-        assert row["acc_length_interval"] is not None  # passes of single requests add up to the server's count
+        # vLLM tells a request's passes only by the chunks of its answer, which run together where the machine is busy;
+        # they then do not add up to the server's own count, and the interval over requests is left out.
+        assert row["acc_length_interval"] is not None or backend == "vllm"
         assert row["identical_share"] == 1.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import statistics
 import time
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from specforge_lite.cli import Section, parse_config
@@ -68,7 +70,7 @@ class SweepConfig(Section):
     train_data_path: Path = Field(QUICKSTART / "train.jsonl", description="conversations the target answered")
     eval_data_path: Path = Field(QUICKSTART / "eval.jsonl", description="others, to decode")
     output_dir: Path = Path("outputs/sweep")
-    results: str = Field("sweep", description="name of the table (.md) and the plot (.png) in --output-dir")
+    results: str = Field("sweep_cpu", description="name of the table (.md) and the plot (.png) in --output-dir")
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = Field((), description=f"factors to run: base, {', '.join(FACTORS)} (default: all)")
     total_steps: int = Field(120, ge=1)
@@ -303,10 +305,15 @@ def table_of(config: SweepConfig, results: Sequence[Result]) -> str:
     groups = grouped(results)
     base = spread([r.chain for r in groups["base"]])[0] if "base" in groups else None
     lines = [
+        "# What changes decoded acceptance",
+        "",
+        f"`python benchmarks/sweep.py`, torch {torch.__version__}, {platform.machine()}, one thread.",
         f"Decoded tokens per verification pass, chains of {CHAIN}, {config.num_prompts} prompts not trained on,"
         f" {config.max_new_tokens} tokens each.",
         f"{config.total_steps} steps of {config.batch_size} samples; mean ± standard deviation over seeds.",
         f"Base: {', '.join(f'{key} {value}' for key, value in BASE.items() if value is not False)}.",
+        "",
+        f"![one dot per seed]({config.results}.png)",
         "",
         "| setting | greedy | against base | estimated (walk) | temperature 1 | seeds | training, s |",
         "|---|---|---|---|---|---|---|",

@@ -92,7 +92,7 @@ def test_a_sweep_runs_stops_and_continues(
     assert again[0] == first[0]
     assert [r.setting for r in again] == ["base", "loss lk"]
     assert "3 cells, 1 of them are done" in capsys.readouterr().out
-    assert "| base |" in (tmp_path / "out" / "sweep.md").read_text()
+    assert "| base |" in (tmp_path / "out" / "sweep_cpu.md").read_text()
     assert not (tmp_path / "out" / "run").exists()
     with pytest.raises(ConfigError, match="its cells were run with total_steps 2, asked for 4"):
         run("--total-steps", "4")

@@ -129,7 +129,7 @@ def train_draft(config: CompareConfig, algorithm: str, states: Path, run: Path) 
         "--cache-dir", str(run.parent / "cache"), "--output-dir", str(run), "--total-steps", str(config.total_steps),
         "--batch-size", str(config.batch_size), "--learning-rate", str(rate), "--warmup-ratio", "0.05",
         "--lr-schedule", "cosine", "--max-grad-norm", "0.5", "--seed", str(config.seed), "--eval-interval", "0",
-        "--save-interval", "0", "--log-interval", "100", *OWN_FLAGS[algorithm],
+        "--save-interval", "250", "--save-total-limit", "1", "--log-interval", "100", *OWN_FLAGS[algorithm],
     )  # fmt: skip
 
 

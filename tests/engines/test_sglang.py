@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from live_speedup import SpeedupChecks
 from live_suite import CaptureChecks, oracle
 from live_training import TensorParallelChecks, TrainingChecks
 
@@ -26,6 +27,11 @@ class TestTensorParallel(TensorParallelChecks):
 class TestTraining(TrainingChecks):
     engine_name = "sglang"
     plain_server_error = "without --enable-return-aux-hidden-states"
+
+
+class TestSpeedup(SpeedupChecks):
+    engine_name = "sglang"
+    speculation = "2,3,2,6"
 
 
 def test_a_plugin_that_sglang_did_not_load_is_noticed(

@@ -1,0 +1,52 @@
+"""`bench_model_speedup.py` against real servers: a chain on vLLM, a tree on SGLang. The draft is random, so little is
+accepted; what is checked is that everything is counted and that outputs are the target's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from specforge_lite.export import export_draft
+from tests.inference_drafts import random_draft
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class SpeedupChecks:
+    """speculation: B,STEPS,TOPK,VERIFY."""
+
+    engine_name: str
+    speculation: str
+
+    def test_the_benchmark_counts_what_a_real_server_does(self, tiny_target: Path, tmp_path: Path) -> None:
+        draft, output = tmp_path / "draft", tmp_path / "results.jsonl"
+        export_draft(random_draft(128, 4096, 500, max_position_embeddings=1024), draft, dtype="float32")
+        command = [
+            sys.executable, "benchmarks/bench_model_speedup.py", "--backend", self.engine_name, "--model-path",
+            str(tiny_target), "--speculative-draft-model-path", str(draft), "--target-dtype", "float32",
+            "--config-list", self.speculation, "--benchmark-list", "mtbench:2", "gsm8k:3", "--max-new-tokens", "24",
+            "--output", str(output),
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(rows) == 4
+        for row in rows:
+            assert row["num_requests"] == {"mtbench": 4, "gsm8k": 3}[row["benchmark"]]
+            assert row["time_to_first_token_ms"] > 0
+            assert row["latency_per_token_ms"] > 0
+            if not row["steps"]:
+                assert (row["acc_length"], row["verification_passes"]) == (1.0, None)
+                continue
+            accepted = sum(row["acceptance_per_position"]) * row["verification_passes"]
+            first_tokens = row["num_requests"]
+            # Each pass gives the accepted tokens and one of the target's; an answer's last pass may be cut short.
+            given = first_tokens + row["verification_passes"] + accepted
+            assert row["completion_tokens"] <= given + 1e-6 <= row["completion_tokens"] + 4 * first_tokens
+            assert row["acc_length"] == row["completion_tokens"] / row["verification_passes"]
+            # vLLM tells a request's passes by the chunks of its answer only. On a busy machine chunks run together; the
+            # passes then do not add up to the server's own count, and the interval over requests is left out.
+            assert row["acc_length_interval"] is not None or self.engine_name == "vllm"
+            assert row["identical_share"] == 1.0

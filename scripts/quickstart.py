@@ -1,7 +1,7 @@
 """The whole pipeline on the target that ships with the package; `make quickstart` runs it.
 
     prepare -> regenerate answers with the target -> cache and vocabulary map -> train EAGLE-3 online -> evaluate
-    -> export and check -> generate with and without the draft
+    -> export and check -> generate with and without the draft -> with a serving engine: serve the draft in it
 
 Every stage is a command that you can run by hand; each is printed before it runs. Stages that are done are not run
 again (delete the output directory to start over).
@@ -40,11 +40,17 @@ class QuickstartConfig(Section):
     """The pipeline on the shipped target."""
 
     engine: Literal["hf", "sglang", "vllm"] = Field("hf", description="runs the target in every stage")
-    output_dir: Path = Path("outputs/quickstart")
+    output_dir: Path | None = Field(None, description="default: outputs/quickstart, or outputs/quickstart-ENGINE")
     num_train: int = Field(NUM_TRAIN, ge=8, description="prompts to train on")
     num_eval: int = Field(NUM_EVAL, ge=1, description="other prompts, to evaluate and decode")
     num_epochs: int = Field(4, ge=1)
     num_procs: int = Field(min(2, os.cpu_count() or 1), ge=1, description="trainer processes")
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes: a directory per engine, so that none passes for what another has done."""
+        name = "quickstart" if self.engine == "hf" else f"quickstart-{self.engine}"
+        return (self.output_dir or Path("outputs") / name).resolve()
 
 
 class Stages:
@@ -76,7 +82,7 @@ def _short(word: str) -> str:
 
 def main() -> None:
     config = parse_config(QuickstartConfig, description=__doc__ or "")
-    out = config.output_dir.resolve()
+    out = config.directory
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     stages = Stages(out)
@@ -158,7 +164,7 @@ def main() -> None:
 @contextmanager
 def regeneration_server(config: QuickstartConfig) -> Iterator[str | None]:
     """URL of the engine that answers the prompts; None where transformers does, or all answers are there."""
-    answered = all((config.output_dir / f"{split}.jsonl").exists() for split in ("eval", "train"))
+    answered = all((config.directory / f"{split}.jsonl").exists() for split in ("eval", "train"))
     if config.engine == "hf" or answered:
         yield None
         return
@@ -168,7 +174,7 @@ def regeneration_server(config: QuickstartConfig) -> Iterator[str | None]:
         dtype="float32",
         max_length=1024,
         concurrency=64,
-        log_dir=config.output_dir / "serving",
+        log_dir=config.directory / "serving",
     )
     with ServingSession(options) as session:
         yield session.url

@@ -29,6 +29,7 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff format .
 
 test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm mooncake
+	engine_envs/install.sh namespaces
 	$(PY) -m pytest -m engine tests/engines -n 2 --dist loadfile
 
 test-browser: $(VENV)/.installed-dev

@@ -5,7 +5,7 @@ along, with its exact version and its licence.
 
 `make` installs with `-c requirements.lock`, so that a later day installs the same. Versions carry no local suffix
 (`torch==2.13.0`, not `+cpu`): which build of torch is taken is decided by the machine. What a CUDA build of torch needs
-beyond that (nvidia-*, triton) is pinned by torch itself.
+beyond that (nvidia-*, cuda-*, triton) is pinned by torch itself.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def closure(path: Path) -> set[str]:
             continue
         name = canonicalize_name(requirement.name)
         key = (name, frozenset(requirement.extras))
-        if key in seen or name.startswith("nvidia-") or name == "triton":
+        if key in seen or name == "triton" or name.startswith(("nvidia-", "cuda-")):
             continue
         seen.add(key)
         names.add(name)

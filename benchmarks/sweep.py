@@ -295,15 +295,16 @@ def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {setting: rows for setting, rows in by_setting.items() if rows}
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (n - 1; 0 for one seed)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def shown(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds (n - 1), the latter only where there are several."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def table_of(config: SweepConfig, results: Sequence[Result]) -> str:
     """The table as markdown."""
     groups = grouped(results)
-    base = spread([r.chain for r in groups["base"]])[0] if "base" in groups else None
+    base = statistics.fmean(r.chain for r in groups["base"]) if "base" in groups else None
     lines = [
         "# What changes decoded acceptance",
         "",
@@ -319,13 +320,12 @@ def table_of(config: SweepConfig, results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for setting, rows in groups.items():
-        (chain, chain_std), (sampled, sampled_std) = spread([r.chain for r in rows]), spread([r.sampled for r in rows])
-        difference = "" if base is None or setting == "base" else f"{chain - base:+.3f}"
-        walk, seconds = statistics.fmean(r.walk for r in rows), statistics.median(r.seconds for r in rows)
-        lines.append(
-            f"| {setting} | {chain:.3f} ± {chain_std:.3f} | {difference} | {walk:.3f} |"
-            f" {sampled:.3f} ± {sampled_std:.3f} | {len(rows)} | {seconds:.0f} |"
-        )
+        chain, sampled = ([getattr(r, name) for r in rows] for name in ("chain", "sampled"))
+        difference = "" if base is None or setting == "base" else f"{statistics.fmean(chain) - base:+.3f}"
+        walk = f"{statistics.fmean(r.walk for r in rows):.3f}"
+        seconds = f"{statistics.median(r.seconds for r in rows):.0f}"
+        cells = (setting, shown(chain), difference, walk, shown(sampled), str(len(rows)), seconds)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

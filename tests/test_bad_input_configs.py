@@ -50,7 +50,7 @@ CASES: dict[str, Case] = {
     "unknown flag": flags("--ttt-lenght: unknown flag; did you mean '--ttt-length'?", "--ttt-lenght", "3"),
     "abbreviated flag": flags("--batch: unknown flag", "--batch", "3"),
     "a word too many": flags("unexpected argument 'surplus'", "surplus"),
-    "a flag without its value": flags("--batch-size: expected one argument", "--batch-size"),
+    "a flag without its value": flags("--batch-size/--bs: expected one argument", "--batch-size"),
     "unknown key": yaml("ttt_lenght: 3\n", "ttt_lenght: unknown key; did you mean 'ttt_length'?"),
     "unknown key in a section": yaml("training:\n  lr: 3\n", "training.lr: unknown key"),
     "unknown section": yaml("trainig:\n  seed: 3\n", "trainig: unknown key; did you mean 'training'?"),

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,3 +233,15 @@ def difference(expected: Result, found: Result) -> str:
 
 def has_traceback(log: str) -> bool:
     return re.search(r"^Traceback", log, re.MULTILINE) is not None
+
+
+def make_inputs(host: Host, directory: Path) -> Iterator[Inputs]:
+    """What all stages read, with a finished run to export; the answering server lives as long as the iterator."""
+    server = ServerThread()
+    shared = Inputs(directory / "inputs", server.server.address)
+    shared.write()
+    root = directory / "for-export"
+    assert host.run(STAGES["training"], shared, root)["status"] == 0, log_of(root).read_text()
+    shared.checkpoint = root / "run" / f"step_{TOTAL_STEPS}"
+    yield shared
+    server.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kill_stages import STAGES, TOTAL_STEPS, Host, Inputs, ServerThread, difference, has_traceback, log_of
+from kill_stages import STAGES, Host, Inputs, difference, has_traceback, log_of, make_inputs
 
 # Where the output of a stage lies, and which of its files are finished results (the others are caches and locks).
 RESULTS = {
@@ -66,15 +66,7 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture(scope="module")
 def inputs(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
-    server = ServerThread()
-    directory = tmp_path_factory.mktemp("disk")
-    shared = Inputs(directory / "inputs", server.server.address)
-    shared.write()
-    root = directory / "for-export"
-    assert host.run(STAGES["training"], shared, root)["status"] == 0, log_of(root).read_text()
-    shared.checkpoint = root / "run" / f"step_{TOTAL_STEPS}"
-    yield shared
-    server.close()
+    yield from make_inputs(host, tmp_path_factory.mktemp("disk"))
 
 
 def check_refusal(status: int, log: str) -> str:

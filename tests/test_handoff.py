@@ -160,6 +160,27 @@ def test_a_server_elsewhere_is_named(tmp_path: Path) -> None:
         take(TmpfsHandoff(str(tmp_path / "nowhere")))
 
 
+def test_states_that_cannot_be_copied_are_told_at_once_and_nothing_is_raised(place: Path) -> None:
+    """Whatever goes wrong in the server's own thread: the server goes on, and the client need not wait."""
+    writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
+    writer.submit(KEY, [1], None, None)  # no tensors at all
+    assert [p.name for p in place.iterdir() if p.name.startswith(KEY)] == [f"{KEY}.FAILED"]
+    with pytest.raises(LostSample):
+        take(TmpfsHandoff(str(place)))
+
+
+def test_a_failure_that_cannot_be_told_is_not_raised_either(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
+
+    def broken(_sink: object, _key: str, _error: Exception) -> None:
+        raise RuntimeError("the store is gone")
+
+    monkeypatch.setattr(sinks.TmpfsSink, "fail", broken)
+    writer.submit(KEY, [1], None, None)
+    writer.fail(KEY, "layers differ")
+    assert not [p for p in place.iterdir() if p.name.startswith(KEY)]
+
+
 def test_no_space_is_told_through_a_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
 

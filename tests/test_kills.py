@@ -16,15 +16,14 @@ from pathlib import Path
 import pytest
 from kill_stages import (
     STAGES,
-    TOTAL_STEPS,
     Host,
     Inputs,
     Result,
-    ServerThread,
     Stage,
     difference,
     has_traceback,
     log_of,
+    make_inputs,
 )
 
 KILLS_IN_A_ROW = 4
@@ -86,15 +85,7 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture(scope="module")
 def inputs(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
-    server = ServerThread()
-    directory = tmp_path_factory.mktemp("kills")
-    shared = Inputs(directory / "inputs", server.server.address)
-    shared.write()
-    root = directory / "for-export"
-    assert host.run(STAGES["training"], shared, root)["status"] == 0, log_of(root).read_text()
-    shared.checkpoint = root / "run" / f"step_{TOTAL_STEPS}"
-    yield shared
-    server.close()
+    yield from make_inputs(host, tmp_path_factory.mktemp("kills"))
 
 
 def undisturbed(host: Host, stage: Stage, inputs: Inputs, root: Path) -> Undisturbed:

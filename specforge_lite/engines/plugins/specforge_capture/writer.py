@@ -63,14 +63,23 @@ class CaptureWriter:
                 self._threads.submit(self._store, key, input_ids, aux.clone(), last.clone(), None)
             else:
                 self._store(key, input_ids, aux, last, None)
-        except Exception:
+        except Exception as error:  # whatever it is, the server goes on, and the client is told at once
             logger.exception("specforge_capture: sample %s was not stored", key)
+            self._tell(key, error)
 
     def fail(self, key: str, reason: str) -> None:
         """Tell the client that this sample will not come."""
         logger.error("specforge_capture: %s: %s", key, reason)
-        if self._sink is not None and KEY.match(key):
-            self._sink.fail(key, RuntimeError(reason))
+        self._tell(key, RuntimeError(reason))
+
+    def _tell(self, key: str, error: Exception) -> None:
+        """Leave word for the client. Never raises: a client that hears nothing asks again."""
+        if self._sink is None or not KEY.match(key):
+            return
+        try:
+            self._sink.fail(key, error)
+        except Exception:
+            logger.exception("specforge_capture: cannot tell the failure of %s", key)
 
     def _copy_async(self, tensors: list[Any], ready: Any) -> tuple[Any, Any, Any]:
         import torch
@@ -104,4 +113,4 @@ class CaptureWriter:
             self._sink.put(key, encode(input_ids, aux, last, {**self._facts, "key": key}))
         except Exception as error:
             logger.exception("specforge_capture: sample %s was not stored", key)
-            self._sink.fail(key, error)
+            self._tell(key, error)

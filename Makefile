@@ -16,7 +16,7 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
-	PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/test_adam8bit.py
+	PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/training/test_adam8bit.py
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -52,7 +52,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-ada
 	touch $@
 
 # An engine's environment is rebuilt when its lock, its installer or our plugin changes.
-PLUGIN_FILES := $(wildcard specforge_lite/engines/plugins/pyproject.toml specforge_lite/engines/plugins/specforge_capture/*.py)
+PLUGIN_FILES := $(wildcard specforge_lite/serving/plugins/pyproject.toml specforge_lite/serving/plugins/specforge_capture/*.py)
 STAND_IN_FILES := $(wildcard engine_envs/sglang_cpu/*.py engine_envs/sglang_cpu/sgl_kernel/*.py)
 
 engine-sglang: .venv-sglang/.installed

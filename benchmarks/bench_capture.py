@@ -20,14 +20,14 @@ from statistics import median
 import torch
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import TargetSection
-from specforge_lite.engines.base import TargetEngine
-from specforge_lite.engines.environment import installed_engine_python
-from specforge_lite.engines.prefetch import prefetch
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.serving.environment import installed_engine_python
+from specforge_lite.serving.registry import open_engine
 from specforge_lite.types import TokenizedSample
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,13 +35,14 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.drafts import Draft, DraftConfig, build_draft
-from specforge_lite.drafts.initialize import init_random
-from specforge_lite.engines.hf import load_target_model
+from specforge_lite.capture.hf import load_target_model
+from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.log import info, progress, run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
-from specforge_lite.inference.loading import load_draft
-from specforge_lite.log import info, progress, run_script
+from specforge_lite.model.draft import Draft, DraftConfig
+from specforge_lite.model.initialize import init_random
+from specforge_lite.model.registry import build_draft
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

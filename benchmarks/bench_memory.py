@@ -29,12 +29,12 @@ import torch
 from pydantic import Field
 
 from benchmarks.bench_training import SHAPES, Shape, make_draft, make_inputs
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.drafts import DraftConfig, TTTSettings
-from specforge_lite.errors import ConfigError, SpecforgeError, suggest
-from specforge_lite.log import run_script
+from specforge_lite.core.errors import ConfigError, SpecforgeError, suggest
+from specforge_lite.core.log import run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.training.distributed import World
-from specforge_lite.training.memory_plan import MemoryPlan, Workload, plan_memory
+from specforge_lite.training.estimate import MemoryPlan, Workload, plan_memory
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft
 from specforge_lite.training.settings import OptimizerSection

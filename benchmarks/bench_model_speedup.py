@@ -10,7 +10,7 @@ Writes --output (JSON lines, one per benchmark and configuration), a table, and 
 as .html. Started again with the same --output it skips what is finished. scripts/plan_speculation.py reads the rows.
 
 The one statistic: acceptance length = completion tokens / verification passes, over all requests
-(specforge_lite/speedup/statistics.py defines all others).
+(specforge_lite/benchmark/statistics.py defines all others).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
-from specforge_lite.provenance import collect_provenance
+from specforge_lite.benchmark.chat import Chat
+from specforge_lite.benchmark.configs import BenchConfig, check_backend
+from specforge_lite.benchmark.engines import EngineOptions, check_options, choose_backend, session_opener
+from specforge_lite.benchmark.present import print_table, save_chart
+from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
+from specforge_lite.benchmark.rows import ResultFile, fingerprint
+from specforge_lite.benchmark.run import Workload, run_benchmark
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.provenance import collect_provenance
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.report import write_report
-from specforge_lite.speedup.chat import Chat
-from specforge_lite.speedup.configs import BenchConfig, check_backend
-from specforge_lite.speedup.engines import EngineOptions, check_options, choose_backend, session_opener
-from specforge_lite.speedup.present import print_table, save_chart
-from specforge_lite.speedup.prompts import BenchmarkRequest, load_prompts
-from specforge_lite.speedup.rows import ResultFile, fingerprint
-from specforge_lite.speedup.run import Workload, run_benchmark
 
 DEFAULT_BENCHMARKS = ("mtbench:80", "gsm8k:200", "humaneval:200", "math500:200")
 

@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.log import info, run_script
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 
 COMMON = (
     "the of and to in is that for it as with was on be by this are from or have an they which one you were all we more"
@@ -111,7 +111,7 @@ def in_fresh_process(data: Path, model: Path) -> dict[str, Any]:
 
 def build(data: Path, model: Path) -> None:
     """The body of that process."""
-    from specforge_lite.config import DataSection
+    from specforge_lite.core.sections import DataSection
     from specforge_lite.data.cache import open_or_build_dataset
     from specforge_lite.data.tokenize import load_tokenizer
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from specforge_lite.cli import parse_config
+from specforge_lite.core.settings import parse_config
 from specforge_lite.regenerate.fake_server import FakeServer, answer_to
 from specforge_lite.regenerate.run import run
 from specforge_lite.regenerate.settings import RegenerateConfig

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import ReferenceConfig, reference_loss
-from specforge_lite.drafts import Draft, DraftConfig, TTTSettings, build_draft
-from specforge_lite.drafts.initialize import init_random
-from specforge_lite.nn.rows import plan_rows, predictable_tokens
-from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
+from specforge_lite.model.initialize import init_random
+from specforge_lite.model.registry import build_draft
+from specforge_lite.model.row_plan import plan_rows, predictable_tokens
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch
 
 

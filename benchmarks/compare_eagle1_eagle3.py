@@ -21,13 +21,13 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.compare import read_prompts
-from specforge_lite.data.atomic import atomic_file
-from specforge_lite.errors import EngineError
+from specforge_lite.core.errors import EngineError
+from specforge_lite.core.files import atomic_file
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.evaluation.compare_generation import read_prompts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.log import info, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"eagle1": "scripts/train_eagle1.py", "eagle3": "scripts/train_eagle3_online.py"}

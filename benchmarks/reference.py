@@ -1,7 +1,7 @@
 """A plain EAGLE-3 training step, as published: every row at every step, full logits, materialised attention.
 
-The oracle of tests/test_eagle3.py and the 1.0 of bench_training.py. One document of T tokens at a time; it shares no
-code with the package except parameter names.
+The oracle of tests/model/test_eagle3.py and the 1.0 of bench_training.py. One document of T tokens at a time; it
+shares no code with the package except parameter names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A plain EAGLE-1 forward pass, as published: every row at every step, full logits, materialised attention.
 
-The oracle of tests/test_eagle1.py. One document of T tokens at a time; beyond step 0 the rows read their own output,
-as decoding does.
+The oracle of tests/model/test_eagle1.py. One document of T tokens at a time; beyond step 0 the rows read their
+own output, as decoding does.
 """
 
 from __future__ import annotations

@@ -25,21 +25,21 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.compare import read_prompts
-from specforge_lite.data.atomic import atomic_file
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import ConfigError, suggest
+from specforge_lite.capture.offline import CaptureConfig, capture_offline
+from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.core.files import atomic_file
+from specforge_lite.core.log import info, progress, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.evaluation.compare_generation import read_prompts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.log import info, progress, run_script
+from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.distributed import open_world
-from specforge_lite.training.offline import CaptureConfig, capture_offline
-from specforge_lite.training.parts import load_data, load_models, open_dataset, open_target
 from specforge_lite.training.reporting import open_reporter
 from specforge_lite.training.run_dir import catch_signals, lock_directory
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.setup import build_trainer
+from specforge_lite.training.wiring import load_data, load_models, open_dataset, open_target
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

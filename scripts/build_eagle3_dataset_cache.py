@@ -13,16 +13,16 @@ from typing import Any
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import DataSection
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.sections import DataSection
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.tokenize import load_target_vocab_size, load_tokenizer
 from specforge_lite.data.view import print_samples, write_html
 from specforge_lite.data.vocab import open_or_build_vocab_map
-from specforge_lite.drafts import DraftConfig
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
+from specforge_lite.model.draft import DraftConfig
 
 
 class ModelSection(Section):

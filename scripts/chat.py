@@ -15,11 +15,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import SpecforgeError, suggest
+from specforge_lite.core.errors import SpecforgeError, suggest
+from specforge_lite.core.log import run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.inference import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.chat import Chat, Piece
-from specforge_lite.log import run_script
 
 DRAFTED_STYLE, OWN_STYLE, FOOTER_STYLE = "black on green", "", "dim"
 COMMANDS = {

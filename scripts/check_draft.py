@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import TargetSection
-from specforge_lite.contract import Finding, check_draft
-from specforge_lite.errors import transformers_errors
-from specforge_lite.inference.draft_files import draft_config_of, read_draft_files
-from specforge_lite.log import USER_ERROR_EXIT_CODE, run_script
-from specforge_lite.verify.acceptance import check_acceptance
+from specforge_lite.checkpoints.contract import Finding, check_draft
+from specforge_lite.checkpoints.draft_files import draft_config_of, read_draft_files
+from specforge_lite.core.errors import transformers_errors
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE, run_script
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.doctor.acceptance import check_acceptance
 
 
 class CheckConfig(Section):

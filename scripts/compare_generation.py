@@ -12,10 +12,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.compare import compare_generation, read_prompts
+from specforge_lite.core.log import run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.evaluation.compare_generation import compare_generation, read_prompts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
-from specforge_lite.log import run_script
 from specforge_lite.report.values import Decoding
 
 

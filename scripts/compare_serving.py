@@ -13,12 +13,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.compare import read_prompts
-from specforge_lite.compare_serving import TOLERANCE, compare_serving
-from specforge_lite.engines.serving import ServingOptions
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.evaluation.compare_generation import read_prompts
+from specforge_lite.evaluation.compare_serving import TOLERANCE, compare_serving
+from specforge_lite.serving.session import ServingOptions
 
 
 class CompareServingConfig(Section):

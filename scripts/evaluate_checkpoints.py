@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import DataSection, TargetSection
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.evaluation.checkpoints import (
     Checkpoint,
     CheckpointResults,
@@ -36,7 +37,6 @@ from specforge_lite.evaluation.run import (
     open_target_files,
     position_rows,
 )
-from specforge_lite.log import info, run_script
 
 
 class CheckpointsSection(MeasureSection):

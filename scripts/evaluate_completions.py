@@ -12,12 +12,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.evaluation.completions import CompletionResult, CompletionSettings, complete, read_fim_file
 from specforge_lite.evaluation.run import save_results
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.log import info, run_script
 
 
 class CompletionsConfig(Section):

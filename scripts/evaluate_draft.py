@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import DataSection, TargetSection
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.drafts import Draft
 from specforge_lite.evaluation import Decoded, decode_answers
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis
 from specforge_lite.evaluation.present import print_comparison, print_positions, write_errors
@@ -34,8 +34,8 @@ from specforge_lite.evaluation.run import (
     save_results,
 )
 from specforge_lite.inference import SpeculativeModel
-from specforge_lite.log import info, run_script
-from specforge_lite.training.parts import load_tokenizer
+from specforge_lite.model.draft import Draft
+from specforge_lite.training.wiring import load_tokenizer
 
 
 class EvaluationSection(MeasureSection):

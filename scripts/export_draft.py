@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from specforge_lite.bundle import CardFacts, write_bundle
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.export import export_checkpoint
-from specforge_lite.log import info, run_script
+from specforge_lite.checkpoints.bundle import CardFacts, write_bundle
+from specforge_lite.checkpoints.export import export_checkpoint
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 
 
 class ExportConfig(Section):

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import ConfigError, EngineError
-from specforge_lite.log import format_seconds, info, run_script
+from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.log import format_seconds, info, run_script
+from specforge_lite.core.settings import Section, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import signal
 
-from specforge_lite.cli import parse_config
-from specforge_lite.log import run_script
+from specforge_lite.core.log import run_script
+from specforge_lite.core.settings import parse_config
 from specforge_lite.regenerate.run import run
 from specforge_lite.regenerate.settings import RegenerateConfig
 

@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.data.atomic import atomic_file
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.files import atomic_file
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, LICENCES = ROOT / "requirements.lock", ROOT / "docs" / "licences.md"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.report import write_report
 from specforge_lite.report.sources import find_run_files, read_json, read_jsonl
 

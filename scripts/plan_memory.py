@@ -17,11 +17,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import ConfigError
-from specforge_lite.log import info, run_script
-from specforge_lite.training.files import format_bytes
-from specforge_lite.training.memory_plan import (
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.core.tensor_files import format_bytes
+from specforge_lite.training.estimate import (
     MemoryPlan,
     Workload,
     disk_bytes,
@@ -29,7 +29,7 @@ from specforge_lite.training.memory_plan import (
     plan_memory,
     tokens_per_second,
 )
-from specforge_lite.training.parts import read_draft_config
+from specforge_lite.training.wiring import read_draft_config
 
 GIB = 2**30
 # Peak of one rank in TFLOP/s, and what share of it training reaches, where nothing else is said.

@@ -4,7 +4,7 @@
     python scripts/plan_speculation.py --results speedup.jsonl
 
 Measure at least one short and one long chain per batch size (and a tree, if trees are wanted). The formulas are in
-specforge_lite/planner.py.
+specforge_lite/benchmark/planner.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.data.atomic import atomic_file, user_errors
-from specforge_lite.errors import ConfigError, DataError
-from specforge_lite.log import info, run_script, warn
-from specforge_lite.planner import Plan, Prediction, make_plan
-from specforge_lite.speedup.configs import BenchConfig, Speculation
-from specforge_lite.speedup.rows import read_rows
+from specforge_lite.benchmark.configs import BenchConfig, Speculation
+from specforge_lite.benchmark.planner import Plan, Prediction, make_plan
+from specforge_lite.benchmark.rows import read_rows
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.log import info, run_script, warn
+from specforge_lite.core.settings import Section, parse_config
 
 
 class PlanConfig(Section):

@@ -12,11 +12,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.fim_source import EXCLUDED_DIRS, FimSourceOptions
 from specforge_lite.data.prepare import PrepareOptions, output_files, prepare
 from specforge_lite.data.sources import choose_source
-from specforge_lite.log import info, run_script
 
 
 class PrepareConfig(Section):

@@ -24,11 +24,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.engines.serving import ServingOptions, ServingSession
-from specforge_lite.errors import EngineError
-from specforge_lite.log import format_seconds, info, run_script
+from specforge_lite.core.errors import EngineError
+from specforge_lite.core.log import format_seconds, info, run_script
+from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.report import write_report
+from specforge_lite.serving.session import ServingOptions, ServingSession
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

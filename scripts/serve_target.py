@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.config import TargetSection
-from specforge_lite.engines.capture_host import CaptureHost
-from specforge_lite.log import info, run_script
+from specforge_lite.core.log import info, run_script
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.serving.capture_host import CaptureHost
 
 
 class ServeSection(Section):

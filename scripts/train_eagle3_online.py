@@ -9,13 +9,13 @@ and 130. Exit code 2: something about the input, told in one line.
 
 from __future__ import annotations
 
-from specforge_lite.log import run_script
+from specforge_lite.core.log import run_script
 from specforge_lite.training.distributed import open_world, parse_on_rank, report_failure
-from specforge_lite.training.parts import load_data, load_models, open_target
 from specforge_lite.training.reporting import open_reporter
 from specforge_lite.training.run_dir import catch_signals
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.setup import build_trainer
+from specforge_lite.training.wiring import load_data, load_models, open_target
 
 
 def main() -> int:

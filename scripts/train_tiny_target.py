@@ -26,9 +26,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.errors import DataError
-from specforge_lite.log import format_seconds, info, run_script
+from specforge_lite.core.errors import DataError
+from specforge_lite.core.log import format_seconds, info, run_script
+from specforge_lite.core.settings import Section, parse_config
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.log import USER_ERROR_EXIT_CODE, run_script
-from specforge_lite.verify.installation import verify_installation
-from specforge_lite.verify.table import print_findings
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.doctor.installation import verify_installation
+from specforge_lite.doctor.table import print_findings
 
 
 class InstallationConfig(Section):

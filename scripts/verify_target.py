@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from specforge_lite.cli import Section, parse_config
-from specforge_lite.log import USER_ERROR_EXIT_CODE, info, run_script
-from specforge_lite.verify.table import print_findings
-from specforge_lite.verify.target import VerifyOptions, verify_target
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE, info, run_script
+from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.doctor.table import print_findings
+from specforge_lite.doctor.target import VerifyOptions, verify_target
 
 
 class VerifyConfig(Section):

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from specforge_lite.engines.base import TargetInfo
-from specforge_lite.engines.environment import PLUGIN_DIR
-from specforge_lite.engines.fake import FakeEngine
+from specforge_lite.capture.base import TargetInfo
+from specforge_lite.capture.fake import FakeEngine
+from specforge_lite.serving.environment import PLUGIN_DIR
 from specforge_lite.types import TokenizedSample
 
 sys.path.insert(0, str(PLUGIN_DIR))

@@ -29,7 +29,7 @@ def tiny_target() -> Path:
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory):
     """Tiny models by family, loaded once a file."""
-    from specforge_lite.engines.hf import load_target_model
+    from specforge_lite.capture.hf import load_target_model
     from tests.target_families import REMOTE_FAMILIES, save_family
 
     loaded: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specforge_lite.drafts import Draft
+from specforge_lite.model.draft import Draft
 
 
 def eagle1_tensors(draft: Draft, table_VH: Tensor, bias: float = 0.0) -> dict[str, Tensor]:

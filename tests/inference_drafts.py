@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specforge_lite.drafts import Draft, DraftConfig, build_draft
+from specforge_lite.model.draft import Draft, DraftConfig
+from specforge_lite.model.registry import build_draft
 
 NUM_TARGET_LAYERS = 8
 

@@ -69,7 +69,7 @@ class EventCounter:
 
 def run_child(modules: dict[str, ModuleType], request: dict[str, Any], pipe: int) -> None:
     """In the child: run the script's main as `python scripts/NAME.py FLAGS` would, and never return."""
-    from specforge_lite.log import run_script
+    from specforge_lite.core.log import run_script
 
     handle = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)

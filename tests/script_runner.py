@@ -34,7 +34,7 @@ def run_in_process(name: str, words: list[str]) -> int:
 
 def end_of_script(name: str, words: list[str], capsys: Any) -> tuple[int, str]:
     """Run scripts/NAME.py as its `__main__` does; (exit code, its error, or else the last line of stderr)."""
-    from specforge_lite.log import run_script
+    from specforge_lite.core.log import run_script
 
     module = load_script(name)
     capsys.readouterr()

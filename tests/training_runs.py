@@ -22,22 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge_lite.data.atomic import atomic_directory, exclusive
+from specforge_lite.capture.base import TargetEngine, TargetInfo
+from specforge_lite.capture.fake import FakeEngine, Fault
+from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
+from specforge_lite.core.files import atomic_directory, exclusive
 from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.data.vocab import build_vocab_map
-from specforge_lite.drafts import DraftConfig, build_draft
-from specforge_lite.drafts.initialize import init_random
-from specforge_lite.engines.base import TargetEngine, TargetInfo
-from specforge_lite.engines.fake import FakeEngine, Fault
-from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.initialize import init_random
+from specforge_lite.model.registry import build_draft
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
-from specforge_lite.training.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
-from specforge_lite.training.parts import RunData, RunModels
 from specforge_lite.training.reporting import Reporter, open_reporter
 from specforge_lite.training.run_dir import ExitSummary, StopRequest, catch_signals
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.setup import build_trainer
+from specforge_lite.training.wiring import RunData, RunModels
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
 INFO = TargetInfo(

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specforge_lite import log
-from specforge_lite.config import DataSection
-from specforge_lite.data.atomic import atomic_directory, exclusive, user_errors
+from specforge_lite.core import log
+from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import atomic_directory, exclusive, user_errors
+from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import is_fim_row
@@ -34,7 +35,6 @@ from specforge_lite.data.tokenize import (
     TokenizeOptions,
     TokenRow,
 )
-from specforge_lite.errors import DataError
 
 ROWS_PER_BATCH = 64
 SMALL_FILE_BYTES = 1 << 20  # tokenized sooner than other processes would have started

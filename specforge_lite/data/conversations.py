@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import clean
-from specforge_lite.errors import DataError
 from specforge_lite.types import Conversation
 
 ROLES = {

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.templates.base import Canvas, Rendering
-from specforge_lite.errors import DataError
 
 RESERVED = re.compile("[\ufdd0-\ufdd6]")
 # Tokens that models put into an answer themselves; in data they mean what they say.

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.conversations import ID_KEYS, RowRejected, clean_text
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
-from specforge_lite.errors import DataError
 
 
 @dataclass(frozen=True)

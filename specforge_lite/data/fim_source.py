@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import BadRow
-from specforge_lite.errors import DataError
 
 MAX_FILE_BYTES = 1 << 20
 EXCLUDED_DIRS = ("site-packages", "node_modules")  # what others wrote, below somebody's own code

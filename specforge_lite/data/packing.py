@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

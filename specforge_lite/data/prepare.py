@@ -19,13 +19,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from specforge_lite import log
-from specforge_lite.data.atomic import atomic_file, user_errors
+from specforge_lite.core import log
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_file, user_errors
 from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
 from specforge_lite.data.fim import is_fim_row, to_fim_row
 from specforge_lite.data.reading import BadRow
 from specforge_lite.data.sources import PlacedRow, Source
-from specforge_lite.errors import ConfigError, DataError
 
 SHOWN_ROW_CHARS = 2000
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from specforge_lite.errors import DataError
+from specforge_lite.core.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20
 _CHUNK = 1 << 16

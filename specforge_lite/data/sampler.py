@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.data.packing import balance, pack
-from specforge_lite.errors import CheckpointError, ConfigError
 
 PACKING_WINDOW = 4096
 

@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.fim_source import FimSourceOptions, fim_rows
 from specforge_lite.data.reading import BadRow, Row, RowFile
-from specforge_lite.errors import DataError, suggest
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 SAMPLE = "gsm8k-sample"

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from specforge_lite.errors import DataError
+from specforge_lite.core.errors import DataError
 from specforge_lite.types import TokenizedSample
 
 FORMAT = 1

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from specforge_lite.config import DataSection
+from specforge_lite.core.errors import DataError, transformers_errors
+from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
 from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import TEMPLATES, Chat, ChatTemplate, Rendering
 from specforge_lite.data.templates.auto import choose_template
-from specforge_lite.errors import DataError, transformers_errors
 from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.

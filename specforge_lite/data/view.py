@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from specforge_lite.data.atomic import atomic_file, user_errors
+from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import atomic_file, user_errors
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.errors import DataError
 from specforge_lite.types import TokenizedSample
 
 Decode = Callable[[list[int]], str]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge_lite import log
-from specforge_lite.data.atomic import atomic_file, user_errors
-from specforge_lite.errors import DataError
+from specforge_lite.core import log
+from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import atomic_file, user_errors
 
 if TYPE_CHECKING:
     from specforge_lite.data.store import TokenizedDataset

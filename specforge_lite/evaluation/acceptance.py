@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from specforge_lite.core.log import progress
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.log import progress
 from specforge_lite.types import DraftBatch, StepOutput, TokenizedSample
 
 

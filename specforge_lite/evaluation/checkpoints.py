@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from specforge_lite.drafts import Draft
-from specforge_lite.errors import CheckpointError, DataError
+from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_of, load_state_draft, state_directories
+from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.errors import CheckpointError, DataError
+from specforge_lite.core.log import info, warn
 from specforge_lite.evaluation.run import MeasureSection, TargetFiles, save_results
-from specforge_lite.inference.eagle_state import describe_state, epoch_of, load_state_draft, state_directories
-from specforge_lite.inference.loading import load_draft
-from specforge_lite.log import info, warn
+from specforge_lite.model.draft import Draft
 from specforge_lite.training.checkpoint import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 
 # metric -> +1 where more is better, -1 where less is

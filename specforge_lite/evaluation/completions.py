@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.log import progress
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.fim import FimRow, to_fim_row
-from specforge_lite.errors import ConfigError, DataError
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.log import progress
 from specforge_lite.regenerate.fim import FimPrompts
 
 NUM_SHOWN = 5

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import recognise_family
-from specforge_lite.drafts import Draft
-from specforge_lite.errors import DataError
 from specforge_lite.evaluation.acceptance import answers_of
 from specforge_lite.evaluation.guesses import draft_guesses
 from specforge_lite.evaluation.token_classes import CLASSES, classify, is_in_fence
-from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.model.draft import Draft
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.report.decoding import token_texts
 from specforge_lite.types import DraftBatch, StepOutput
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.tensor_files import write_atomically
 from specforge_lite.evaluation.checkpoints import best_entry, metric_of
-from specforge_lite.training.files import write_atomically
 
 DPI = 130
 PANEL_INCHES = (5.2, 3.6)

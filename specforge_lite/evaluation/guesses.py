@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specforge_lite.drafts import Draft
-from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.model.draft import Draft
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch
 
 ROWS_PER_CHUNK = 256  # rows whose logits exist at a time

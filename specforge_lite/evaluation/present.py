@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specforge_lite.core.log import info
 from specforge_lite.evaluation.acceptance import Acceptance, Decoded, disagreement
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis
 from specforge_lite.evaluation.run import save_results
-from specforge_lite.log import info
 from specforge_lite.report.errors import error_tables
 from specforge_lite.report.markup import visible
 from specforge_lite.report.page import write_errors_page

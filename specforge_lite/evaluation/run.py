@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from specforge_lite.cli import Section
-from specforge_lite.config import DataSection, TargetSection
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.hf import default_device
+from specforge_lite.checkpoints.compat.eagle_state import STATE_NAME, load_state_draft
+from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.checkpoints.variants import Eagle3Variant
+from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.log import progress
+from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.settings import Section
+from specforge_lite.core.tensor_files import write_json
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.drafts import Draft, TTTSettings
-from specforge_lite.engines.base import TargetEngine
-from specforge_lite.engines.hf import default_device
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import ConfigError, transformers_errors
 from specforge_lite.evaluation.acceptance import Walk
-from specforge_lite.inference.eagle_state import STATE_NAME, load_state_draft
-from specforge_lite.inference.loading import load_draft
-from specforge_lite.inference.variants import Eagle3Variant
-from specforge_lite.log import progress
-from specforge_lite.nn.target_head import TargetHead, load_target_head
+from specforge_lite.model.draft import Draft, TTTSettings
+from specforge_lite.model.target_head import TargetHead, load_target_head
+from specforge_lite.serving.registry import open_engine
+from specforge_lite.training.dataloader import BatchMaker
 from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.feed import BatchMaker
-from specforge_lite.training.files import write_json
-from specforge_lite.training.parts import open_dataset, target_directory
+from specforge_lite.training.wiring import open_dataset, target_directory
 from specforge_lite.types import DraftBatch, StepOutput
 
 Observer = Callable[[StepOutput, DraftBatch], None]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.drafter import Drafter
 from specforge_lite.inference.output import Answer, Chunk, DecodeStats, StopRules
 from specforge_lite.inference.target import ExactReplay, Target

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from specforge_lite.drafts import Draft
 from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import Candidates, TokenTree, TreeShape, best_tree, chain_tree
+from specforge_lite.model.draft import Draft
 
 Head = Callable[[Tensor], Tensor]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
-from specforge_lite.drafts.base import Attend, Draft
-from specforge_lite.drafts.eagle3 import Eagle3Draft
-from specforge_lite.nn.layers import gated
+from specforge_lite.model.draft import Attend, Draft
+from specforge_lite.model.eagle3 import Eagle3Draft
+from specforge_lite.model.layers import gated
 
 Step = Callable[[Tensor, Tensor, Tensor, Attend], tuple[Tensor, Tensor]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 
 
 @dataclass

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.drafts import Draft
-from specforge_lite.engines.hf import default_device, load_target_model
-from specforge_lite.errors import CheckpointError, ConfigError
+from specforge_lite.capture.hf import default_device, load_target_model
+from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
-from specforge_lite.inference.loading import load_draft
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
 from specforge_lite.inference.target import Target
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.inference.verify import Sampling
-from specforge_lite.nn.target_head import family_scales
+from specforge_lite.model.draft import Draft
+from specforge_lite.model.target_head import family_scales
 
 # Leads below this many units in the last place are decided by the target's own one-token passes. Seen in fp32 between
-# tree passes and `generate`: at most 30 units (tests/test_speculative.py measures it again).
+# tree passes and `generate`: at most 30 units (tests/inference/test_speculative.py measures it again).
 TIE_UNITS = 256.0
 
 Prompts = Tensor | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Sequence[Tensor]

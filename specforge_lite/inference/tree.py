@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

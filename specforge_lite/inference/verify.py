@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.tree import TokenTree
 
 

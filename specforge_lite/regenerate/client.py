@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 # A reply may have this much plus this much per token asked for (escapes, tool calls); more is not an answer.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import FimRow, FimTokenizer, to_fim_row
-from specforge_lite.errors import ConfigError, DataError
 
 _NO_MIDDLE = "?"  # a row to be filled may come without a middle; the recorded one is replaced anyway
 

@@ -8,8 +8,8 @@ import re
 import threading
 from typing import Any
 
-from specforge_lite.engines.hf import default_device, load_target_model
-from specforge_lite.engines.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
+from specforge_lite.capture.hf import default_device, load_target_model
+from specforge_lite.inference.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
 from specforge_lite.regenerate.fim import load_tokenizer
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 

@@ -12,8 +12,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from specforge_lite.errors import ConfigError, EngineError, suggest
-from specforge_lite.log import info, warn
+from specforge_lite.core.errors import ConfigError, EngineError, suggest
+from specforge_lite.core.log import info, warn
 from specforge_lite.regenerate.client import ChatClient, RateLimited, ServerGone
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 

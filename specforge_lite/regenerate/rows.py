@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.fim import FimRow, is_fim_row
 from specforge_lite.data.reading import BadRow, RowFile
-from specforge_lite.errors import DataError
 from specforge_lite.regenerate.fim import read_fim_row
 from specforge_lite.types import Conversation
 

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from specforge_lite import log
-from specforge_lite.data.atomic import user_errors
+from specforge_lite.core import log
+from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import user_errors
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
-from specforge_lite.errors import ConfigError, EngineError
 from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
 from specforge_lite.regenerate.fim import FimPrompts, load_tokenizer
 from specforge_lite.regenerate.hf_backend import HfBackend

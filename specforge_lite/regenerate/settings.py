@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specforge_lite.cli import Section
+from specforge_lite.core.settings import Section
 
 OWN_KEYS = ("model", "messages", "prompt", "stream", "n", "max_tokens", "temperature", "top_p", "seed", "tools")
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.data.atomic import atomic_file, sync_directory
-from specforge_lite.errors import ConfigError, DataError
-from specforge_lite.log import warn
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_file, sync_directory
+from specforge_lite.core.log import warn
 
 MANIFEST = "regeneration.json"
 LOCK = ".lock"

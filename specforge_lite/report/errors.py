@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specforge_lite.errors import DataError
+from specforge_lite.core.errors import DataError
 from specforge_lite.report.charts import Bar, bar_chart
 from specforge_lite.report.markup import Html, card, table, tag
 

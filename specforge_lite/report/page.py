@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.errors import DataError
-from specforge_lite.provenance import redact
+from specforge_lite.core.errors import DataError
+from specforge_lite.core.provenance import redact
 from specforge_lite.report.decoding import acceptance_section, generations_section
 from specforge_lite.report.errors import errors_section
 from specforge_lite.report.markup import Html, join, table, tag

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.errors import DataError
+from specforge_lite.core.errors import DataError
 
 METRICS_FILE, PROVENANCE_FILE = "metrics.jsonl", "provenance.json"
 

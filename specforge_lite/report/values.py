@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from specforge_lite.errors import DataError, suggest
+from specforge_lite.core.errors import DataError, suggest
 
 
 @dataclass(frozen=True)

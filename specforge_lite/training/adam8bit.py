@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import ConfigError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.training.settings import TORCHAO, OptimizerSection
 
 

@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specforge_lite.drafts.base import DraftConfig
-from specforge_lite.errors import CheckpointError
-from specforge_lite.log import info, warn
+from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.log import info, warn
+from specforge_lite.core.tensor_files import format_bytes, save_tensors, sha256_of, sync_file, tensor_bytes, write_json
+from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.distributed import World
-from specforge_lite.training.files import format_bytes, save_tensors, sha256_of, sync_file, tensor_bytes, write_json
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, iter_full
 

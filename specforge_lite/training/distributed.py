@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from specforge_lite.cli import ConfigT, parse_config
-from specforge_lite.errors import ConfigError, SpecforgeError
-from specforge_lite.log import USER_ERROR_EXIT_CODE, is_main_rank
-from specforge_lite.nn.sequence import SequenceGroup
+from specforge_lite.core.errors import ConfigError, SpecforgeError
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
+from specforge_lite.core.settings import ConfigT, parse_config
+from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE, FailureBoard
 from specforge_lite.training.settings import DistributedSection
 
@@ -41,8 +41,8 @@ class Verdict:
 class World:
     """This process among the ranks. `device` is where the draft trains; `timeout_s` bounds every collective.
 
-    sp_size: neighbouring ranks share a batch (`nn/sequence.py`), so there are dp_size = world_size / sp_size batches at
-    a time, of which this rank works on number dp_rank.
+    sp_size: neighbouring ranks share a batch (`model/sequence.py`), so there are dp_size = world_size / sp_size
+    batches at a time, of which this rank works on number dp_rank.
     """
 
     rank: int

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from specforge_lite.config import TargetSection
+from specforge_lite.core.sections import TargetSection
 from specforge_lite.training.settings import DraftSection, OptimizerSection, TrainConfig, TrainingSection
 
 

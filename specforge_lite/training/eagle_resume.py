@@ -13,20 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specforge_lite.checkpoints.compat.eagle_state import (
+    epoch_of,
+    optimizer_moments,
+    read_state_files,
+    state_directories,
+)
+from specforge_lite.checkpoints.draft_files import DraftFiles, vocabulary_of
+from specforge_lite.checkpoints.loading import canonical_weights
+from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.core.log import info
 from specforge_lite.data.sampler import BatchPlan
-from specforge_lite.drafts import Draft
-from specforge_lite.errors import CheckpointError, ConfigError
-from specforge_lite.inference.draft_files import DraftFiles, vocabulary_of
-from specforge_lite.inference.eagle_state import epoch_of, optimizer_moments, read_state_files, state_directories
-from specforge_lite.inference.loading import canonical_weights
-from specforge_lite.log import info
+from specforge_lite.model.draft import Draft
 from specforge_lite.training.checkpoint import MOMENTS
 from specforge_lite.training.distributed import World
 from specforge_lite.training.loop import Progress
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft
-from specforge_lite.training.parts import RunModels, load_target_config
 from specforge_lite.training.settings import TrainConfig
+from specforge_lite.training.wiring import RunModels, load_target_config
 
 
 @dataclass

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.prefetch import SkipBudget
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.sampler import PlannedStep
-from specforge_lite.engines.base import TargetEngine
-from specforge_lite.engines.prefetch import SkipBudget
-from specforge_lite.errors import DataError
+from specforge_lite.training.dataloader import BatchMaker, Dataset, Feed, prefetch_depth
 from specforge_lite.training.distributed import World
-from specforge_lite.training.feed import BatchMaker, Dataset, Feed, prefetch_depth
 from specforge_lite.types import DraftBatch, StepOutput
 
 Forward = Callable[[DraftBatch], StepOutput]

@@ -19,7 +19,7 @@ import traceback
 
 import torch.distributed as dist
 
-from specforge_lite.errors import SpecforgeError
+from specforge_lite.core.errors import SpecforgeError
 
 BEAT_SECONDS = 0.5
 # Time that a rank has to leave on its own (through the error of its collective) before its watcher ends the process.

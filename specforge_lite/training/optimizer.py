@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.errors import CheckpointError
+from specforge_lite.core.errors import CheckpointError
 from specforge_lite.training.adam8bit import Adam8bit, plain
 from specforge_lite.training.loss_scale import LossScaler
 from specforge_lite.training.settings import OptimizerSection, warmup_length

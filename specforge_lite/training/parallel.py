@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specforge_lite.drafts.base import Draft, TTTSettings
-from specforge_lite.errors import CheckpointError
-from specforge_lite.nn.target_head import TargetHead
+from specforge_lite.core.errors import CheckpointError
+from specforge_lite.model.draft import Draft, TTTSettings
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.distributed import World
 from specforge_lite.training.settings import DistributedSection
 from specforge_lite.types import DraftBatch, StepOutput

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from specforge_lite.log import info
+from specforge_lite.core.log import info
 from specforge_lite.training.distributed import World
 from specforge_lite.training.settings import TrainingSection
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from specforge_lite.log import info, warn
-from specforge_lite.provenance import without_secrets
+from specforge_lite.core.log import info, warn
+from specforge_lite.core.provenance import without_secrets
 from specforge_lite.training.distributed import World
 from specforge_lite.training.run_dir import EventLog, ExitSummary, RunDirectory
 from specforge_lite.training.settings import TrainConfig

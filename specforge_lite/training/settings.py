@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specforge_lite.cli import Section
-from specforge_lite.config import DataSection, TargetSection
-from specforge_lite.log import info
-from specforge_lite.training.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
+from specforge_lite.checkpoints.compat.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
+from specforge_lite.core.log import info
+from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.settings import Section
 
 TORCHAO = "torchao==0.18.0"
 TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}

@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.prefetch import SkipBudget
+from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.log import info
+from specforge_lite.core.provenance import collect_provenance, redact
 from specforge_lite.data.sampler import BatchPlan
-from specforge_lite.drafts import TTTSettings
-from specforge_lite.engines.base import TargetEngine
-from specforge_lite.engines.prefetch import SkipBudget
-from specforge_lite.errors import CheckpointError
-from specforge_lite.log import info
-from specforge_lite.provenance import collect_provenance, redact
+from specforge_lite.model.draft import TTTSettings
 from specforge_lite.training.checkpoint import (
     SavedState,
     load_draft_tensors,
@@ -26,19 +26,19 @@ from specforge_lite.training.checkpoint import (
     restore,
     restore_rng,
 )
+from specforge_lite.training.dataloader import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.distributed import World
 from specforge_lite.training.eagle_resume import find_eagle_state, resume_from_state
 from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.feed import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.loop import Progress, Trainer
 from specforge_lite.training.loss_scale import LossScaler
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors, spread_draft
-from specforge_lite.training.parts import RunData, RunModels, compute_dtype, ttt_settings
 from specforge_lite.training.reporting import Reporter
 from specforge_lite.training.run_dir import StopRequest
 from specforge_lite.training.settings import TrainConfig, run_length
-from specforge_lite.training.shared_feed import FollowerFeed, SharingBatchMaker
+from specforge_lite.training.shared_dataloader import FollowerFeed, SharingBatchMaker
+from specforge_lite.training.wiring import RunData, RunModels, compute_dtype, ttt_settings
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from specforge_lite.drafts.base import Draft
+from specforge_lite.model.draft import Draft
 from specforge_lite.training.distributed import World
 from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors
 from specforge_lite.training.settings import DistributedSection

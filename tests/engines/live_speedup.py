@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from specforge_lite.export import export_draft
+from specforge_lite.checkpoints.export import export_draft
 from tests.inference_drafts import random_draft
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -22,12 +22,13 @@ import torch
 from proxy import Proxy
 from training import TrainingRuns
 
-from specforge_lite.config import TargetSection
-from specforge_lite.engines import handoff, remote, watchdog
-from specforge_lite.engines.prefetch import SkipBudget, prefetch
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.engines.remote import RemoteEngine
-from specforge_lite.errors import CaptureError, EngineError
+from specforge_lite.capture import transport as handoff
+from specforge_lite.capture.prefetch import SkipBudget, prefetch
+from specforge_lite.core.errors import CaptureError, EngineError
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving import remote, watchdog
+from specforge_lite.serving.registry import open_engine
+from specforge_lite.serving.remote import RemoteEngine
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_LENGTH = 1000

@@ -17,12 +17,12 @@ import torch
 from live_suite import AUX, LENGTHS, Oracle, listening, wait_for
 from training import TrainingRuns, run_script
 
-from specforge_lite.config import TargetSection
-from specforge_lite.engines import watchdog
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.engines.server import temporary_directory
-from specforge_lite.engines.serving import ServingOptions, ServingSession
-from specforge_lite.errors import CaptureError, EngineError
+from specforge_lite.core.errors import CaptureError, EngineError
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving import watchdog
+from specforge_lite.serving.process import temporary_directory
+from specforge_lite.serving.registry import open_engine
+from specforge_lite.serving.session import ServingOptions, ServingSession
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 HERE = Path(__file__).resolve().parent

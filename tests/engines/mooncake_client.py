@@ -10,12 +10,12 @@ from pathlib import Path
 
 from live_suite import Oracle, sample
 
-from specforge_lite.config import TargetSection
-from specforge_lite.engines import handoff
-from specforge_lite.engines.handoff import Blob, LostSample, MooncakeHandoff
-from specforge_lite.engines.prefetch import prefetch
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.engines.remote import RemoteEngine
+from specforge_lite.capture import transport as handoff
+from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.capture.transport import Blob, LostSample, MooncakeHandoff
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving.registry import open_engine
+from specforge_lite.serving.remote import RemoteEngine
 
 
 class Trouble(MooncakeHandoff):

@@ -118,8 +118,8 @@ def test_a_training_run_gives_the_losses_of_transformers(
 
 def test_a_tmpfs_client_is_told_to_use_the_store(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
     code = (
-        "import sys; from specforge_lite.config import TargetSection; "
-        "from specforge_lite.engines.registry import open_engine; "
+        "import sys; from specforge_lite.core.sections import TargetSection; "
+        "from specforge_lite.serving.registry import open_engine; "
         f"open_engine(TargetSection(target_model_path={str(TARGET)!r}, target_backend='vllm', target_url=({URL!r},)),"
         " 400)"
     )

@@ -9,9 +9,9 @@ from live_speedup import SpeedupChecks
 from live_suite import CaptureChecks, oracle
 from live_training import TensorParallelChecks, TrainingChecks
 
-from specforge_lite.config import TargetSection
-from specforge_lite.engines.registry import open_engine
-from specforge_lite.errors import CaptureError
+from specforge_lite.core.errors import CaptureError
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving.registry import open_engine
 
 __all__ = ["oracle"]
 

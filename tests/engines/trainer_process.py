@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from live_suite import LENGTHS, MAX_LENGTH, sample
 
-from specforge_lite.config import TargetSection
-from specforge_lite.engines.prefetch import prefetch
-from specforge_lite.engines.registry import open_engine
+from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving.registry import open_engine
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.templates.base import Chat, ChatTemplate, Message
 from specforge_lite.data.templates.jinja import generation_template, marks_generation, render_source, without_marks
-from specforge_lite.errors import DataError, suggest
 
 
 def choose_template(

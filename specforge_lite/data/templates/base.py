@@ -14,7 +14,7 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-from specforge_lite.errors import DataError
+from specforge_lite.core.errors import DataError
 
 Message = dict[str, Any]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.templates.base import (
     FIXED_DATE,
     Canvas,
@@ -18,7 +19,6 @@ from specforge_lite.data.templates.base import (
     to_json,
     tool_functions,
 )
-from specforge_lite.errors import DataError
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"

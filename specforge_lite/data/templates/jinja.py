@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.templates.base import FIXED_DATE, Canvas, Chat, ChatTemplate, to_json
-from specforge_lite.errors import DataError
 
 # Unicode noncharacters, never meant for interchange; `encoding.clean` replaces them in data.
 MARK_START, MARK_SPLIT, MARK_END = "\ufdd2", "\ufdd3", "\ufdd4"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.templates.base import Canvas, Chat, ChatTemplate, Message, to_json, tool_functions
-from specforge_lite.errors import DataError
 
 BEGIN, START, STOP, END = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"

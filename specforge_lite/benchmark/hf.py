@@ -1,0 +1,115 @@
+"""The benchmark's embedded engine: `SpeculativeModel`, B prompts as one batch.
+
+B conversations are answered as a batch, each with its own tree; a finished row leaves the batch, and the next B start
+when the last of them has ended. A server would fill the empty slot at once, so throughput at B > 1 is lower here, with
+a draft and without.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from specforge_lite.benchmark.configs import Speculation
+from specforge_lite.benchmark.session import Ask, Counters, Reply
+from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
+from specforge_lite.inference.tree import TreeShape
+
+
+@dataclass
+class _Row:
+    """One answer as it grows."""
+
+    token_ids: list[int] = field(default_factory=list)
+    passes: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    first: float = 0.0
+    last: float = 0.0
+    finish_reason: str = ""
+
+
+class HfSession:
+    """Answers with `model`; speculation with steps 0 uses no draft."""
+
+    batched = True
+
+    def __init__(
+        self,
+        model: SpeculativeModel,
+        speculation: Speculation,
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos_token_ids: Sequence[int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model, self.speculation = model, speculation
+        self.temperature, self.seed, self.clock = temperature, seed, clock
+        self.eos_token_ids = eos_token_ids
+        self.context_length = model.target.context_length
+        self._calls = 0
+        self._target_seconds = self._draft_seconds = 0.0
+
+    def begin(self) -> None:
+        """Start counting."""
+        self._calls = 0
+        self._target_seconds = self._draft_seconds = 0.0
+
+    def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Answer `asks` as one batch."""
+        shape = None
+        if not self.speculation.is_baseline:
+            steps, topk, verified = self.speculation.steps, self.speculation.topk, self.speculation.num_draft_tokens
+            shape = TreeShape.from_steps(steps, topk, verified)
+        settings = GenerationSettings(
+            max_new_tokens=max(ask.max_new_tokens for ask in asks),
+            temperature=self.temperature,
+            eos_token_id=self.eos_token_ids,
+            seed=self.seed + self._calls,
+            shape=shape,
+        )
+        self._calls += 1
+        rows = [_Row() for _ in asks]
+        start = self.clock()
+        networks = self._network_seconds()
+        chunks = self.model.stream([list(ask.token_ids) for ask in asks], settings, shape is not None)
+        for index, chunk in enumerate(chunks):
+            if index == 0:  # every prompt has been read when the first chunk comes
+                networks = self._network_seconds()
+            self._note(rows[chunk.prompt_index], chunk.tokens, sum(chunk.drafted), self.clock() - start)
+            rows[chunk.prompt_index].finish_reason = chunk.finish_reason or ""
+        now = self._network_seconds()
+        self._target_seconds += now[0] - networks[0]
+        self._draft_seconds += now[1] - networks[1]
+        return [
+            Reply(
+                tuple(row.token_ids), row.passes if shape is not None else None,
+                tuple(row.accepted_at), row.first, row.last, row.finish_reason,
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def _note(self, row: _Row, tokens: Sequence[int], num_accepted: int, now: float) -> None:
+        row.last = now
+        if not row.token_ids:
+            row.first = now
+        else:
+            row.passes += 1
+            row.accepted_at += [0] * (num_accepted - len(row.accepted_at))
+            for k in range(num_accepted):
+                row.accepted_at[k] += 1
+        row.token_ids += tokens
+
+    def _network_seconds(self) -> tuple[float, float]:
+        drafter = self.model.drafter
+        return self.model.target.seconds, drafter.seconds if drafter is not None else 0.0
+
+    def counters(self) -> Counters:
+        """Share of the draft in the time of both networks while decoding (prompts left out)."""
+        total = self._target_seconds + self._draft_seconds
+        if self.speculation.is_baseline or not total:
+            return Counters()
+        return Counters(draft_share=self._draft_seconds / total)
+
+    def close(self) -> None:
+        """Nothing to stop: the model is the caller's."""

@@ -1,0 +1,163 @@
+"""Answer all prompts of a benchmark with a fixed number of requests in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from specforge_lite.benchmark.chat import Chat
+from specforge_lite.benchmark.prompts import Prompt
+from specforge_lite.benchmark.session import Ask, Counters, Reply, Session
+from specforge_lite.benchmark.statistics import Record
+from specforge_lite.core.errors import DataError
+
+MIN_NEW_TOKENS = 8  # a turn that has room for fewer is left out, with a note
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All requests of one run. num_left_out: turns that did not fit the context."""
+
+    records: list[Record]
+    duration: float
+    counters: Counters
+    num_left_out: int
+
+
+class Conversation:
+    """One prompt on its way through its turns."""
+
+    def __init__(self, index: int, prompt: Prompt, chat: Chat, max_new_tokens: int, context_length: int) -> None:
+        self.index, self.prompt, self.chat = index, prompt, chat
+        self.max_new_tokens, self.context_length = max_new_tokens, context_length
+        self.messages: list[dict[str, Any]] = list(prompt.context)
+        self.turn = 0
+        self.records: list[Record] = []
+        self.num_left_out = 0
+        self._asked = Ask((), 0)
+
+    def next_ask(self) -> Ask | None:
+        """The next request, or None at the end."""
+        if self.turn >= len(self.prompt.turns):
+            return None
+        messages = [*self.messages, {"role": "user", "content": self.prompt.turns[self.turn]}]
+        token_ids = self.chat.encode(messages)
+        room = self.context_length - len(token_ids)
+        if room < MIN_NEW_TOKENS:
+            self.num_left_out = len(self.prompt.turns) - self.turn
+            self.turn = len(self.prompt.turns)
+            return None
+        self.messages = messages
+        self._asked = Ask(tuple(token_ids), min(self.max_new_tokens, room))
+        return self._asked
+
+    def take(self, reply: Reply) -> None:
+        """Note the answer and go on to the next turn."""
+        self.records.append(
+            Record(
+                prompt=self.index,
+                turn=self.turn,
+                category=self.prompt.category,
+                num_prompt_tokens=len(self._asked.token_ids),
+                token_ids=reply.token_ids,
+                passes=reply.passes,
+                accepted_at=reply.accepted_at,
+                first_token_seconds=reply.first_token_seconds,
+                seconds=reply.seconds,
+                finish_reason=reply.finish_reason,
+                num_first_tokens=reply.num_first_tokens,
+            )
+        )
+        self.messages.append({"role": "assistant", "content": self.chat.decode(reply.token_ids)})
+        self.turn += 1
+
+
+def measure(
+    session: Session,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    chat: Chat,
+    max_new_tokens: int,
+    on_done: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Keep `batch_size` requests in flight until every turn of every prompt is answered.
+
+    A short warm-up is not counted. on_done: called with the number of prompts finished. Raises DataError if no prompt
+    fits the context.
+    """
+
+    def talks_of(some: Sequence[Prompt]) -> list[Conversation]:
+        return [Conversation(i, p, chat, max_new_tokens, session.context_length) for i, p in enumerate(some)]
+
+    warm_up(session, talks_of(prompts[:batch_size]))
+    talks = talks_of(prompts)
+    session.begin()
+    start = session.clock()
+    if session.batched:
+        _in_waves(session, talks, batch_size, on_done)
+    else:
+        _in_threads(session, talks, batch_size, on_done)
+    duration = session.clock() - start
+    records = [record for talk in talks for record in talk.records]
+    if not records:
+        raise DataError(f"no prompt leaves room for {MIN_NEW_TOKENS} tokens in a context of {session.context_length}")
+    return Measurement(records, duration, session.counters(), sum(talk.num_left_out for talk in talks))
+
+
+def warm_up(session: Session, talks: Sequence[Conversation]) -> None:
+    """Answer the first turns of `talks` for a few tokens, all at once. The conversations are used up."""
+    asks = [Ask(ask.token_ids, min(ask.max_new_tokens, WARM_UP_TOKENS)) for t in talks if (ask := t.next_ask())]
+    if not asks:
+        return
+    if session.batched:
+        session.generate(asks)
+        return
+    with ThreadPoolExecutor(len(asks)) as pool:
+        list(pool.map(lambda ask: session.generate([ask]), asks))
+
+
+def _in_waves(
+    session: Session, talks: Sequence[Conversation], batch_size: int, on_done: Callable[[int], None] | None
+) -> None:
+    """`batch_size` conversations at a time, turn by turn; a wave ends with its longest answer."""
+    for start in range(0, len(talks), batch_size):
+        wave = list(talks[start : start + batch_size])
+        while True:
+            asked = [(talk, ask) for talk in wave if (ask := talk.next_ask()) is not None]
+            if not asked:
+                break
+            for (talk, _), reply in zip(asked, session.generate([ask for _, ask in asked])):
+                talk.take(reply)
+        if on_done is not None:
+            on_done(len(wave))
+
+
+def _in_threads(
+    session: Session, talks: Sequence[Conversation], batch_size: int, on_done: Callable[[int], None] | None
+) -> None:
+    """A thread per request in flight; each takes the next conversation when it has finished one."""
+
+    failed = threading.Event()
+
+    def answer(talk: Conversation) -> None:
+        try:
+            while not failed.is_set() and (ask := talk.next_ask()) is not None:
+                talk.take(session.generate([ask])[0])
+        except BaseException:
+            failed.set()  # the other threads end after the request they are waiting for
+            raise
+        if on_done is not None:
+            on_done(1)
+
+    with ThreadPoolExecutor(batch_size) as pool:
+        futures = [pool.submit(answer, talk) for talk in talks]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()

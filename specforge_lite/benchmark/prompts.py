@@ -1,0 +1,226 @@
+"""Benchmark prompts: mtbench, gsm8k, humaneval, math500, alpaca, or any file of prompts.
+
+Where the rows come from: `--data-dir` if it has a file of that name; else the package, where the licence lets it ship
+them; else `datasets`, by name (also with `--from-hub`). Only the last uses the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from specforge_lite.core.errors import ConfigError, DataError, suggest
+from specforge_lite.core.log import info
+from specforge_lite.data.conversations import RowRejected, to_conversation
+from specforge_lite.data.reading import BadRow
+from specforge_lite.data.sources import HubDataset, Source
+
+FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to answer. turns: what the user says, one after the other, each after the model's answer.
+    context: messages before the first turn."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+    context: tuple[dict[str, Any], ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's rows are and how a row becomes a prompt. shipped: file among our assets."""
+
+    name: str
+    hub: HubDataset
+    shipped: str | None
+    file_names: tuple[str, ...]
+    read: Callable[[dict[str, Any], str], Prompt]
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """An entry of `--benchmark-list`: NAME or PATH, and how many prompts (None: all there are)."""
+
+    name: str
+    num_prompts: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> BenchmarkRequest:
+        """`mtbench:80`, `gsm8k`, `my/prompts.jsonl:20`. Raises ConfigError."""
+        name, colon, count = text.rpartition(":")
+        if not colon:
+            name, count = text, ""
+        if colon and not (count.isdigit() and int(count) > 0):
+            raise ConfigError(f"benchmark_list: '{text}': expected NAME:COUNT with a positive count")
+        if name not in BENCHMARKS and not Path(name).exists():
+            raise ConfigError(
+                f"benchmark_list: '{name}' is no benchmark and no file{suggest(name, BENCHMARKS)}"
+                f"{'' if suggest(name, BENCHMARKS).startswith('; known') else '; known: ' + ', '.join(BENCHMARKS)}"
+            )
+        return cls(name, int(count) if count else None)
+
+    @property
+    def label(self) -> str:
+        """The benchmark's name in rows and charts: a file goes by its name without ending."""
+        return self.name if self.name in BENCHMARKS else Path(self.name).name.split(".")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ row forms
+
+
+def _category(row: dict[str, Any], default: str) -> str:
+    value = row.get("category", row.get("subject"))
+    return value if isinstance(value, str) and value else default
+
+
+def read_turns(row: dict[str, Any], place: str) -> Prompt:
+    """MT-bench as FastChat (`turns`) or the hub (`prompt`, a list) has it."""
+    turns = row.get("turns", row.get("prompt"))
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise DataError(f"{place}: expected 'turns', a list of texts")
+    number = row.get("question_id", row.get("prompt_id", place))
+    return Prompt(str(number), _category(row, "all"), tuple(turns))
+
+
+def _text_reader(keys: tuple[str, ...], category: str, form: str) -> Callable[[dict[str, Any], str], Prompt]:
+    def read(row: dict[str, Any], place: str) -> Prompt:
+        if isinstance(row.get("turns"), list):
+            return read_turns(row, place)
+        text = next((row[key] for key in keys if isinstance(row.get(key), str) and row[key].strip()), None)
+        if text is None:
+            raise DataError(f"{place}: expected a text under '{keys[0]}', found keys {', '.join(row) or 'none'}")
+        number = row.get("unique_id", row.get("task_id", place))
+        return Prompt(str(number), _category(row, category), (form.format(text),))
+
+    return read
+
+
+def read_alpaca(row: dict[str, Any], place: str) -> Prompt:
+    """`instruction` and `input`, or EAGLE's `turns`."""
+    if isinstance(row.get("turns"), list):
+        return read_turns(row, place)
+    instruction, extra = row.get("instruction"), row.get("input")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise DataError(f"{place}: expected a text under 'instruction'")
+    text = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    return Prompt(place, "all", (text,))
+
+
+def read_any(row: dict[str, Any], place: str) -> Prompt:
+    """A row of any form: `turns`, or what training data may look like; a last answer is left out."""
+    if isinstance(row.get("turns"), list):
+        return read_turns(row, place)
+    try:
+        conversation = to_conversation(row)
+    except RowRejected as error:
+        raise DataError(f"{place}: {error}") from None
+    messages = list(conversation.messages)
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    *context, last = messages  # `to_conversation` refuses rows without a user turn
+    return Prompt(conversation.id, _category(row, "all"), (last["content"],), tuple(context))
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    bench.name: bench
+    for bench in (
+        Benchmark(
+            "mtbench",
+            HubDataset("HuggingFaceH4/mt_bench_prompts"),
+            "mtbench.jsonl",
+            ("mtbench", "mt_bench", "question"),
+            read_turns,
+        ),
+        Benchmark(
+            "gsm8k",
+            HubDataset("openai/gsm8k", split="test", configuration="main"),
+            "gsm8k_test.jsonl",
+            ("gsm8k", "gsm8k_test", "test"),
+            _text_reader(("question",), "math", "{}"),
+        ),
+        Benchmark(
+            "humaneval",
+            HubDataset("openai/openai_humaneval", split="test"),
+            "humaneval.jsonl",
+            ("humaneval", "HumanEval"),
+            _text_reader(("prompt",), "code", "Complete the code I provided.\n\n{}"),
+        ),
+        Benchmark(
+            "math500",
+            HubDataset("HuggingFaceH4/MATH-500", split="test"),
+            "math500.jsonl",
+            ("math500", "MATH-500", "test"),
+            _text_reader(("problem",), "math", "{}" + MATH_SUFFIX.replace("{}", "{{}}")),
+        ),
+        Benchmark("alpaca", HubDataset("tatsu-lab/alpaca"), None, ("alpaca", "alpaca80", "alpaca_data"), read_alpaca),
+    )
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_prompts(
+    request: BenchmarkRequest, data_dir: Path | None = None, num_shots: int = 0, from_hub: bool = False
+) -> list[Prompt]:
+    """The first prompts of a benchmark, in the order of its file; all of them where it has fewer than asked for.
+
+    num_shots: worked examples put before each gsm8k question (0 to 5). from_hub: not from the package. Raises DataError
+    where the rows cannot be had or read, ConfigError for num_shots.
+    """
+    bench = BENCHMARKS.get(request.name)
+    source, read = _source(request, bench, data_dir, from_hub), bench.read if bench else read_any
+    prompts = [read(row, place) for place, row in islice(_rows(source), request.num_prompts)]
+    if not prompts:
+        raise DataError(f"{source}: no prompt in it")
+    if request.num_prompts is not None and len(prompts) < request.num_prompts:
+        info(f"{request.label}: all of its {len(prompts)} prompts ({request.num_prompts} asked for)")
+    if request.name == "gsm8k" and num_shots:
+        shots = _gsm8k_shots(num_shots)
+        prompts = [Prompt(p.id, p.category, (shots + f"Question: {p.turns[0]}\nAnswer:",), p.context) for p in prompts]
+    return prompts
+
+
+def _source(request: BenchmarkRequest, bench: Benchmark | None, data_dir: Path | None, from_hub: bool) -> Source:
+    if bench is None:
+        return Source(request.label, path=Path(request.name))
+    if data_dir is not None:
+        if not data_dir.is_dir():
+            raise DataError(f"data_dir {data_dir}: no such directory")
+        for name in bench.file_names:
+            for ending in FILE_ENDINGS:
+                if (data_dir / f"{name}{ending}").exists():
+                    return Source(bench.name, path=data_dir / f"{name}{ending}")
+    if bench.shipped is not None and not from_hub:
+        return Source(bench.name, path=shipped_file(bench.shipped))
+    info(f"{bench.name}: reading {bench.hub.repository} through `datasets` (--data-dir DIR reads a local copy instead)")
+    return Source(bench.name, hub=bench.hub)
+
+
+def shipped_file(name: str) -> Path:
+    """Path of a prompt file that comes with the package."""
+    return Path(str(resources.files("specforge_lite.assets") / "prompts" / name))
+
+
+def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    for placed in source.rows():
+        if isinstance(placed.row, BadRow):
+            raise DataError(f"{placed.place}: {placed.row.detail}")
+        if not isinstance(placed.row.value, dict):
+            raise DataError(f"{placed.place}: expected an object, found {type(placed.row.value).__name__}")
+        yield placed.place, placed.row.value
+
+
+def _gsm8k_shots(count: int) -> str:
+    rows = [row for _, row in _rows(Source("gsm8k_shots", path=shipped_file("gsm8k_shots.jsonl")))]
+    if count > len(rows):
+        raise ConfigError(f"num_shots: expected 0..{len(rows)}, found {count}")
+    return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows[:count])

@@ -1,0 +1,312 @@
+"""Result rows (JSON lines) and the answers behind them: what a resumed run finds finished and compares with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from specforge_lite.benchmark.configs import BenchConfig, Speculation
+from specforge_lite.benchmark.measure import Measurement
+from specforge_lite.benchmark.statistics import (
+    Record,
+    acceptance_length,
+    bootstrap_ratio,
+    by_category,
+    identical_share,
+    quantile,
+    scaled,
+    share_per_position,
+    sums_by_prompt,
+)
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.log import warn
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """What makes a row: a benchmark, how many of its prompts, and one configuration."""
+
+    benchmark: str
+    num_prompts: int
+    config: BenchConfig
+
+    @property
+    def file_name(self) -> str:
+        """Of the answers, below the directory of answers."""
+        spec, name = self.config.speculation, self.benchmark
+        what = f"s{spec.steps}-k{spec.topk}-v{spec.num_draft_tokens}"
+        return f"{name}-{self.num_prompts}-b{self.config.batch_size}-{what}.jsonl"
+
+
+@dataclass(frozen=True)
+class SpeedupRow:
+    """One line of results; `specforge_lite.benchmark.statistics` defines every figure.
+
+    Times are in seconds or (with _ms) milliseconds, throughput in tokens per second, intervals 95%. seconds_per_pass:
+    time in flight after the first token / passes (without a draft: / tokens); draft_share: part of the networks' time
+    that is the draft's, where the engine tells (hf).
+    """
+
+    benchmark: str
+    batch_size: int
+    steps: int
+    topk: int
+    num_draft_tokens: int
+    acc_length: float
+    throughput: float
+    completion_tokens: int
+    duration: float
+    num_prompts: int
+    num_requests: int
+    speedup: float | None = None
+    acc_length_interval: Interval | None = None
+    throughput_interval: Interval | None = None
+    speedup_interval: Interval | None = None
+    verification_passes: int | None = None
+    acceptance_per_position: list[float] = field(default_factory=list)
+    per_category: dict[str, dict[str, Any]] = field(default_factory=dict)
+    latency_per_token_ms: float | None = None
+    latency_per_token_p95_ms: float | None = None
+    time_to_first_token_ms: float | None = None
+    time_to_first_token_p95_ms: float | None = None
+    identical_share: float | None = None
+    num_left_out: int = 0
+    seconds_per_pass: float | None = None
+    mean_first_token_seconds: float | None = None
+    draft_share: float | None = None
+    backend: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> RowKey:
+        speculation = Speculation(self.steps, self.topk, self.num_draft_tokens)
+        return RowKey(self.benchmark, self.num_prompts, BenchConfig(self.batch_size, speculation))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def make_row(
+    key: RowKey,
+    measured: Measurement,
+    settings: dict[str, Any],
+    greedy: bool,
+    baseline: tuple[SpeedupRow, Sequence[Record]] | None = None,
+) -> SpeedupRow:
+    """Statistics of one measurement. baseline: row and records of the same prompts and batch size without a draft."""
+    speculation = key.config.speculation
+    records = trusted_passes(measured)
+    passes = _num_passes(records, measured)
+    num_tokens = sum(record.num_tokens for record in records)
+    sums = sums_by_prompt(records)
+    throughput = num_tokens / measured.duration
+    in_flight = bootstrap_ratio([sums.tokens], [sums.seconds])
+    per_token = [value for record in records if (value := record.latency_per_token) is not None]
+    first = [record.first_token_seconds for record in records]
+    row = SpeedupRow(
+        benchmark=key.benchmark,
+        batch_size=key.config.batch_size,
+        steps=speculation.steps,
+        topk=speculation.topk,
+        num_draft_tokens=speculation.num_draft_tokens,
+        acc_length=num_tokens / passes if passes else 1.0,
+        acc_length_interval=bootstrap_ratio([sums.tokens], [sums.passes]) if _all_known(records) else None,
+        throughput=throughput,
+        throughput_interval=scaled(in_flight, throughput / (sums.tokens.sum() / sums.seconds.sum())),
+        completion_tokens=num_tokens,
+        duration=measured.duration,
+        num_prompts=key.num_prompts,
+        num_requests=len(records),
+        verification_passes=passes or None,
+        acceptance_per_position=_positions(records, measured, passes),
+        per_category=_categories(records),
+        latency_per_token_ms=_ms(quantile(per_token, 0.5)),
+        latency_per_token_p95_ms=_ms(quantile(per_token, 0.95)),
+        time_to_first_token_ms=_ms(quantile(first, 0.5)),
+        time_to_first_token_p95_ms=_ms(quantile(first, 0.95)),
+        num_left_out=measured.num_left_out,
+        seconds_per_pass=_seconds_per_pass(records, passes, speculation),
+        mean_first_token_seconds=fmean(first),
+        draft_share=measured.counters.draft_share,
+        backend=str(settings.get("backend", "")),
+        settings=settings,
+    )
+    if speculation.is_baseline:
+        return replace(row, speedup=1.0)
+    return _compared(row, records, baseline, greedy) if baseline is not None else row
+
+
+def _compared(
+    row: SpeedupRow, records: Sequence[Record], baseline: tuple[SpeedupRow, Sequence[Record]], greedy: bool
+) -> SpeedupRow:
+    """Add speed-up, its interval and the share of identical answers."""
+    base_row, base_records = baseline
+    both = {r.prompt for r in records} & {r.prompt for r in base_records}
+    mine = sums_by_prompt([r for r in records if r.prompt in both])
+    theirs = sums_by_prompt([r for r in base_records if r.prompt in both])
+    speedup = row.throughput / base_row.throughput
+    interval = None
+    if len(both) > 1:
+        point = (mine.tokens.sum() / mine.seconds.sum()) / (theirs.tokens.sum() / theirs.seconds.sum())
+        ratios = bootstrap_ratio([mine.tokens, theirs.seconds], [mine.seconds, theirs.tokens])
+        interval = scaled(ratios, speedup / point)
+    share = identical_share(records, base_records) if greedy else None
+    return replace(row, speedup=speedup, speedup_interval=interval, identical_share=share)
+
+
+def trusted_passes(measured: Measurement) -> list[Record]:
+    """Records whose passes are left out where the engine's own count over all requests differs from their sum."""
+    counted, records = measured.counters.passes, measured.records
+    if counted is None or counted == sum(record.passes or 0 for record in records):
+        return records
+    return [replace(record, passes=None, accepted_at=()) for record in records]
+
+
+def _all_known(records: Sequence[Record]) -> bool:
+    return all(record.passes is not None for record in records)
+
+
+def _num_passes(records: Sequence[Record], measured: Measurement) -> int:
+    if measured.counters.passes is not None:
+        return measured.counters.passes
+    return sum(record.passes or 0 for record in records)
+
+
+def _positions(records: Sequence[Record], measured: Measurement, passes: int) -> list[float]:
+    if _all_known(records):
+        return share_per_position([record.accepted_at for record in records], passes)
+    return share_per_position([measured.counters.accepted_at], passes)
+
+
+def _categories(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """acc_length, tokens, requests and latency per category, where there is more than one."""
+    groups = by_category(records)
+    if len(groups) < 2:
+        return {}
+    found = {}
+    for name, group in groups.items():
+        per_token = [value for record in group if (value := record.latency_per_token) is not None]
+        found[name] = {
+            "acc_length": acceptance_length(group) if _all_known(group) else None,
+            "completion_tokens": sum(record.num_tokens for record in group),
+            "num_requests": len(group),
+            "latency_per_token_ms": _ms(quantile(per_token, 0.5)),
+        }
+    return found
+
+
+def _seconds_per_pass(records: Sequence[Record], passes: int, speculation: Speculation) -> float | None:
+    """Decoding time / passes. What came with the first token is counted at the rate of what came after it."""
+    timed = [(record, rate) for record in records if (rate := record.latency_per_token) is not None]
+    decoding = sum(rate * (record.num_tokens - 1) for record, rate in timed)
+    tokens = sum(record.num_tokens - 1 for record, _ in timed)
+    if not tokens:
+        return None
+    if speculation.is_baseline:
+        return decoding / tokens
+    every = sum(record.num_tokens - 1 for record in records)
+    return decoding / tokens * every / passes if passes else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+class ResultFile:
+    """`--output`: rows as JSON lines, and beside it a directory `<name>_answers` with every request.
+
+    Both appear complete or not at all, whenever the process dies. Rows made with other settings are refused, naming
+    the first difference.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.answers_dir = path.with_name(f"{path.name.removesuffix('.jsonl')}_answers")
+        self.rows = read_rows(path) if path.exists() else []
+        for row in self.rows:
+            self._check_settings(row)
+
+    def _check_settings(self, row: SpeedupRow) -> None:
+        for name in sorted(self.settings.keys() | row.settings.keys()):
+            before, now = row.settings.get(name), self.settings.get(name)
+            if before != now:
+                raise ConfigError(
+                    f"output {self.path}: holds rows made with {name} {before!r}, this run has {now!r};"
+                    " choose another --output"
+                )
+
+    def find(self, key: RowKey) -> SpeedupRow | None:
+        """The finished row of a key."""
+        return next((row for row in self.rows if row.key == key), None)
+
+    def add(self, row: SpeedupRow, records: Sequence[Record]) -> None:
+        """Write the answers, then the row."""
+        with user_errors(self.path):
+            with atomic_file(self.answers_dir / row.key.file_name) as file:
+                file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            with atomic_file(self.path) as file:
+                file.writelines(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in [*self.rows, row])
+        self.rows.append(row)
+
+    def records(self, key: RowKey) -> list[Record] | None:
+        """The answers behind a finished row; None, with a warning, where they are gone."""
+        path = self.answers_dir / key.file_name
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [_record(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            warn(f"{path}: {error}; outputs cannot be compared with the baseline")
+            return None
+
+
+def _record(values: dict[str, Any]) -> Record:
+    return Record(**{**values, "token_ids": tuple(values["token_ids"]), "accepted_at": tuple(values["accepted_at"])})
+
+
+def read_rows(path: Path) -> list[SpeedupRow]:
+    """Rows of a result file. Raises DataError with the line of one that is not ours."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = SpeedupRow(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a row of bench_model_speedup.py: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def fingerprint(directory: str | None) -> str | None:
+    """Short hash of a draft's files, so that rows of a retrained draft are not taken for those of this one. Large
+    files count with their size and their first and last MiB; a hub name counts as itself."""
+    if directory is None:
+        return None
+    folder = Path(directory)
+    if not folder.is_dir():
+        return directory
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".bin"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

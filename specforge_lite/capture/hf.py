@@ -1,0 +1,302 @@
+"""The target inside this process: a plain transformers forward with hooks on the chosen layers only.
+
+This is the oracle the serving engines are tested against, and the default where none of them is installed. Shape
+letters as in `types`: B rows of a micro-batch, T padded length, L tokens of one sample, H hidden size, A aux layers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specforge_lite.capture.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
+from specforge_lite.capture.context import num_positions
+from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
+from specforge_lite.core.errors import CaptureError, ConfigError, transformers_errors
+from specforge_lite.core.log import info as log_info
+from specforge_lite.model.target_head import INDEX_FILE, weight_files
+from specforge_lite.types import CapturedStates, TokenizedSample
+
+MAX_TOKENS_PER_FORWARD = 16_384
+MAX_PADDING_SHARE = 0.2
+
+# Rotary variants whose frequencies depend on the longest row of the batch; below the original context they do not.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class HfEngine:
+    """A target run by transformers, implementing `TargetEngine`.
+
+    model_path: local directory or hub name. dtype: `auto` (as stored), `float32`, `bfloat16`, `float16`.
+    device: default CUDA if there is one. output_device: where states go; default: they stay on `device`.
+    tp: ranks that hold the target together (transformers' own tensor parallelism; every torchrun rank makes an engine).
+    Results do not depend on which samples are captured together, up to fp rounding.
+
+    Raises ConfigError for a model that cannot be loaded or aux layers it does not have.
+    """
+
+    max_concurrency = 1
+
+    def __init__(
+        self,
+        model_path: str,
+        aux_layer_ids: Sequence[int] | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        output_device: str | torch.device | None = None,
+        tp: int | None = None,
+        wait_minutes: float = 20.0,
+    ) -> None:
+        self.model_path = str(model_path)
+        self.trust_remote_code = trust_remote_code
+        self.device = torch.device(device) if device is not None else default_device()
+        self.output_device = torch.device(output_device) if output_device is not None else self.device
+        group = open_group(tp, self.device, wait_minutes) if tp is not None and tp > 1 else None
+        self.model = load_target_model(self.model_path, dtype, self.device, trust_remote_code, group)
+        self.decoder, layers = find_decoder(self.model)
+        text_config = self.model.config.get_text_config()
+        self.info = TargetInfo(
+            engine="hf",
+            num_layers=len(layers),
+            hidden_size=int(text_config.hidden_size),
+            vocab_size=int(text_config.vocab_size),
+            max_length=num_positions(text_config) or 1 << 30,
+            aux_layer_ids=choose_aux_layer_ids(aux_layer_ids, len(layers)),
+        )
+        self._length_group = length_group(text_config)
+        self._taps: dict[int, Tensor] = {}
+        self._hooks = [layers[i].register_forward_hook(self._tap(i)) for i in self.info.aux_layer_ids]
+        self._lock = threading.Lock()
+        self._lockstep = Lockstep(group, self.device, self._capture) if group is not None else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded on first use."""
+        from transformers import AutoTokenizer
+
+        with transformers_errors(f"target_model_path {self.model_path}: cannot load its tokenizer"):
+            return AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
+        """Return the states of `samples`, in their order, detached, in the model's dtype on `output_device`.
+
+        Raises CaptureError naming the sample for one that is empty, too long, or has ids outside the vocabulary.
+        """
+        for sample in samples:
+            check_sample(sample, self.info)
+        if self._lockstep is not None:
+            return self._lockstep.capture(samples)
+        return self._capture(samples, range(len(samples)))
+
+    def _capture(self, samples: Sequence[TokenizedSample], wanted: range) -> list[CapturedStates]:
+        """Run all `samples`, return the states of those in `wanted`."""
+        captured: dict[int, CapturedStates] = {}
+        with self._lock:
+            for batch in length_buckets([len(s) for s in samples], self._length_group):
+                rows = [row for row, index in enumerate(batch) if index in wanted]
+                for row, states in zip(rows, self._forward([samples[i] for i in batch], rows)):
+                    captured[batch[row]] = states
+        return [captured[i] for i in wanted]
+
+    def close(self) -> None:
+        """Remove the hooks; the model itself goes with the object. With `tp` it waits for the other ranks."""
+        if self._lockstep is not None:
+            self._lockstep.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def _forward(self, samples: list[TokenizedSample], rows: list[int]) -> list[CapturedStates]:
+        input_ids_BT, attention_mask_BT = right_pad(samples, self.device)
+        self._taps.clear()
+        output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        aux_BTAH = torch.stack([self._taps[i] for i in self.info.aux_layer_ids], dim=2)
+        last_BTH = output.last_hidden_state
+        self._taps.clear()
+        return [
+            CapturedStates(
+                sample_id=samples[row].sample_id,
+                input_ids_L=samples[row].input_ids_L,
+                # clone: a view would keep the padded batch alive as long as its longest-lived sample
+                aux_LAH=aux_BTAH[row, : len(samples[row])].clone().to(self.output_device),
+                last_LH=last_BTH[row, : len(samples[row])].clone().to(self.output_device),
+                aux_layer_ids=self.info.aux_layer_ids,
+                last_is_normed=True,
+            )
+            for row in rows
+        ]
+
+    def _tap(self, layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._taps[layer_id] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+
+def default_device() -> torch.device:
+    """CUDA device of this torchrun rank if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def load_target_model(
+    model_path: str, dtype: str, device: torch.device, trust_remote_code: bool, tp_group: Any = None
+) -> Any:
+    """Load a causal LM, or the text-generating model of a multimodal family, frozen and in eval mode.
+
+    tp_group: process group to split it over (each rank loads its part only).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    check_weight_index(model_path)
+    with transformers_errors(f"target_model_path {model_path}"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        known = type(config) in AutoModelForCausalLM._model_mapping or remote
+        auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
+        if tp_group is not None:
+            from transformers.distributed import DistributedConfig
+
+            split = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
+            with as_world(tp_group):
+                model: Any = auto_class.from_pretrained(
+                    model_path, dtype=dtype, trust_remote_code=trust_remote_code, distributed_config=split
+                )
+            return model.eval().requires_grad_(False)
+        loaded: Any = auto_class.from_pretrained(
+            model_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the name
+        )
+    model, report = loaded
+    check_all_weights(model, report, model_path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str) -> None:
+    """Raise ConfigError for a parameter that the files lack or have in another shape: transformers would go on with
+    random values and a warning. report: `output_loading_info` of `from_pretrained`."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for kind, found in (("missing", "missing_keys"), ("of another shape", "mismatched_keys")):
+        names = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in report.get(found) or ())
+        wrong = [name for name in names if name in parameters]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ConfigError(
+                f"target_model_path {model_path}: {wrong[0]}{more}: {kind} in the weight files; is the download"
+                " complete, and config.json this model's?"
+            )
+
+
+def check_weight_index(model_path: str) -> None:
+    """A shard index that came with a local model must name files beside it; transformers would follow it anywhere."""
+    if (Path(model_path) / INDEX_FILE).is_file():
+        weight_files(Path(model_path))
+
+
+def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """Return (text decoder, its layer list) of a transformers model of any family.
+
+    The layer list is the ModuleList that has exactly `num_hidden_layers` entries and lies highest in the decoder;
+    names (`layers`, `h`, `blocks`) differ between families, the count does not.
+
+    Raises ConfigError for a model without such a list.
+    """
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if decoder is model:  # Llama 4's text model calls itself its own decoder
+        decoder = getattr(model, "model", model)
+    lists = [
+        (name.count("."), module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and not any(part in name for part in ("vision", "visual", "audio", "encoder"))
+    ]
+    if not lists:
+        raise ConfigError(
+            f"{type(model).__name__}: found no list of {num_layers} decoder layers to take hidden states from"
+        )
+    return decoder, min(lists, key=lambda item: item[0])[1]
+
+
+def choose_aux_layer_ids(aux_layer_ids: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """The ids asked for, checked, or the default of the depth; a fallback on a shallow target is said."""
+    if aux_layer_ids is not None:
+        return check_aux_layer_ids(aux_layer_ids, num_layers)
+    ids, note = default_aux_layer_ids(num_layers)
+    if note:
+        log_info(note)
+    return ids
+
+
+def check_sample(sample: TokenizedSample, info: TargetInfo) -> None:
+    """Raise CaptureError for a sample the target cannot run; on CUDA a bad id would end the process instead."""
+    name, length = sample.sample_id, len(sample)
+    if not 1 <= length <= info.max_length:
+        raise CaptureError(f"{info.engine}: sample {name} has {length} tokens, the target takes 1..{info.max_length}")
+    low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise CaptureError(
+            f"{info.engine}: sample {name} has token id {bad}, the target's vocabulary is 0..{info.vocab_size - 1};"
+            " is it tokenized with another tokenizer?"
+        )
+
+
+def length_buckets(lengths: Sequence[int], group_of: Callable[[int], int] = lambda length: 0) -> list[list[int]]:
+    """Split sample indices into micro-batches: longest first, little padding, bounded tokens, one group each."""
+    order = sorted(range(len(lengths)), key=lambda i: (group_of(lengths[i]), lengths[i]), reverse=True)
+    buckets: list[list[int]] = []
+    for index in order:
+        if buckets and _fits(buckets[-1], index, lengths, group_of):
+            buckets[-1].append(index)
+        else:
+            buckets.append([index])
+    return buckets
+
+
+def _fits(bucket: list[int], index: int, lengths: Sequence[int], group_of: Callable[[int], int]) -> bool:
+    longest, rows = lengths[bucket[0]], len(bucket) + 1
+    if group_of(lengths[index]) != group_of(longest) or longest * rows > MAX_TOKENS_PER_FORWARD:
+        return False
+    used = sum(lengths[i] for i in bucket) + lengths[index]
+    return longest * rows - used <= MAX_PADDING_SHARE * longest * rows
+
+
+def length_group(text_config: Any) -> Callable[[int], int]:
+    """Lengths that may share a batch: with length-dependent RoPE only those whose frequencies are the same."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind not in LENGTH_DEPENDENT_ROPE:
+        return lambda length: 0
+    original = rope.get("original_max_position_embeddings") or getattr(
+        text_config, "original_max_position_embeddings", text_config.max_position_embeddings
+    )
+    if kind == "dynamic":
+        return lambda length: length if length > original else 0
+    return lambda length: int(length > original)
+
+
+def right_pad(samples: Sequence[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, T] int64, padded with 0 on the right, and the attention mask, None where nothing is padded."""
+    lengths = [len(s) for s in samples]
+    input_ids_BT = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        input_ids_BT[row, : len(sample)] = sample.input_ids_L
+    if min(lengths) == max(lengths):
+        return input_ids_BT.to(device), None
+    attention_mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return input_ids_BT.to(device), attention_mask_BT.to(device, torch.int64)

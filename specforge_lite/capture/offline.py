@@ -1,0 +1,373 @@
+"""Hidden states captured once to disk, and trained from as if an engine answered.
+
+    OFFLINE_DIR/train/                        (and eval/)
+      dataset/                  tokens, masks and ids: a copy of the dataset cache
+      states_00000.safetensors  aux [N, A, H] and last [N, H] of samples first .. last, back to back, N tokens
+      states_00000.json         its samples, a checksum of each, size and sha256; written after it
+      manifest.json             target, layers, dtype, number of shards; written last
+
+A killed capture continues with the shards that are missing or damaged. Reading maps the shards and checks each sample
+as it is read, so that opening a large directory costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor
+
+from specforge_lite.capture.base import TargetEngine, TargetInfo
+from specforge_lite.capture.prefetch import Prefetcher, SkipBudget, prefetch
+from specforge_lite.core.errors import CaptureError, ConfigError, DataError
+from specforge_lite.core.log import info, progress, warn
+from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.settings import Section
+from specforge_lite.core.tensor_files import format_bytes, save_tensors, sha256_of, sync_file, write_json
+from specforge_lite.data.store import TokenizedDataset
+from specforge_lite.types import CapturedStates, TokenizedSample
+
+FORMAT_VERSION = 1
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Left free on the disk besides the predicted size.
+RESERVE_BYTES = 64 << 20
+TOKENS_PER_CAPTURE = 8192
+
+
+class CaptureSection(Section):
+    """Hidden states on disk."""
+
+    offline_dir: Path = Field(description="directory that receives the hidden states")
+    states_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="precision on disk; fp32 for a target that runs in fp32 and exact repeats"
+    )
+    shard_mb: int = Field(1024, ge=1, description="size of one file, and of what a killed capture may lose")
+    skip_budget: float = Field(0.001, ge=0, le=1, description="share of samples the engine may refuse")
+    prefetch_depth: int = Field(4, ge=1, description="capture requests under way")
+
+
+class CaptureConfig(Section):
+    """Capture hidden states to disk."""
+
+    target: TargetSection
+    data: DataSection = DataSection()
+    capture: CaptureSection
+
+
+@dataclass(frozen=True)
+class OfflinePlan:
+    """What a capture will write. shards: (first, last + 1) sample of each. num_bytes: predicted size on disk."""
+
+    shards: list[tuple[int, int]]
+    num_tokens: int
+    num_bytes: int
+
+
+def plan_capture(lengths: np.ndarray, target: TargetInfo, config: CaptureSection) -> OfflinePlan:
+    """Cut samples of the given lengths into shards; tokens x (aux layers + 1) x hidden x bytes per value."""
+    bytes_per_token = (len(target.aux_layer_ids) + 1) * target.hidden_size * DTYPES[config.states_dtype].itemsize
+    shard_bytes = config.shard_mb << 20
+    shards: list[tuple[int, int]] = []
+    start, filled = 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        if filled and (filled + length) * bytes_per_token > shard_bytes:
+            shards.append((start, index))
+            start, filled = index, 0
+        filled += length
+    if filled:
+        shards.append((start, len(lengths)))
+    tokens = int(lengths.sum())
+    return OfflinePlan(shards, tokens, tokens * bytes_per_token)
+
+
+def check_room(
+    directory: Path, datasets: dict[str, TokenizedDataset], target: TargetInfo, config: CaptureSection
+) -> None:
+    """Print what a capture will take; raise ConfigError if that, less what is done already, exceeds the free disk."""
+    total = done = 0
+    for part, dataset in datasets.items():
+        total += plan_capture(dataset.lengths, target, config).num_bytes
+        done += sum(path.stat().st_size for path in (directory / part).glob("states_*.safetensors"))
+    needed = max(0, total - done)
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    left = f", {format_bytes(done)} of it is there already" if done else ""
+    info(f"hidden states will take {format_bytes(total)} in {directory}{left}; {format_bytes(free)} are free")
+    if needed + RESERVE_BYTES > free:
+        raise ConfigError(
+            f"{directory}: needs {format_bytes(needed)} (+ {format_bytes(RESERVE_BYTES)} reserve),"
+            f" {format_bytes(free)} are free; use --states-dtype bf16, fewer samples, or train online"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- capture
+
+
+def capture_offline(dataset: TokenizedDataset, engine: TargetEngine, directory: Path, config: CaptureSection) -> None:
+    """Write the states of every sample of `dataset` below `directory`, continuing what a killed run left.
+
+    Raises ConfigError when `directory` holds the states of something else, DataError when the disk gets full.
+    """
+    target = engine.info
+    plan = plan_capture(dataset.lengths, target, config)
+    identity = {
+        "format": FORMAT_VERSION,
+        "data": dataset.fingerprint,
+        "dtype": config.states_dtype,
+        "shard_mb": config.shard_mb,
+        "target": {key: value for key, value in asdict(target).items() if key != "engine"},
+    }
+    _claim(directory, identity)
+    done = _complete_shards(directory, len(plan.shards))
+    _copy_dataset(dataset, directory / "dataset")
+    if done:
+        info(f"{directory}: {len(done)} of {len(plan.shards)} shards are complete already")
+    skips = SkipBudget(config.skip_budget, len(dataset))
+    skips.check_lengths(dataset.lengths.tolist(), target.max_length, str(directory))
+    dtype = DTYPES[config.states_dtype]
+    todo = [number for number in range(len(plan.shards)) if number not in done]
+    total = sum(int(dataset.lengths[slice(*plan.shards[number])].sum()) for number in todo)
+    with progress(total, "capture", unit="tok", unit_scale=True) as bar:
+        for number in todo:
+            feed = prefetch(engine, _groups(dataset, *plan.shards[number]), config.prefetch_depth, skips)
+            with feed as captured:
+                _capture_shard(dataset, captured, target, directory, number, plan.shards[number], dtype, bar)
+    facts = [json.loads(_sidecar(directory, number).read_text(encoding="utf-8")) for number in range(len(plan.shards))]
+    num_missing = sum(shard["checksums"].count(None) for shard in facts)
+    write_json(directory / "manifest.json", identity | {"num_shards": len(plan.shards), "num_missing": num_missing})
+    info(f"{directory}: {len(dataset) - num_missing} samples, {plan.num_tokens} tokens in {len(plan.shards)} shard(s)")
+
+
+def _claim(directory: Path, identity: dict[str, Any]) -> None:
+    """Note what this directory is for; refuse one that is for something else."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "capture.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = [key for key, value in json.loads(json.dumps(identity)).items() if before.get(key) != value]
+        if different:
+            key = different[0]
+            raise ConfigError(
+                f"{directory}: holds states with {key} {before.get(key)}, asked for {identity[key]};"
+                " choose another directory"
+            )
+    elif any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise ConfigError(f"{directory}: is not empty and holds no captured states; choose another directory")
+    else:
+        write_json(path, identity)
+
+
+def _capture_shard(
+    dataset: TokenizedDataset,
+    captured: Prefetcher,
+    target: TargetInfo,
+    directory: Path,
+    number: int,
+    span: tuple[int, int],
+    dtype: torch.dtype,
+    bar: Any,
+) -> None:
+    """Collect samples span[0] .. span[1]-1 in one file; it and its sidecar appear when they are complete."""
+    first, end = span
+    tokens = int(dataset.lengths[first:end].sum())
+    aux = torch.zeros(tokens, len(target.aux_layer_ids), target.hidden_size, dtype=dtype)
+    last = torch.zeros(tokens, target.hidden_size, dtype=dtype)
+    start_of = {dataset.sample_id(i): int(s) for i, s in zip(range(first, end), _starts(dataset, first, end))}
+    checksums: dict[str, int] = {}
+    normed = True
+    for samples, states in captured:
+        for sample, state in zip(samples, states, strict=True):
+            at = slice(start_of[sample.sample_id], start_of[sample.sample_id] + len(sample))
+            aux[at], last[at] = state.aux_LAH.to("cpu", aux.dtype), state.last_LH.to("cpu", last.dtype)
+            normed = state.last_is_normed
+            checksums[sample.sample_id] = _checksum(aux[at], last[at])
+            bar.update(len(sample))
+    # one entry per sample, None for one that the engine refused
+    facts = {"first": first, "end": end, "last_is_normed": normed, "checksums": [checksums.get(i) for i in start_of]}
+    _write_shard(directory, number, {"aux": aux, "last": last}, facts)
+
+
+def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    path = _shard(directory, number)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        save_tensors(tensors, temporary)
+        facts = {**facts, "size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: not written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(_sidecar(directory, number), facts)
+
+
+def _groups(dataset: TokenizedDataset, first: int, end: int) -> Iterator[list[TokenizedSample]]:
+    group: list[TokenizedSample] = []
+    for index in range(first, end):
+        group.append(dataset[index])
+        if sum(len(sample) for sample in group) >= TOKENS_PER_CAPTURE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _starts(dataset: TokenizedDataset, first: int, end: int) -> np.ndarray:
+    lengths = dataset.lengths[first:end]
+    return np.cumsum(lengths) - lengths
+
+
+def _complete_shards(directory: Path, count: int) -> set[int]:
+    """Numbers of shards whose content has the hash of its sidecar; leftovers of a crash are removed."""
+    for path in directory.glob(".*.tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    done = set()
+    for number in range(count):
+        if not _sidecar(directory, number).exists():
+            continue
+        try:
+            _check_shard(directory, number)
+        except DataError as error:
+            warn(f"captured again: {error}")
+        else:
+            done.add(number)
+    return done
+
+
+def _copy_dataset(dataset: TokenizedDataset, destination: Path) -> None:
+    if destination.exists():
+        return
+    temporary = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(dataset.directory, temporary)
+    for file in temporary.iterdir():
+        sync_file(file)
+    os.replace(temporary, destination)
+    sync_file(destination.parent)
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"states_{number:05d}.safetensors"
+
+
+def _sidecar(directory: Path, number: int) -> Path:
+    return directory / f"states_{number:05d}.json"
+
+
+def _read_sidecar(directory: Path, number: int) -> dict[str, Any]:
+    """Facts of a shard after checking its size. Raises DataError."""
+    path = _shard(directory, number)
+    try:
+        facts: dict[str, Any] = json.loads(_sidecar(directory, number).read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size != facts["size"]:
+            raise DataError(f"{path}: {size} bytes, {facts['size']} were written")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: {error}") from None
+    return facts
+
+
+def _check_shard(directory: Path, number: int) -> None:
+    """Raise DataError unless a shard has the size and the hash that were noted."""
+    if sha256_of(_shard(directory, number)) != _read_sidecar(directory, number)["sha256"]:
+        raise DataError(f"{_shard(directory, number)}: its content changed since it was written")
+
+
+def _checksum(aux: Tensor, last: Tensor) -> int:
+    as_bytes = lambda x: memoryview(x.contiguous().view(torch.uint8).numpy())  # noqa: E731
+    return zlib.crc32(as_bytes(last), zlib.crc32(as_bytes(aux)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample lies: shard, first token in it, index in the dataset, checksum of its states."""
+
+    shard: int
+    start: int
+    index: int
+    checksum: int
+
+
+class OfflinePart:
+    """The captured states of one dataset, by sample id."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+            num_shards, target = manifest["num_shards"], manifest["target"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{directory}: no complete capture here ({error}); run scripts/capture_hidden_states.py"
+            ) from None
+        self.dataset = TokenizedDataset.open(directory / "dataset")
+        self.info = TargetInfo(engine="offline", **{**target, "aux_layer_ids": tuple(target["aux_layer_ids"])})
+        self._places: dict[str, _Place] = {}
+        self._shards: list[Any] = []
+        self._normed: list[bool] = []
+        for number in range(num_shards):
+            facts = _read_sidecar(directory, number)
+            self._normed.append(facts["last_is_normed"])
+            self._shards.append(safe_open(_shard(directory, number), framework="pt"))
+            starts = _starts(self.dataset, facts["first"], facts["end"]).tolist()
+            indices = range(facts["first"], facts["end"])
+            for index, start, checksum in zip(indices, starts, facts["checksums"], strict=True):
+                if checksum is not None:
+                    self._places[self.dataset.sample_id(index)] = _Place(number, start, index, checksum)
+
+    def holds(self, sample: TokenizedSample) -> bool:
+        """Whether the states of this sample, these very tokens, are here."""
+        place = self._places.get(sample.sample_id)
+        return place is not None and torch.equal(self.dataset[place.index].input_ids_L, sample.input_ids_L)
+
+    def read(self, sample: TokenizedSample) -> CapturedStates:
+        """States of a sample, copied out of the mapped shard. Raises DataError when they are not as written."""
+        place = self._places[sample.sample_id]
+        at = slice(place.start, place.start + len(sample))
+        file = self._shards[place.shard]
+        aux, last = file.get_slice("aux")[at], file.get_slice("last")[at]
+        if _checksum(aux, last) != place.checksum:
+            path = _shard(self.directory, place.shard)
+            raise DataError(f"{path}: states of sample {sample.sample_id} changed since they were written")
+        return CapturedStates(
+            sample.sample_id, sample.input_ids_L, aux, last, self.info.aux_layer_ids, self._normed[place.shard]
+        )
+
+
+class OfflineEngine:
+    """A `TargetEngine` that reads captured states of one target."""
+
+    max_concurrency = 2
+
+    def __init__(self, parts: Sequence[OfflinePart]) -> None:
+        self.info = parts[0].info
+        self._parts = parts
+        for part in parts[1:]:
+            if part.info != self.info:
+                raise DataError(f"captured states of different targets: {part.info} and {self.info}")
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
+        """Return the stored states. Raises CaptureError for a sample that was not captured."""
+        return [self._part_of(sample).read(sample) for sample in samples]
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+    def _part_of(self, sample: TokenizedSample) -> OfflinePart:
+        for part in self._parts:
+            if part.holds(sample):
+                return part
+        raise CaptureError(f"offline: sample {sample.sample_id} was not captured")

@@ -1,0 +1,176 @@
+"""A directory ready for `hf upload`: the exported draft, a model card, and the target's tokenizer if asked for.
+
+The card is written from what the training run recorded and from the results that are handed in; what is not known is
+left out. Local paths are cut to their last part everywhere, since a bundle is published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from specforge_lite.checkpoints.export import write_config
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import remove_leftovers, replace_directory, user_errors
+
+NUM_DRAFT_TOKENS = 3
+SETTINGS_ON_THE_CARD = (
+    ("training", ("total_steps", "num_epochs", "batch_size", "accumulation_steps", "ttt_length", "precision", "seed")),
+    ("optimizer", ("learning_rate", "lr_schedule", "warmup_ratio", "warmup_steps", "max_grad_norm", "max_grad_value")),
+    ("data", ("chat_template", "max_length", "system_prompt")),
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                   "chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells besides the draft's own config.json.
+
+    target: hub name or directory of the target, as users will launch it. evaluation: json of
+    `evaluate_draft.py --save-results`; decoding: json of `compare_generation.py --output`.
+    """
+
+    target: str
+    evaluation: Path | None = None
+    decoding: Path | None = None
+    license: str | None = None
+
+
+def write_bundle(
+    exported: Path, bundle_dir: Path, facts: CardFacts, tokenizer_from: Path | None = None, overwrite: bool = False
+) -> Path:
+    """Make `bundle_dir` from an exported draft directory; it appears complete or not at all.
+
+    Raises ConfigError when it exists or the tokenizer's directory holds none, DataError for unreadable results.
+    """
+    if bundle_dir.exists() and not overwrite:
+        raise ConfigError(f"bundle {bundle_dir}: exists already; give another directory, or --overwrite")
+    evaluation, decoding = _read_results(facts.evaluation), _read_results(facts.decoding)
+    partial = bundle_dir.with_name(f".{bundle_dir.name}.partial-{os.getpid()}")
+    try:
+        with user_errors(bundle_dir):
+            remove_leftovers(bundle_dir)
+            shutil.copytree(exported, partial)
+            config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+            run = config.get("specforge_lite") or {}
+            config["specforge_lite"] = without_paths(run)
+            write_config(partial / "config.json", config)
+            if tokenizer_from is not None:
+                copy_tokenizer(tokenizer_from, partial)
+            card = model_card(bundle_dir.name, config, facts, evaluation, decoding)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            replace_directory(partial, bundle_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return bundle_dir
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer files of a target directory."""
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in found and "tokenizer.model" not in found:
+        raise ConfigError(f"{source}: no tokenizer.json or tokenizer.model to take along")
+    for name in found:
+        shutil.copyfile(source / name, destination / name)
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON value with every absolute or nested local path cut to its last part. Hub names stay."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and "://" not in value and (os.path.isabs(value) or value.count("/") > 1):
+        return PurePath(value).name
+    return value
+
+
+def model_card(
+    name: str,
+    config: dict[str, Any],
+    facts: CardFacts,
+    evaluation: dict[str, Any] | None,
+    decoding: dict[str, Any] | None,
+) -> str:
+    """The README.md of a draft, in the form that the hub reads."""
+    eagle3 = "Eagle3" in config["architectures"][0]
+    kind = "EAGLE-3" if eagle3 else "EAGLE-1"
+    target = without_paths(facts.target)
+    header = ["---", *([f"license: {facts.license}"] if facts.license else []), f"base_model: {target}"]
+    header += [
+        "pipeline_tag: text-generation",
+        "tags:",
+        f"- {'eagle3' if eagle3 else 'eagle'}",
+        "- speculative-decoding",
+    ]
+    sections = [
+        "\n".join([*header, "---"]),
+        f"# {name}\n\n{kind} draft model for `{target}`, for speculative decoding: answers stay those of the target,"
+        " in fewer passes.",
+        "## Use\n\n" + launch_commands(name, target, eagle3),
+        *([results_section(evaluation, decoding)] if evaluation or decoding else []),
+        training_section(config),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def launch_commands(draft: str, target: str, eagle3: bool) -> str:
+    """The exact commands for both engines."""
+    algorithm, method = ("EAGLE3", "eagle3") if eagle3 else ("EAGLE", "eagle")
+    speculative = json.dumps({"method": method, "model": draft, "num_speculative_tokens": NUM_DRAFT_TOKENS})
+    return (
+        f"```bash\npython -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\\n"
+        f"  --speculative-draft-model-path {draft} --speculative-num-steps {NUM_DRAFT_TOKENS} \\\n"
+        f"  --speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFT_TOKENS + 1}\n\n"
+        f"vllm serve {target} --speculative-config '{speculative}'\n```"
+    )
+
+
+def results_section(evaluation: dict[str, Any] | None, decoding: dict[str, Any] | None) -> str:
+    """Acceptance as it was measured; nothing is estimated here."""
+    lines = ["## Results", "", "| | |", "|---|---|"]
+    if decoding:
+        lines.append(
+            f"| decoded acceptance length, {decoding['num_prompts']} prompts | {decoding['acceptance_length']:.2f} |"
+        )
+        lines.append(
+            f"| outputs identical to the target's | {decoding['num_identical']} of {decoding['num_prompts']} |"
+        )
+    if evaluation:
+        lines.append(
+            f"| estimated acceptance length, chain of {evaluation['chain_length']},"
+            f" {evaluation['num_samples']} conversations | {evaluation['tau_walk']:.2f} |"
+        )
+        lines += [f"| accuracy, step {k} | {accuracy:.1%} |" for k, accuracy in enumerate(evaluation["accuracy"])]
+    return "\n".join(lines)
+
+
+def training_section(config: dict[str, Any]) -> str:
+    """How the draft was trained, from the run's own record."""
+    run = config.get("specforge_lite") or {}
+    settings, provenance = run.get("config") or {}, run.get("provenance") or {}
+    rows = [("steps", run.get("step")), ("data", (settings.get("data") or {}).get("train_data_path"))]
+    for section, keys in SETTINGS_ON_THE_CARD:
+        rows += [(key.replace("_", " "), (settings.get(section) or {}).get(key)) for key in keys]
+    rows += [(name, version) for name, version in (provenance.get("packages") or {}).items()]
+    commit = (provenance.get("git") or {}).get("commit")
+    rows += [("specforge_lite", f"{run.get('version')}{f' ({commit[:12]})' if commit else ''}")]
+    shown = [f"| {key} | {value} |" for key, value in rows if value is not None]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *shown])
+
+
+def _read_results(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,156 @@
+"""What an EAGLE user's `ds_config.json` means here: its keys as settings of ours, and the keys that have no effect.
+
+ZeRO stages 1 to 3 all become fsdp2, which shards parameters, gradients and optimizer state at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specforge_lite.core.errors import ConfigError, suggest
+
+Settings = dict[str, dict[str, Any]]  # section -> leaf -> value
+ADAM_TYPES = ("Adam", "AdamW")
+SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "WarmupLR": "constant"}
+
+# DeepSpeed key -> (section, leaf) for those that carry over as they are.
+PLAIN_KEYS: dict[str, tuple[str, str]] = {
+    "train_micro_batch_size_per_gpu": ("training", "batch_size"),
+    "gradient_accumulation_steps": ("training", "accumulation_steps"),
+    "gradient_clipping": ("optimizer", "max_grad_norm"),
+    "optimizer.params.lr": ("optimizer", "learning_rate"),
+    "optimizer.params.eps": ("optimizer", "adam_eps"),
+    "optimizer.params.weight_decay": ("optimizer", "weight_decay"),
+    "scheduler.params.warmup_num_steps": ("optimizer", "warmup_steps"),
+    "scheduler.params.total_num_steps": ("optimizer", "schedule_steps"),
+    "fp16.loss_scale": ("optimizer", "loss_scale"),
+    "fp16.initial_scale_power": ("optimizer", "initial_scale_power"),
+    "fp16.loss_scale_window": ("optimizer", "loss_scale_window"),
+    "fp16.hysteresis": ("optimizer", "loss_scale_hysteresis"),
+    "fp16.min_loss_scale": ("optimizer", "min_loss_scale"),
+    "scheduler.params.warmup_max_lr": ("optimizer", "learning_rate"),  # after optimizer.params.lr, as in DeepSpeed
+}
+
+
+def read_deepspeed_config(path: Path) -> tuple[Settings, list[str]]:
+    """(settings, keys without effect) of a DeepSpeed config file. Raises ConfigError with file and key."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"deepspeed_config {path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"deepspeed_config {path}: expected a JSON object, found {type(values).__name__}")
+    return translate(values, str(path))
+
+
+def translate(values: dict[str, Any], source: str = "deepspeed_config") -> tuple[Settings, list[str]]:
+    """The same for a parsed config. Keys whose value is "auto" are left to our defaults, and named."""
+    leaves = _flatten(values)
+    settings: Settings = {}
+    used = {key for key, value in leaves.items() if value != "auto" and key in PLAIN_KEYS}
+    if leaves.get("fp16.enabled") is not True:  # "auto" is decided by flags of a trainer that is not ours
+        used = {key for key in used if not key.startswith("fp16.")}
+    for key, (section, leaf) in PLAIN_KEYS.items():
+        if key in used:
+            settings.setdefault(section, {})[leaf] = leaves[key]
+    for key, translator in TRANSLATORS.items():
+        if key in leaves and leaves[key] != "auto":
+            try:
+                translator(leaves[key], settings)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{source}: {key}: {error}") from None
+            used.add(key)
+    if settings.get("distributed", {}).get("sharding") == "ddp":
+        settings["distributed"].pop("cpu_offload", None)
+    return settings, sorted(leaves.keys() - used - _switched_off(leaves))
+
+
+def merge_deepspeed(given: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """`given` sections with what is not given taken from `settings`; a given ratio replaces a number of steps."""
+    merged = dict(given)
+    for section, leaves in settings.items():
+        own = dict(given.get(section) or {})
+        drop = {"warmup_steps"} if own.get("warmup_ratio") is not None else set()
+        merged[section] = {**{k: v for k, v in leaves.items() if k not in drop}, **own}
+    return merged
+
+
+def eagle_length(draft_model_config: Any) -> int | None:
+    """`length` of an EAGLE head's config.json, the steps it is unrolled for; None without one or without the file."""
+    try:
+        values = json.loads(Path(draft_model_config).read_text(encoding="utf-8"))
+    except (TypeError, OSError, ValueError, RecursionError):  # told later, where the draft's shape is read
+        return None
+    length = values.get("length") if isinstance(values, dict) else None
+    return length if isinstance(length, int) else None
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists are values."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            leaves |= _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _set_betas(value: Any, settings: Settings) -> None:
+    beta1, beta2 = value
+    settings.setdefault("optimizer", {}).update(adam_beta1=beta1, adam_beta2=beta2)
+
+
+def _check_optimizer(value: Any, settings: Settings) -> None:
+    if value not in ADAM_TYPES:
+        raise ValueError(f"'{value}': the draft is trained with AdamW{suggest(str(value), ADAM_TYPES)}")
+
+
+def _set_schedule(value: Any, settings: Settings) -> None:
+    if value not in SCHEDULES:
+        raise ValueError(f"unknown scheduler '{value}'{suggest(str(value), SCHEDULES)}")
+    settings.setdefault("optimizer", {})["lr_schedule"] = SCHEDULES[value]
+
+
+def _set_sharding(value: Any, settings: Settings) -> None:
+    if value not in (0, 1, 2, 3):
+        raise ValueError(f"expected a ZeRO stage 0..3, found {value!r}")
+    settings.setdefault("distributed", {})["sharding"] = "fsdp2" if value else "ddp"
+
+
+def _set_offload(value: Any, settings: Settings) -> None:
+    if value not in ("cpu", "none"):
+        raise ValueError(f"expected cpu or none, found {value!r}")
+    if value == "cpu":
+        settings.setdefault("distributed", {})["cpu_offload"] = True
+
+
+def _set_fp16(value: Any, settings: Settings) -> None:
+    if value:
+        settings.setdefault("training", {})["precision"] = "fp16"
+
+
+def _set_bf16(value: Any, settings: Settings) -> None:
+    if value:
+        settings.setdefault("training", {})["precision"] = "bf16"
+
+
+TRANSLATORS: dict[str, Callable[[Any, Settings], None]] = {
+    "optimizer.type": _check_optimizer,
+    "optimizer.params.betas": _set_betas,
+    "scheduler.type": _set_schedule,
+    "zero_optimization.stage": _set_sharding,
+    "zero_optimization.offload_optimizer.device": _set_offload,
+    "zero_optimization.offload_param.device": _set_offload,
+    "fp16.enabled": _set_fp16,
+    "bf16.enabled": _set_bf16,
+}
+
+
+def _switched_off(leaves: dict[str, Any]) -> set[str]:
+    """Keys of a section that says `enabled: false`: nobody expects an effect of them."""
+    off = tuple(key.removesuffix("enabled") for key, value in leaves.items() if key.endswith(".enabled") and not value)
+    return {key for key in leaves if off and key.startswith(off)}

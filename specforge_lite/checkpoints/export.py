@@ -1,0 +1,186 @@
+"""Write a draft as SGLang, vLLM and `SpeculativeModel` load it: config.json + model.safetensors.
+
+The engines take the same tensors and disagree on one config key, the ids of the aux layers; both of its places are
+written, each in the convention of the engine that reads it (`inference/draft_files.py` names the lines).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_lite import __version__
+from specforge_lite.checkpoints.contract import check_draft
+from specforge_lite.checkpoints.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
+from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.errors import CheckpointError, ConfigError, first_line, suggest
+from specforge_lite.core.files import remove_leftovers, replace_directory, user_errors
+from specforge_lite.model.draft import ARCHITECTURES, Draft, DraftConfig
+from specforge_lite.training.checkpoint import newest_complete, read_state, verify_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export_draft(
+    draft: Draft,
+    output_dir: str | Path,
+    aux_layer_ids: tuple[int, ...] | None = None,
+    dtype: str = "bfloat16",
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `draft` to `output_dir` and check what was written against the engines' contract.
+
+    aux_layer_ids: outputs of these target layers feed the draft; default: those of the draft's config.
+    provenance: JSON-ready facts about the training run, kept in config.json under `specforge_lite`.
+    Raises ConfigError for an unknown dtype or missing aux layer ids, CheckpointError when the directory is taken.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: unknown value '{dtype}'{suggest(dtype, DTYPES)}")
+    config = draft.config if aux_layer_ids is None else draft.config.replace(aux_layer_ids=tuple(aux_layer_ids))
+    if config.algorithm == "eagle3" and config.aux_layer_ids is None:
+        raise ConfigError(
+            "aux_layer_ids: the draft's config has none, and engines would take their default for the target's depth;"
+            " give the ids that the draft was trained with"
+        )
+    folder = Path(output_dir)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder}: exists already; give another directory, or --overwrite")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        with user_errors(folder):
+            remove_leftovers(folder)
+            partial.mkdir(parents=True)
+            write_config(partial / "config.json", exported_config(config, dtype, provenance))
+            write_tensors(partial / "model.safetensors", exported_tensors(draft, DTYPES[dtype]))
+            problems = [finding for finding in check_draft(partial) if finding.is_broken]
+            if problems:
+                raise CheckpointError(f"the exported draft would not be served: {problems[0].message}")
+            replace_directory(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    aux_layer_ids: tuple[int, ...] | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> Path:
+    """Export the draft of a training checkpoint `step_N`, or of the newest complete one in a run's output directory.
+
+    Raises CheckpointError when it is damaged or holds none; otherwise as `export_draft`.
+    """
+    source = Path(checkpoint)
+    if not (source / TRAINING_CONFIG).exists():
+        newest = newest_complete(source) if source.is_dir() else None
+        if newest is None:
+            raise CheckpointError(f"{source}: neither a checkpoint step_N nor an output directory that holds one")
+        source = newest
+    else:
+        verify_checkpoint(source)
+    return export_draft(load_draft(source), output_dir, aux_layer_ids, dtype, training_facts(source), overwrite)
+
+
+def training_facts(checkpoint: Path) -> dict[str, Any]:
+    """Where the draft comes from: step, and what the run recorded about versions, code and command."""
+    facts: dict[str, Any] = {"step": read_state(checkpoint).step, "checkpoint": checkpoint.name}
+    for name in ("provenance", "config"):
+        file = checkpoint / f"{name}.json"
+        if file.exists():
+            facts[name] = json.loads(file.read_text(encoding="utf-8"))
+    return facts
+
+
+def exported_config(config: DraftConfig, dtype: str, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of an exported draft. Keys that only newer or older servers read are both there."""
+    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    values: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.algorithm]],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.target_hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        "rope_parameters": rope,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "tie_word_embeddings": False,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "specforge_lite": {"version": __version__, **(provenance or {})},
+    }
+    if config.algorithm == "eagle1":
+        # SGLang resolves the first name, vLLM (which puts `Eagle` before each) the second.
+        values["architectures"] = [ARCHITECTURES["eagle1"], "EagleLlamaForCausalLM"]
+        del values["draft_vocab_size"]
+        return values
+    outputs = list(config.aux_layer_ids or ())
+    values["aux_layer_ids"] = outputs
+    values[AUX_IDS_KEY] = [i + 1 for i in outputs]  # vLLM: layer inputs
+    values["eagle_config"] = {AUX_IDS_KEY: outputs, "use_aux_hidden_state": True}  # SGLang: layer outputs
+    values["norm_output"], values["fc_norm"] = config.norm_output, config.fc_norm
+    return values
+
+
+def exported_tensors(draft: Draft, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name -> tensor as the engines expect it. A draft with the whole vocabulary has no d2t: vLLM refuses one."""
+    config = draft.config
+    state = draft.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(config).items():
+        if name == "fc.bias" and name not in state:
+            tensors[name] = torch.zeros(shape, dtype=dtype)  # SGLang's EAGLE-1 fc has a bias; ours has none
+            continue
+        if name not in state:
+            raise CheckpointError(f"the draft module has no parameter {name}")
+        tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
+    if config.algorithm == "eagle3" and config.draft_vocab_size < config.vocab_size:
+        tensors["d2t"] = draft.d2t.cpu().to(torch.int64)
+        tensors["t2d"] = draft.t2d.cpu()
+    return tensors
+
+
+def write_config(path: Path, values: dict[str, Any]) -> None:
+    """JSON to disk, flushed."""
+    with path.open("w", encoding="utf-8") as handle:
+        json.dump(values, handle, indent=2)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """safetensors to disk, flushed. Raises OSError, for a full disk as well."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # carries the operating system's message as text
+        raise OSError(errno.EIO, first_line(error), str(path)) from None
+    path.chmod(0o644)  # safetensors makes it private to its owner; a server may run as another user
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,67 @@
+"""The sections that several scripts share. A script composes them into its own config class and
+calls `parse_config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from specforge_lite.core.settings import Section
+
+
+class TargetSection(Section):
+    """The frozen target model and where it runs."""
+
+    target_model_path: str = Field(
+        description="Hugging Face directory or hub name of the target",
+        json_schema_extra={"flags": ["--base-model-path", "--basepath"]},
+    )
+    target_backend: Literal["auto", "hf", "sglang", "vllm", "fake"] = Field(
+        "auto", description="engine that runs the target; auto: sglang where installed, else vllm, else hf"
+    )
+    target_url: tuple[str, ...] = Field((), description="attach to running servers instead of launching one")
+    engine_python: str | None = Field(None, description="python interpreter of the engine's environment")
+    engine_arg: tuple[str, ...] = Field((), description="key=value passed to the engine untouched; may repeat")
+    engine_devices: str | None = Field(None, description="CUDA_VISIBLE_DEVICES of a launched server, e.g. 0,1")
+    tp_size: int = Field(1, ge=1, description="tensor-parallel size of the target")
+    mem_frac: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of GPU memory the engine may take",
+        json_schema_extra={"flags": ["--mem-fraction-static"]},
+    )
+    target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype the target runs in; auto: as stored"
+    )
+    aux_layer_ids: tuple[int, ...] | None = Field(
+        None, description="0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
+    )
+    requests_in_flight: int = Field(16, ge=1, description="capture requests in flight per rank")
+    handoff: Literal["tmpfs", "mooncake"] = Field("tmpfs", description="how hidden states travel from a server")
+    mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--handoff mooncake)")
+    handoff_dir: Path = Field(Path("/dev/shm"), description="tmpfs directory for --handoff tmpfs")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataSection(Section):
+    """How conversations become tokens; the key of the dataset cache."""
+
+    train_data_path: str | None = Field(
+        None, description="jsonl of conversations", json_schema_extra={"flags": ["--trainpath"]}
+    )
+    eval_data_path: str | None = Field(
+        None, description="jsonl of held-out conversations", json_schema_extra={"flags": ["--testpath"]}
+    )
+    cache_dir: Path = Field(Path("cache"), description="tokenized data and vocabulary maps")
+    chat_template: str = Field("auto", description="auto, or a name from specforge_lite.data.templates")
+    data_format: Literal["auto", "chat", "fim"] = Field("auto", description="chat or fill-in-the-middle rows")
+    fim_order: Literal["psm", "spm"] = Field("psm", description="order of fill-in-the-middle rows")
+    max_length: int = Field(2048, ge=8, description="longer samples are cut to this many tokens")
+    train_only_last_turn: bool = Field(False, description="supervise the last assistant turn only")
+    system_prompt: str | None = Field(None, description="added to conversations that have none")
+    build_num_proc: int = Field(
+        1, ge=1, description="processes that tokenize", json_schema_extra={"flags": ["--num-proc"]}
+    )

@@ -1,0 +1,86 @@
+"""Serve an exported draft in SGLang or vLLM and hold it against our own decoder on the same prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.log import progress
+from specforge_lite.inference.output import DecodeStats
+from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
+from specforge_lite.serving.session import ServingOptions, ServingSession
+
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class ServingComparison:
+    """Acceptance lengths are 1 + accepted drafted tokens / verifications, on both sides, over all prompts.
+
+    num_identical: greedy answers of the server that equal plain decoding, token for token.
+    """
+
+    backend: str
+    num_prompts: int
+    num_identical: int
+    acceptance_length: float
+    acceptance_length_ours: float
+    tokens_per_second: float
+
+    @property
+    def relative_difference(self) -> float:
+        return abs(self.acceptance_length / self.acceptance_length_ours - 1)
+
+    def check(self, tolerance: float = TOLERANCE) -> None:
+        """Raise EngineError if the server accepts more or less than our decoder, or answers something else."""
+        if self.relative_difference > tolerance:
+            raise EngineError(
+                f"{self.backend} reports an acceptance length of {self.acceptance_length:.3f}, our decoder"
+                f" {self.acceptance_length_ours:.3f}: {self.relative_difference:.1%} apart, expected at most"
+                f" {tolerance:.0%}; it may read the draft otherwise than it was trained (scripts/check_draft.py)"
+            )
+        if self.num_identical < self.num_prompts:
+            raise EngineError(
+                f"{self.backend}: {self.num_prompts - self.num_identical} of {self.num_prompts} greedy answers differ"
+                " from plain decoding (a 16-bit dtype can do that; compare in float32)"
+            )
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_tokens: int) -> ServingComparison:
+    """Decode token-id prompts with our chain decoder, then in the server. Raises ConfigError, EngineError."""
+    if not options.speculative or options.topk != 1:
+        raise ConfigError("compare_serving: expected a draft and chains (topk 1)")
+    model = SpeculativeModel.from_pretrained(
+        options.model_path, options.draft_path, num_draft_tokens=options.num_steps, dtype=options.dtype
+    )
+    settings = GenerationSettings(max_new_tokens=max_new_tokens)
+    stats = DecodeStats()
+    plain: list[list[int]] = []
+    with progress(len(prompts), "decode the same prompts ourselves", "prompt") as bar:
+        for prompt in prompts:
+            plain += model.run(prompt, settings, speculative=False).new_tokens
+            one = model.run(prompt, settings).stats
+            stats.verification_passes += one.verification_passes
+            stats.num_tokens += sum(one.accepted_at)  # drafted tokens accepted, all depths
+            bar.update(1)
+    del model
+    with ServingSession(options) as session:
+        run = session.generate(prompts, max_new_tokens)
+        acceptance = session.acceptance()
+    return ServingComparison(
+        backend=options.backend,
+        num_prompts=len(prompts),
+        num_identical=sum(served == own for served, own in zip(run.outputs, plain, strict=True)),
+        acceptance_length=acceptance.length,
+        acceptance_length_ours=1 + stats.num_tokens / max(stats.verification_passes, 1),
+        tokens_per_second=run.tokens_per_second,
+    )

@@ -1,0 +1,365 @@
+"""The shape of a draft, as its config.json says it, and what every draft network offers to training and inference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.model.acceptance import LK_LOSSES
+from specforge_lite.model.layers import ACTIVATIONS
+from specforge_lite.model.sequence import SequenceGroup
+from specforge_lite.model.target_head import TargetHead
+from specforge_lite.types import DraftBatch, StepOutput
+
+# attend(q [B, heads, T, d], k [B, kv_heads, T, d], v, both after RoPE) -> [B, heads, T, d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LOSSES = ("ce", *LK_LOSSES)
+ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle1": "LlamaForCausalLMEagle"}
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape of a draft network. `hidden_size` is D, `target_hidden_size` H, `vocab_size` V, `draft_vocab_size` Vd.
+
+    aux_layer_ids: 0-based target layers whose OUTPUT feeds `fc` (our convention everywhere; `export` converts).
+    norm_output, fc_norm: the two changes of EAGLE-3.1.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    draft_vocab_size: int
+    algorithm: str = "eagle3"
+    target_hidden_size: int = 0  # 0: the same as hidden_size
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    aux_layer_ids: tuple[int, ...] | None = None
+    num_aux_layers: int = 3
+    norm_output: bool = False
+    fc_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
+        set_field("target_hidden_size", self.target_hidden_size or self.hidden_size)
+        if self.algorithm not in ARCHITECTURES:
+            raise ConfigError(f"algorithm: unknown value '{self.algorithm}'{suggest(self.algorithm, ARCHITECTURES)}")
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        set_field("head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 1 or self.target_hidden_size < 1 or self.max_position_embeddings < 1:
+            names = ("head_dim", "target_hidden_size", "max_position_embeddings")
+            name = next(name for name in names if getattr(self, name) < 1)
+            raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act: unknown value '{self.hidden_act}'{suggest(self.hidden_act, ACTIVATIONS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads"
+                f" {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim}: RoPE needs an even number")
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ConfigError(f"draft_vocab_size {self.draft_vocab_size} is not in 1..vocab_size {self.vocab_size}")
+        if self.aux_layer_ids is not None:
+            set_field("aux_layer_ids", tuple(self.aux_layer_ids))
+            set_field("num_aux_layers", len(self.aux_layer_ids))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "draft config") -> DraftConfig:
+        """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.
+
+        `eagle_config.eagle_aux_hidden_state_layer_ids` (layer INPUTS, vLLM's convention) becomes `aux_layer_ids`.
+        Raises ConfigError naming the key.
+        """
+        values = dict(values)
+        check_kinds(values, source)
+        architecture = (values.get("architectures") or [""])[0]
+        by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
+        if "algorithm" not in values and architecture in by_name:
+            values["algorithm"] = by_name[architecture]
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        values["rope_scaling"] = None if kind == "default" else {**scaling, "rope_type": kind}
+        eagle = values.get("eagle_config") or {}
+        if values.get("aux_layer_ids") is None and eagle.get("eagle_aux_hidden_state_layer_ids"):
+            values["aux_layer_ids"] = [i - 1 for i in eagle["eagle_aux_hidden_state_layer_ids"]]
+        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        required = [n for n in required if values.get(n) is None]
+        if required:
+            raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
+        picked = {n: v for n, v in values.items() if n in fields and (v is not None or fields[n].default is None)}
+        for name, value in picked.items():
+            wanted = str(fields[name].type).removesuffix(" | None")
+            if wanted in ("int", "float") and value is not None and not _is_number(value, wanted):
+                raise ConfigError(f"{source}: {name}: expected {wanted}, found {value!r}")
+        try:
+            return cls(**picked)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> DraftConfig:
+        """Read a draft's config.json (a file, or a directory that holds one)."""
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values, source=str(file))
+
+    @classmethod
+    def from_target(cls, target: Any, draft_vocab_size: int | None = None, algorithm: str = "eagle3") -> DraftConfig:
+        """Derive a draft shape from a transformers config: one Llama layer as wide as the target.
+
+        Default draft vocabulary: 32000, or the whole vocabulary where that is smaller. Nested text configs
+        (Gemma 3, multimodal) are looked into.
+        """
+        target = target.get_text_config() if hasattr(target, "get_text_config") else target
+        if getattr(target, "is_heterogeneous", False):  # Gemma 4: layers of two head widths; the last is full attention
+            target = target.per_layer_config[target.num_hidden_layers - 1]
+        heads, kv_heads, head_dim = _llama_heads(target)
+        values = {
+            "algorithm": algorithm,
+            "hidden_size": target.hidden_size,
+            "intermediate_size": _dense_width(target),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": target.vocab_size
+            if algorithm == "eagle1"
+            else draft_vocab_size or min(32000, target.vocab_size),
+            "rms_norm_eps": getattr(target, "rms_norm_eps", None) or 1e-5,
+            "max_position_embeddings": getattr(target, "max_position_embeddings", None) or 2048,
+            "rope_parameters": _plain_rope(target, head_dim),
+            "bos_token_id": target.bos_token_id,
+            "eos_token_id": target.eos_token_id,
+            "pad_token_id": target.pad_token_id,
+        }
+        return cls.from_dict(values, source=f"derived from {target.model_type}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready, in our own convention (not the exported config.json)."""
+        values = dataclasses.asdict(self)
+        values["aux_layer_ids"] = list(self.aux_layer_ids) if self.aux_layer_ids is not None else None
+        return values
+
+    def replace(self, **changes: Any) -> DraftConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+# Keys whose content is looked into.
+KINDS: dict[str, tuple[type, str]] = {
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "eagle_config": (dict, "an object"),
+    "architectures": (list, "a list"),
+    "aux_layer_ids": (list, "a list of layers"),
+    "hidden_act": (str, "a name"),
+    "algorithm": (str, "a name"),
+}
+
+
+def check_kinds(values: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a key of a config.json whose content is looked into and is not of the right kind."""
+    for name, (kind, wanted) in KINDS.items():
+        found = values.get(name)
+        if found is not None and not isinstance(list(found) if isinstance(found, tuple) else found, kind):
+            raise ConfigError(f"{source}: {name}: expected {wanted}, found {found!r}")
+    ids = list(values.get("aux_layer_ids") or ())
+    ids += (values.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+    wrong = [i for i in ids if not _is_number(i, "int") or i < 0]
+    if wrong:
+        raise ConfigError(f"{source}: aux layer ids: expected numbers from 0, found {wrong[0]!r}")
+    names = [name for name in values.get("architectures") or () if not isinstance(name, str)]
+    if names:
+        raise ConfigError(f"{source}: architectures: expected names, found {names[0]!r}")
+
+
+def _is_number(value: Any, wanted: str) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (wanted == "float" and isinstance(value, float))
+
+
+def _llama_heads(target: Any) -> tuple[int, int, int]:
+    """(heads, key/value heads, head width) of a Llama layer for this target.
+
+    An MLA target (DeepSeek-V3, MiniCPM3) has no such heads: its draft takes the widest of 128, 64, ... that divides
+    the hidden size (flash kernels know few widths), and 8 key/value heads, or 4, where they divide.
+    """
+    hidden = int(target.hidden_size)
+    heads = int(target.num_attention_heads)
+    if getattr(target, "kv_lora_rank", None):
+        head_dim = next((d for d in (128, 64, 32, 16, 8) if hidden % d == 0 and hidden // d >= 4), hidden // heads)
+        heads = hidden // head_dim
+        return heads, next((n for n in (8, 4) if heads % n == 0), heads), head_dim
+    kv_heads = int(getattr(target, "num_key_value_heads", None) or heads)
+    return heads, kv_heads, int(getattr(target, "head_dim", None) or hidden // heads)
+
+
+def _dense_width(target: Any) -> int:
+    """Feed-forward width. Where the config gives that of one small expert (gpt-oss), three times the hidden size."""
+    hidden, width = int(target.hidden_size), int(getattr(target, "intermediate_size", None) or 0)
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if width == 0 or (width < 2 * hidden and any(getattr(target, key, None) for key in experts)):
+        return 3 * hidden
+    return width
+
+
+def _plain_rope(target: Any, head_dim: int) -> dict[str, Any]:
+    """One flat `rope_parameters`; models with several (Gemma 3: full and sliding) give that of full attention.
+
+    The draft rotates whole heads. LongRoPE factors of a target that rotates a part of each (Phi-4-mini) fit no longer,
+    and are left out.
+    """
+    rope = getattr(target, "rope_parameters", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, dict)]
+    if nested:
+        rope = rope.get("full_attention") or nested[0]
+    lists = [value for value in rope.values() if isinstance(value, list) and len(value) > 3]
+    if rope.get("rope_type") == "longrope" and any(len(value) != head_dim // 2 for value in lists):
+        return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_type": "default"}
+    return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class TTTSettings:
+    """How a training pass unrolls and what it sums. `num_steps` K; step k weighs `step_decay**k`.
+
+    loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
+    compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
+    loss: ce (soft cross-entropy), or lk and lk_alpha (`model/acceptance.py`).
+    collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
+    sequence: the processes that share each batch (EAGLE-3 only); sums and counts are then those of the own rows.
+    EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
+    """
+
+    num_steps: int = 7
+    step_decay: float = 0.8
+    attention_backend: str = "auto"
+    loss_mask_alignment: str = "ours"
+    compute_dtype: torch.dtype | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    collect_rows: bool = False
+    loss: str = "ce"
+    sequence: SequenceGroup | None = None
+    v_weight: float = 1.0
+    p_weight: float = 0.1
+    noise: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"ttt_length: expected at least 1 step, found {self.num_steps}")
+        if self.loss_mask_alignment not in ("ours", "eagle"):
+            hint = suggest(self.loss_mask_alignment, ("ours", "eagle"))
+            raise ConfigError(f"loss_mask_alignment: unknown value '{self.loss_mask_alignment}'{hint}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss: unknown value '{self.loss}'{suggest(self.loss, LOSSES)}")
+
+    @property
+    def eagle_mask(self) -> bool:
+        return self.loss_mask_alignment == "eagle"
+
+
+class Draft(nn.Module):
+    """What training and inference need of a draft network. Parameters are the trained ones only; `embed_tokens` is
+    the target's and is passed in as embeddings."""
+
+    config: DraftConfig
+    d2t: Tensor  # [Vd] int64: target id = draft id + d2t[draft id]
+    t2d: Tensor  # [V] bool: target ids that are in the draft vocabulary
+
+    def first_state(self, features: Tensor) -> Tensor:
+        """Features captured from the target ([..., A*H] aux states; EAGLE-1: [..., H]) -> h_0 [..., D]."""
+        raise NotImplementedError
+
+    def step(
+        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """One layer. state h_k of row t and embedding of the token that follows -> (h_{k+1}, input of the head).
+
+        `attend` owns the keys: training masks, or a KV cache that the caller extends.
+        """
+        raise NotImplementedError
+
+    def use_target_head(self, target_head: TargetHead) -> None:
+        """Give a draft without a head of its own (EAGLE-1) the target's, for `logits`; others need nothing."""
+
+    def logits(self, head_input: Tensor) -> Tensor:
+        """[..., D] (second result of `step`) -> draft logits [..., Vd]."""
+        raise NotImplementedError
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        """One training pass; `output.loss` is a SUM, to be divided by the global count of counted positions."""
+        raise NotImplementedError
+
+    def set_vocab(self, d2t: Tensor, t2d: Tensor) -> None:
+        """Register the vocabulary map as buffers. Raises ConfigError when its sizes are not those of the config."""
+        sizes = (self.config.draft_vocab_size, self.config.vocab_size)
+        if (len(d2t), len(t2d)) != sizes or int(t2d.sum()) != len(d2t):
+            raise ConfigError(
+                f"vocabulary map: d2t has {len(d2t)} entries and t2d marks {int(t2d.sum())} of {len(t2d)};"
+                f" the draft config says {sizes[0]} of {sizes[1]}"
+            )
+        self.register_buffer("d2t", d2t.to(torch.int64))
+        self.register_buffer("t2d", t2d.to(torch.bool))
+
+    @property
+    def target_ids(self) -> Tensor:
+        """[Vd] int64: target id of every draft id."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def draft_id_of(self, target_ids: Tensor) -> Tensor:
+        """Draft id of target ids; the next lower one (at least 0) for ids that are not in the draft vocabulary."""
+        return (torch.searchsorted(self.target_ids, target_ids, right=True) - 1).clamp_(min=0)
+
+    def make_own_embeddings(self) -> None:
+        """A draft of another width than its target cannot share the embedding table; it carries one, frozen [V, D]."""
+        if self.config.hidden_size != self.config.target_hidden_size:
+            table = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+            self.embed_tokens: nn.Embedding | None = table.requires_grad_(False)
+        else:
+            self.embed_tokens = None
+
+    def token_embeddings(self, token_ids: Tensor, target_head: TargetHead) -> Tensor:
+        """Token ids [...] -> embeddings [..., D]: the target's own rows, or the draft's frozen table."""
+        if self.embed_tokens is None:
+            return target_head.embed(token_ids)
+        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
+
+    def draft_to_target(self, draft_ids: Tensor) -> Tensor:
+        """Map draft vocabulary ids to target ids."""
+        return draft_ids + self.d2t[draft_ids]

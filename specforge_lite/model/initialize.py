@@ -1,0 +1,113 @@
+"""Starting weights. Random is what EAGLE does; `init_from_target` copies what the target already knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_lite.model.draft import Draft
+from specforge_lite.model.target_head import ONE_PLUS_WEIGHT, TargetHead, open_safetensors, weight_files
+
+INIT_STD = 0.02
+
+
+def init_random(draft: Draft, seed: int = 0) -> None:
+    """Normal weights of standard deviation 0.02 (the Llama default), norms at one; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in draft.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * INIT_STD)
+            del name
+
+
+@torch.no_grad()
+def fit_own_embeddings(draft: Draft, target_head: TargetHead) -> None:
+    """For a draft narrower or wider than its target: project the target's embedding on its main directions."""
+    if draft.embed_tokens is None:
+        return
+    table = target_head.embed_VH.float()
+    width = draft.config.hidden_size
+    if width >= table.shape[1]:
+        draft.embed_tokens.weight[:, : table.shape[1]] = table
+        draft.embed_tokens.weight[:, table.shape[1] :] = 0
+        return
+    _, directions = torch.linalg.eigh(table.T @ table)  # ascending eigenvalues
+    draft.embed_tokens.weight.copy_(table @ directions[:, -width:].flip(1))
+
+
+@torch.no_grad()
+def init_from_target(draft: Draft, model_dir: str | Path, hf_config: Any, target_head: TargetHead) -> list[str]:
+    """Copy from the target's last layer o_proj, MLP, norms and q, k, v; EAGLE-3 also takes `lm_head` rows and `norm`
+    from the target's head. EAGLE-3's q, k, v have an embedding half, which stays random and small.
+
+    Tensors whose shape or name differs (another width, experts, MLA) keep their random start; their names are returned
+    so that the caller can say so.
+    """
+    config = draft.config
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    sources = _last_layer(Path(model_dir), text.num_hidden_layers)
+    _split_fused(sources, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim)
+    kept: list[str] = []
+    copies = {
+        "self_attn.o_proj.weight": "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight": "mlp.gate_proj.weight",
+        "mlp.up_proj.weight": "mlp.up_proj.weight",
+        "mlp.down_proj.weight": "mlp.down_proj.weight",
+    }
+    if text.model_type not in ONE_PLUS_WEIGHT and not target_head.norm_centers:
+        copies["hidden_norm.weight"] = "input_layernorm.weight"
+        copies["post_attention_layernorm.weight"] = "post_attention_layernorm.weight"
+    layer = "midlayer."
+    if config.algorithm == "eagle1":
+        layer = "layers.0."
+        copies.pop("hidden_norm.weight", None)
+    elif config.hidden_size == config.target_hidden_size:
+        head = target_head.lm_head_VH[draft.target_ids.to(target_head.lm_head_VH.device)].float()
+        draft.get_parameter("lm_head.weight").copy_(head * target_head.logit_scale)
+        draft.get_parameter("norm.weight").copy_(target_head.norm_weight_H)
+    else:
+        kept += ["lm_head", "norm"]
+    for name, source in copies.items():
+        if not _copy(draft.get_parameter(layer + name), sources.get(source)):
+            kept.append(layer + name.removesuffix(".weight"))
+    for letter in "qkv":
+        name = f"self_attn.{letter}_proj.weight"
+        state_columns = draft.get_parameter(layer + name)[:, -config.hidden_size :]
+        if not _copy(state_columns, sources.get(name)):
+            kept.append(layer + name.removesuffix(".weight"))
+    return kept
+
+
+def _copy(destination: Tensor, source: Tensor | None) -> bool:
+    if source is None or source.shape != destination.shape:
+        return False
+    destination.copy_(source)
+    return True
+
+
+def _split_fused(sources: dict[str, Tensor], num_queries: int, num_keys: int) -> None:
+    """Phi-3 and GLM-4 store q, k, v, or gate and up, as one matrix."""
+    fused = sources.get("self_attn.qkv_proj.weight")
+    if fused is not None and len(fused) == num_queries + 2 * num_keys:
+        for letter, part in zip("qkv", fused.split([num_queries, num_keys, num_keys])):
+            sources[f"self_attn.{letter}_proj.weight"] = part
+    fused = sources.get("mlp.gate_up_proj.weight")
+    if fused is not None:
+        sources["mlp.gate_proj.weight"], sources["mlp.up_proj.weight"] = fused.chunk(2)
+
+
+def _last_layer(directory: Path, num_layers: int) -> dict[str, Tensor]:
+    """Tensors of the target's last decoder layer by their name inside the layer."""
+    marker = f"layers.{num_layers - 1}."
+    found: dict[str, Tensor] = {}
+    for name, file in weight_files(directory).items():
+        if marker in name and "vision" not in name:
+            with open_safetensors(file) as handle:
+                found[name.split(marker, 1)[1]] = handle.get_tensor(name)
+    return found

@@ -1,0 +1,260 @@
+"""The three frozen tensors of a target that a draft needs: token embedding, final norm, output head.
+
+They are read straight from the safetensors shards; the target's layers are never loaded by the trainer.
+Scalings that a family applies around them (Gemma's sqrt(H), MiniCPM's `scale_emb` and `dim_model_base`, Granite's and
+Cohere's logit scales, soft caps) live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_lite.core.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+EMBED_NAMES = (
+    "model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "transformer.wte.weight",
+)
+NORM_NAMES = (
+    "model.norm.weight",
+    "language_model.model.norm.weight",
+    "model.language_model.norm.weight",
+    "transformer.ln_f.weight",
+)
+HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
+# Where no full name fits: names that end so, outside of layers and of other towers, if there is exactly one.
+EMBED_ENDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+)
+NORM_ENDINGS = (
+    "model.norm.weight",
+    "ln_f.weight",
+    "final_layernorm.weight",
+    "final_layer_norm.weight",
+    "norm_f.weight",
+)
+HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
+OTHER_TOWERS = ("vision", "visual", "audio", "projector", "mtp", "layers.", "blocks.", "encoder", ".h.")
+
+# Families whose norm multiplies by 1 + weight; the checkpoint holds weight.
+ONE_PLUS_WEIGHT = (
+    "gemma", "gemma2", "gemma3", "gemma3_text", "nemotron", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    "recurrent_gemma", "t5gemma", "vaultgemma",
+)  # fmt: skip
+
+
+@dataclass
+class TargetHead:
+    """Frozen embedding, final norm and head of a target.
+
+    embed_VH, lm_head_VH: [V, H] (the same tensor when tied). norm_weight_H: effective weight of the final norm (Gemma's
+    1 + w already added), fp32. Logits = softcap(logit_scale * (lm_head(y) + bias)).
+    norm_centers: the final norm is a LayerNorm (Cohere, StarCoder2, Nemotron), not an RMSNorm; norm_bias_H is its bias.
+    """
+
+    embed_VH: Tensor
+    lm_head_VH: Tensor
+    norm_weight_H: Tensor
+    norm_eps: float
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    norm_centers: bool = False
+    norm_bias_H: Tensor | None = None
+    head_bias_V: Tensor | None = None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., H], UNSCALED: serving engines share the raw table with the draft."""
+        return torch.nn.functional.embedding(token_ids, self.embed_VH)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The target's final norm, in fp32, back to the input's dtype."""
+        x = hidden.float()
+        if self.norm_centers:
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.norm_eps) * self.norm_weight_H
+        if self.norm_bias_H is not None:
+            x = x + self.norm_bias_H
+        return x.to(hidden.dtype)
+
+    def logits(self, last_normed: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Normed last hidden state [..., H] -> logits [..., V], or of the head rows `rows` (int64 ids) only."""
+        weight = self.lm_head_VH if rows is None else self.lm_head_VH[rows]
+        raw = last_normed.to(weight.dtype) @ weight.T
+        if self.head_bias_V is not None:
+            raw = raw + (self.head_bias_V if rows is None else self.head_bias_V[rows])
+        return self.scale_logits(raw)
+
+    def scale_logits(self, raw: Tensor) -> Tensor:
+        """The family's scaling and soft cap of raw head products."""
+        if self.logit_scale != 1.0:
+            raw = raw * self.logit_scale
+        if self.logit_softcap:
+            raw = self.logit_softcap * torch.tanh(raw / self.logit_softcap)
+        return raw
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TargetHead:
+        """Copy to a device; the embedding and the head stay one tensor where they were tied."""
+        embed = self.embed_VH.to(device=device, dtype=dtype)
+        tied = self.lm_head_VH is self.embed_VH
+        return replace(
+            self,
+            embed_VH=embed,
+            lm_head_VH=embed if tied else self.lm_head_VH.to(device=device, dtype=dtype),
+            norm_weight_H=self.norm_weight_H.to(device),
+            norm_bias_H=None if self.norm_bias_H is None else self.norm_bias_H.to(device),
+            head_bias_V=None if self.head_bias_V is None else self.head_bias_V.to(device=device, dtype=dtype),
+        )
+
+
+def load_target_head(model_dir: str | Path, config: Any) -> TargetHead:
+    """Read embedding, final norm and head of the model in `model_dir` (a local directory with safetensors).
+
+    config: its transformers config. Raises CheckpointError naming the tensor that is missing.
+    """
+    directory = Path(model_dir)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    embed = read_tensor(directory, EMBED_NAMES, "token embedding", EMBED_ENDINGS)
+    norm = read_tensor(directory, NORM_NAMES, "final norm", NORM_ENDINGS).float()
+    head_name = find_tensor(directory, HEAD_NAMES, HEAD_ENDINGS)
+    tied = bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+    if tied and head_name is None:
+        head = embed
+    else:
+        head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
+    if text.model_type in ONE_PLUS_WEIGHT:
+        norm = norm + 1.0
+    centers, eps = final_norm_kind(text)
+    norm_bias, head_bias = _read_biases(directory, head_name)
+    embed_scale, logit_scale, softcap = family_scales(text)
+    return TargetHead(
+        embed,
+        head,
+        norm,
+        eps,
+        embed_scale,
+        logit_scale,
+        softcap,
+        centers or norm_bias is not None,
+        norm_bias,
+        head_bias,
+    )
+
+
+def final_norm_kind(text_config: Any) -> tuple[bool, float]:
+    """(is it a LayerNorm, epsilon): RMSNorm families have `rms_norm_eps`, the others one of three older keys."""
+    rms_eps = getattr(text_config, "rms_norm_eps", None)
+    if rms_eps is not None:
+        return False, float(rms_eps)
+    for key in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"):
+        if getattr(text_config, key, None) is not None:
+            return True, float(getattr(text_config, key))
+    return False, 1e-5
+
+
+def _read_biases(directory: Path, head_name: str | None) -> tuple[Tensor | None, Tensor | None]:
+    norm_name = find_tensor(directory, NORM_NAMES, NORM_ENDINGS)
+    found: list[Tensor | None] = []
+    for weight_name in (norm_name, head_name):
+        name = "" if weight_name is None else weight_name.removesuffix("weight") + "bias"
+        found.append(read_tensor(directory, (name,), name) if name in weight_files(directory) else None)
+    norm_bias, head_bias = found
+    return None if norm_bias is None else norm_bias.float(), head_bias
+
+
+def family_scales(text_config: Any) -> tuple[float, float, float | None]:
+    """(embedding scale, logit scale, logit soft cap) of a target, from its own config keys."""
+    hidden = text_config.hidden_size
+    embed_scale = 1.0
+    if text_config.model_type.startswith(("gemma", "t5gemma", "vaultgemma", "recurrent_gemma")):
+        embed_scale = math.sqrt(hidden)
+    for key in ("scale_emb", "embedding_multiplier"):  # MiniCPM, Granite
+        embed_scale = getattr(text_config, key, None) or embed_scale
+    logit_scale = 1.0
+    if getattr(text_config, "dim_model_base", None):  # MiniCPM divides the hidden state by H / dim_model_base
+        logit_scale = text_config.dim_model_base / hidden
+    if getattr(text_config, "logits_scaling", None):  # Granite divides
+        logit_scale = 1.0 / text_config.logits_scaling
+    for key in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1 multiply
+        logit_scale = getattr(text_config, key, None) or logit_scale
+    return float(embed_scale), float(logit_scale), getattr(text_config, "final_logit_softcapping", None)
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """Map tensor name -> safetensors file of a model directory, from its index or its only file."""
+    index = directory / INDEX_FILE
+    if index.exists():
+        return _files_of_index(index)
+    files: dict[str, Path] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with open_safetensors(file) as handle:
+            files.update(dict.fromkeys(handle.keys(), file))
+    if not files:
+        raise CheckpointError(f"{directory}: no *.safetensors here; other weight formats are not read")
+    return files
+
+
+def _files_of_index(index: Path) -> dict[str, Path]:
+    """Tensor name -> file, as a shard index says it; each file must lie beside the index."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: expected a JSON object with a 'weight_map' of tensor names to files: {error}"
+        ) from None
+    for file in dict.fromkeys(weight_map.values()):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: file name {file!r} leaves the directory")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file}: missing, {index.name} names it")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for single tensors. Raises CheckpointError for one that is cut off or damaged, and
+    for a tensor that is not in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...] = ()) -> str | None:
+    """The first of `names` that the model directory holds, else its only text-model tensor with one of `endings`."""
+    files = weight_files(directory)
+    exact = next((name for name in names if name in files), None)
+    if exact is not None or not endings:
+        return exact
+    similar = [n for n in files if n.endswith(endings) and not any(part in n for part in OTHER_TOWERS)]
+    return similar[0] if len(similar) == 1 else None
+
+
+def read_tensor(directory: Path, names: tuple[str, ...], what: str, endings: tuple[str, ...] = ()) -> Tensor:
+    """Read what `find_tensor` finds; raise CheckpointError naming what was looked for otherwise."""
+    name = find_tensor(directory, names, endings)
+    if name is None:
+        wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
+        raise CheckpointError(f"{directory}: {what} not found; looked for {wanted}")
+    with open_safetensors(weight_files(directory)[name]) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor

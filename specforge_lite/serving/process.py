@@ -1,0 +1,325 @@
+"""The life of a server this process launches: start, health, restart after a crash, stop, and what a crash of the
+trainer itself leaves behind."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.log import format_seconds, info, progress, warn
+from specforge_lite.serving import watchdog
+
+MAX_RESTARTS = 3
+STOP_GRACE_SECONDS = 5.0
+TAIL_LINES = 25
+RUN_PREFIX = "specforge-"
+OWNER_FILE = ".owner"
+SESSION_FILE = ".session"
+RENDEZVOUS_FILE = ".rendezvous"
+_NOT_FOR_SERVERS = frozenset(
+    (
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "ROLE_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+        "ROLE_NAME",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "PYTHONHOME",
+    )
+)
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to run and how to know that it works. `env` is laid over this process's environment."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str]
+    url: str
+    health_path: str
+    log_path: Path
+    run_dir: Path
+    startup_seconds: float
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
+    """True if a GET of `url` answers 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+            return bool(reply.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def temporary_directory(run_dir: Path) -> Path:
+    """TMPDIR of a server, from its run directory's name: engines leave sockets and files there when they are killed.
+    Short, because a socket's path may have 107 characters."""
+    return Path(tempfile.gettempdir()) / f"sf-{run_dir.name[-12:]}"
+
+
+class RunDirectory:
+    """A directory only this user can enter, with an unguessable name, locked for as long as this process lives.
+
+    Beside it comes `temporary_directory(path)`, for what the server's own libraries write.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        if not parent.is_dir():
+            raise ConfigError(f"handoff_dir {parent}: no such directory")
+        self.path = parent / f"{RUN_PREFIX}{secrets.token_hex(16)}"
+        self.path.mkdir(mode=0o700)
+        temporary_directory(self.path).mkdir(mode=0o700)
+        self._lock = os.open(self.path / OWNER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            _remove(self.path)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _remove(run_dir: Path) -> None:
+    shutil.rmtree(temporary_directory(run_dir), ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def collect_leftovers(parent: Path) -> int:
+    """End servers and delete directories whose trainer is gone (its lock is free); return how many."""
+    collected = 0
+    for path in parent.glob(f"{RUN_PREFIX}{'[0-9a-f]' * 32}"):
+        try:
+            if path.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(path / OWNER_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its trainer is alive
+        else:
+            _end_recorded_session(path)
+            _remove(path)
+            collected += 1
+        finally:
+            os.close(lock)
+    if collected:
+        info(f"removed what {collected} crashed run{'s' if collected > 1 else ''} left in {parent}")
+    return collected
+
+
+def _end_recorded_session(run_dir: Path) -> None:
+    try:
+        record = json.loads((run_dir / SESSION_FILE).read_text())
+    except (OSError, json.JSONDecodeError):
+        return
+    session = int(record["session"])
+    if watchdog.start_time(session) not in (None, record["start_time"]):
+        return  # the number belongs to somebody else by now, so every process of the old session has ended
+    watchdog.end_session(session, 0.0)
+    if watchdog.start_time(session) is not None:
+        os.kill(session, 9)
+
+
+class LaunchedServer:
+    """A server process of ours. A thread waits for its exit and starts it again, at most `MAX_RESTARTS` times."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self.spec = spec
+        self.failure: str | None = None
+        """Set when the server is gone for good: what happened, in one line."""
+        self.restarts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._monitor = threading.Thread(target=self._watch, name=f"{spec.name}-monitor", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the watchdog: the session of everything that belongs to the server."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Launch and wait until the health path answers. Raises EngineError, with the log's tail on stderr."""
+        info(f"launching {self.spec.name} on {self.spec.url}, log {self.spec.log_path}")
+        start = time.monotonic()
+        self._spawn()
+        try:
+            self._wait_ready(show=True)
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, EngineError):
+                self._show_tail()
+            raise
+        info(f"{self.spec.name} is ready after {format_seconds(time.monotonic() - start)}")
+        self._monitor.start()
+
+    def stop(self) -> None:
+        """End the server and every process it started; may be called twice."""
+        self._stopping.set()
+        process = self._process
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()  # the watchdog reads the end of the pipe and ends the session
+        try:
+            process.wait(STOP_GRACE_SECONDS + 15)
+        except subprocess.TimeoutExpired:
+            watchdog.end_session(process.pid, 0.0)
+            process.kill()
+            process.wait()
+
+    def _spawn(self) -> None:
+        spec = self.spec
+        temporary = temporary_directory(spec.run_dir)
+        directories = [str(spec.run_dir), str(temporary)]
+        order = {"command": spec.command, "grace_s": STOP_GRACE_SECONDS, "directories": directories}
+        (spec.run_dir / RENDEZVOUS_FILE).unlink(missing_ok=True)  # that of the server before a restart
+        spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with spec.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, watchdog.__file__, json.dumps(order)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(own_environment(spec.run_dir) | spec.env),
+                start_new_session=True,
+            )
+        record = {"session": self._process.pid, "start_time": watchdog.start_time(self._process.pid)}
+        (spec.run_dir / SESSION_FILE).write_text(json.dumps(record))
+
+    def _wait_ready(self, show: bool) -> None:
+        spec, process = self.spec, self._process
+        assert process is not None
+        deadline = time.monotonic() + spec.startup_seconds
+        bar_format = "{desc} {elapsed} {postfix}"
+        bar = progress(None, f"waiting for {spec.name}", bar_format=bar_format) if show else None
+        try:
+            while not is_healthy(spec.url + spec.health_path):
+                if self._stopping.is_set():
+                    raise EngineError(f"{spec.name} was stopped while it started")
+                if process.poll() is not None:
+                    raise EngineError(
+                        f"{spec.name} ended with status {_status(process.returncode)} while it started;"
+                        f" log: {spec.log_path}"
+                    )
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"{spec.name} was not ready after {format_seconds(spec.startup_seconds)} (--dist-timeout);"
+                        f" log: {spec.log_path}"
+                    )
+                if bar is not None:
+                    bar.set_postfix_str(self._tail(1)[-1][:80] if self._tail(1) else "", refresh=False)
+                    bar.update(1)
+                self._stopping.wait(0.5)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _watch(self) -> None:
+        while True:
+            assert self._process is not None
+            code = self._process.wait()
+            if self._stopping.is_set():
+                return
+            if self.restarts >= MAX_RESTARTS:
+                self.failure = (
+                    f"{self.spec.name} died (status {_status(code)}) after {self.restarts} restarts;"
+                    f" log: {self.spec.log_path}"
+                )
+                self._show_tail()
+                return
+            self.restarts += 1
+            warn(
+                f"{self.spec.name} died (status {_status(code)}); restart {self.restarts} of at most {MAX_RESTARTS},"
+                f" log {self.spec.log_path}"
+            )
+            self._spawn()
+            try:
+                self._wait_ready(show=False)
+                info(f"{self.spec.name} is back")
+            except EngineError as error:
+                if self._stopping.is_set():
+                    return
+                self.failure = str(error)
+                self._show_tail()
+                return
+
+    def _tail(self, lines: int) -> list[str]:
+        try:
+            with self.spec.log_path.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 300 * lines))
+                return file.read().decode(errors="replace").splitlines()[-lines:]
+        except OSError:
+            return []
+
+    def _show_tail(self) -> None:
+        tail = self._tail(TAIL_LINES)
+        warn(f"last lines of {self.spec.log_path}:\n  " + "\n  ".join(tail))
+
+
+def own_environment(run_dir: Path) -> dict[str, str]:
+    """Keeps a server's ranks to this host and its files where they are found again; what the user has set stays.
+
+    The ranks' sockets bind to loopback instead of what the host's name resolves to. SGLang's would meet at a torch
+    store that listens on all interfaces, vLLM's meet in a file; with a file, SGLang's do so too.
+    """
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # torch's own default
+    chosen = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{run_dir.absolute() / RENDEZVOUS_FILE}",
+        "TORCHINDUCTOR_CACHE_DIR": compiled,
+    }
+    kept = {name: value for name, value in chosen.items() if name not in os.environ}
+    return kept | {"TMPDIR": str(temporary_directory(run_dir))}
+
+
+def server_environment(extra: dict[str, str]) -> dict[str, str]:
+    """This process's environment with `extra` laid over it, without what torchrun and our own venv put there: a
+    server that sees RANK or MASTER_PORT joins the trainer's process group."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _NOT_FOR_SERVERS and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
+    }
+    return {**kept, **extra}
+
+
+def _status(code: int) -> str:
+    """How a shell would put it: the watchdog passes on -9 as 247."""
+    return f"{code}, signal {256 - code}" if code > 192 else str(code)

@@ -1,0 +1,101 @@
+"""From the `target` section of a config to a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.context import DEFAULT_WAIT_MINUTES, EngineContext, read_target_info
+from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.core.log import info
+from specforge_lite.core.sections import TargetSection
+
+
+def _open_hf(target: TargetSection, context: EngineContext) -> TargetEngine:
+    from specforge_lite.capture.hf import HfEngine
+
+    _refuse_server_flags(target, "hf")
+    return HfEngine(
+        target.target_model_path,
+        aux_layer_ids=target.aux_layer_ids,
+        dtype=target.target_dtype,
+        device=context.device,
+        trust_remote_code=target.trust_remote_code,
+        tp=target.tp_size,
+        wait_minutes=context.wait_minutes,
+    )
+
+
+def _open_fake(target: TargetSection, context: EngineContext) -> TargetEngine:
+    from specforge_lite.capture.fake import FakeEngine
+
+    _refuse_server_flags(target, "fake")
+    return FakeEngine(read_target_info(target, "fake"))
+
+
+def _open_sglang(target: TargetSection, context: EngineContext) -> TargetEngine:
+    from specforge_lite.serving.sglang import open_sglang
+
+    return open_sglang(target, context)
+
+
+def _open_vllm(target: TargetSection, context: EngineContext) -> TargetEngine:
+    from specforge_lite.serving.vllm import open_vllm
+
+    return open_vllm(target, context)
+
+
+ENGINES: dict[str, Callable[[TargetSection, EngineContext], TargetEngine]] = {
+    "hf": _open_hf,
+    "fake": _open_fake,
+    "sglang": _open_sglang,
+    "vllm": _open_vllm,
+}
+
+
+def open_engine(
+    target: TargetSection,
+    max_length: int,
+    log_dir: Path | None = None,
+    wait_minutes: float = DEFAULT_WAIT_MINUTES,
+    device: str | None = None,
+) -> TargetEngine:
+    """Start or attach to the engine that `target` names and check it with a probe sample.
+
+    Under torchrun every rank calls this, after `init_process_group`: the first rank of each host launches the
+    server, the others attach to it. Close the result, also after an error.
+
+    Raises ConfigError for a combination that cannot work, EngineError if the engine does not come up, CaptureError
+    if the probe's reply is not what the model's config promises.
+    """
+    context = EngineContext(max_length, log_dir, wait_minutes, device)
+    name: str = target.target_backend
+    if name == "auto":
+        name = choose_backend(target)
+        info(f"target backend: {name} (auto)")
+    if name not in ENGINES:
+        raise ConfigError(f"target_backend: unknown engine '{name}'{suggest(name, ENGINES)}")
+    return ENGINES[name](target, context)
+
+
+def choose_backend(target: TargetSection) -> str:
+    """Resolve `auto`: what answers at `--target-url`; else sglang where installed, else vllm, else hf."""
+    from specforge_lite.serving.environment import engine_of_interpreter, engine_of_url, installed_engine_python
+
+    if target.target_url:
+        return engine_of_url(target.target_url[0])
+    if target.engine_python is not None:
+        return engine_of_interpreter(target.engine_python)
+    for name in ("sglang", "vllm"):
+        if installed_engine_python(name) is not None:
+            return name
+    return "hf"
+
+
+def _refuse_server_flags(target: TargetSection, engine: str) -> None:
+    for flag in ("target_url", "engine_python", "engine_arg", "engine_devices"):
+        if getattr(target, flag):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: only for --target-backend sglang or vllm, the backend is {engine}"
+            )

@@ -1,0 +1,270 @@
+"""The TargetEngine that talks to SGLang or vLLM servers; what differs between the two is a `Dialect`.
+
+prefetch worker -> capture(batch) -> one task per sample on the HTTP loop -> server -> plugin -> tmpfs / Mooncake
+                                     at most `requests_in_flight` at once   <- reply names the key <-+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from specforge_lite.capture import transport as handoff
+from specforge_lite.capture.base import TargetInfo, check_capture
+from specforge_lite.capture.transport import Blob, Handoff, LostSample, NoSpace, open_handoff
+from specforge_lite.core.errors import CaptureError, EngineError
+from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone
+from specforge_lite.core.log import format_seconds, warn
+from specforge_lite.serving.environment import PLUGIN_VERSION
+from specforge_lite.serving.process import LaunchedServer, RunDirectory
+from specforge_lite.types import CapturedStates, TokenizedSample
+
+MAX_ATTEMPTS = 6
+# Connections of one sample that may break while the server's health path answers.
+MAX_BREAKS = 20
+PROBE_TOKENS = 16
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server says about itself. max_input_length: tokens of the longest prompt it accepts."""
+
+    version: str
+    max_input_length: int
+
+
+class Dialect(Protocol):
+    """How to ask one kind of server for hidden states."""
+
+    name: str
+    health_path: str
+
+    def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body of the request for one sample."""
+        ...
+
+    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
+        """The plugin's facts in the reply, or None if the plugin was not at work."""
+        ...
+
+    def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
+        """The engine's layer ids in our convention (layer outputs)."""
+        ...
+
+    async def read_facts(self, http: HttpLoop, url: str) -> ServerFacts:
+        """Ask the server; raises EngineError for a setting that makes capture impossible."""
+        ...
+
+
+class RemoteEngine:
+    """Hidden states from one or several servers that run the same target.
+
+    `capture` may be called from `max_concurrency` threads; together they keep at most `requests_in_flight` requests
+    with the servers. wait_minutes: how long a server that does not answer is waited for.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        info: TargetInfo,
+        urls: Sequence[str],
+        place: str | None,
+        requests_in_flight: int,
+        wait_minutes: float,
+        server: LaunchedServer | None = None,
+        run_dir: RunDirectory | None = None,
+    ) -> None:
+        self.info = info
+        self.max_concurrency = requests_in_flight
+        self._dialect = dialect
+        self._urls = list(urls)
+        self._next_url = itertools.cycle(self._urls)
+        self._wait_minutes = wait_minutes
+        self._server = server
+        self._run_dir = run_dir
+        self._place = place
+        self._handoffs: dict[str, Handoff] = {}
+        self._told: set[str] = set()
+        self._closed = False
+        self._http = HttpLoop(requests_in_flight + 2)
+        self._slots = asyncio.Semaphore(requests_in_flight)
+
+    def probe(self) -> None:
+        """Ask every server for its facts and for one sample; raises EngineError or CaptureError if it will not do.
+
+        Sets `info.max_length` to what all servers accept.
+        """
+        limits = [self.info.max_length]
+        for url in self._urls:
+            facts = self._http.run(self._ask_facts(url))
+            limits.append(facts.max_input_length)
+            length = min(PROBE_TOKENS, facts.max_input_length)
+            ids = torch.arange(length, dtype=torch.int64) % self.info.vocab_size
+            sample = TokenizedSample("probe", ids, torch.ones(length, dtype=torch.bool))
+            states = self._http.run(self._capture_one(sample, url))
+            check_capture(sample, states, self.info)
+            if not (torch.isfinite(states.aux_LAH).all() and torch.isfinite(states.last_LH).all()):
+                raise CaptureError(f"{url}: the probe's hidden states are not finite")
+        self.info = TargetInfo(**{**self.info.__dict__, "max_length": min(limits)})
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
+        """See TargetEngine. Samples of a call are asked for at the same time."""
+        for sample in samples:
+            self._check_sample(sample)
+        futures = [self._http.submit(self._capture_one(sample, next(self._next_url))) for sample in samples]
+        try:
+            states = [future.result() for future in futures]
+        except CancelledError:
+            raise EngineError("the engine was closed") from None
+        finally:
+            for future in futures:
+                future.cancel()
+        for sample, state in zip(samples, states, strict=True):
+            check_capture(sample, state, self.info)
+        return states
+
+    def health(self) -> str:
+        """What is out of order, in a few words for the trainer's step line; empty when nothing is."""
+        if self._server is not None and self._server.restarts:
+            return f"engine restarted {self._server.restarts}x"
+        return ""
+
+    def close(self) -> None:
+        """Cancel what is in flight, stop a launched server, delete the run's directory; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._http.close()
+        if self._server is not None:
+            self._server.stop()
+        for opened in self._handoffs.values():
+            opened.close()
+        if self._run_dir is not None:
+            self._run_dir.close()
+
+    def _check_sample(self, sample: TokenizedSample) -> None:
+        name, length = sample.sample_id, len(sample)
+        if not 0 < length <= self.info.max_length:
+            raise CaptureError(
+                f"{self.info.engine}: sample {name}: {length} tokens, the server accepts 1 to {self.info.max_length}"
+            )
+        low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
+        if low < 0 or high >= self.info.vocab_size:  # an id out of range ends the whole server
+            raise CaptureError(
+                f"{self.info.engine}: sample {name}: token ids {low}..{high}, the vocabulary is"
+                f" 0..{self.info.vocab_size - 1}; was the data tokenized for another model?"
+            )
+
+    async def _capture_one(self, sample: TokenizedSample, url: str) -> CapturedStates:
+        token_ids = sample.input_ids_L.tolist()
+        attempt = breaks = 0
+        async with self._slots:
+            while True:
+                try:
+                    blob = await self._ask(token_ids, url)
+                    break
+                except ServerGone as error:
+                    breaks += 1
+                    if breaks > MAX_BREAKS:
+                        raise CaptureError(
+                            f"{self.info.engine}: sample {sample.sample_id}: the connection broke {breaks} times,"
+                            f" although the server answers its health path: {error}"
+                        ) from None
+                    await self._wait_until_back(url, str(error))
+                    url = next(self._next_url)
+                except (LostSample, HttpStatus, BadReply) as error:
+                    attempt += 1
+                    if attempt >= MAX_ATTEMPTS:
+                        raise CaptureError(
+                            f"{self.info.engine}: sample {sample.sample_id}: asked {attempt} times, {error}"
+                            f"{self._space_hint(error)}{'' if url in str(error) else f' ({url})'}"
+                        ) from None
+                    self._tell(f"sample {sample.sample_id}: {error}; asking again")
+                    await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
+        return CapturedStates(
+            sample_id=sample.sample_id,
+            input_ids_L=blob.input_ids_L,
+            aux_LAH=blob.aux_LAH,
+            last_LH=blob.last_LH,
+            aux_layer_ids=self._dialect.output_layer_ids(blob.layer_ids),
+            last_is_normed=blob.last_is_normed,
+        )
+
+    async def _ask(self, token_ids: list[int], url: str) -> Blob:
+        key = secrets.token_hex(16)
+        path, body = self._dialect.capture_request(token_ids, key)
+        try:
+            reply = await self._http.post_json(url + path, body)
+        except HttpStatus as error:
+            if error.status < 500 and error.status != 429:
+                raise CaptureError(f"{url}: {error}") from None
+            raise
+        try:
+            facts = self._dialect.capture_reply(reply)
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise BadReply(f"{url}: a reply that is not understood ({error!r})") from None
+        if not isinstance(facts, dict):
+            raise CaptureError(
+                f"{url}: the reply holds no captured sample, so the capture plugin is not at work in this server;"
+                f" see docs/topologies.md for how to start one (SPECFORGE_CAPTURE must be set, the plugin installed)"
+            )
+        if "error" in facts:
+            raise CaptureError(f"{url}: {facts['error']}")
+        if facts.get("plugin") != PLUGIN_VERSION:
+            raise CaptureError(f"{url}: capture plugin {facts.get('plugin')}, expected {PLUGIN_VERSION}")
+        return await self._handoff(str(facts.get("place")), url).take(key, handoff.TAKE_SECONDS)
+
+    def _handoff(self, place: str, url: str) -> Handoff:
+        if self._place is not None and not place.startswith(self._place):
+            kind = place.partition(":")[0]
+            hint = f"; add --handoff {kind}" if not self._place.startswith(kind) else f", expected {self._place}"
+            raise CaptureError(f"{url}: the server stores to {place}{hint}")
+        if place not in self._handoffs:
+            self._handoffs[place] = open_handoff(place)
+        return self._handoffs[place]
+
+    async def _ask_facts(self, url: str) -> ServerFacts:
+        try:
+            return await self._dialect.read_facts(self._http, url)
+        except (ServerGone, HttpStatus, BadReply) as error:
+            raise EngineError(f"{url}: not a {self._dialect.name} server that answers ({error})") from None
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineError(f"{url}: what the server says of itself is not understood ({error!r})") from None
+
+    async def _wait_until_back(self, url: str, reason: str) -> None:
+        """Return when the server answers its health path again, or another of several does."""
+        start = time.monotonic()
+        limit = 60 * self._wait_minutes
+        if self._server is None:
+            self._tell(f"{reason}; waiting up to {format_seconds(limit)} (--dist-timeout)")
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if self._server is not None and self._server.failure is not None:
+                raise EngineError(self._server.failure)
+            for candidate in self._urls:
+                if await self._http.answers(candidate + self._dialect.health_path):
+                    return
+            if time.monotonic() - start > limit:
+                raise EngineError(f"{url}: no answer for {format_seconds(limit)} (--dist-timeout)")
+
+    def _tell(self, message: str) -> None:
+        """Warn, but not once per request in flight for the same trouble."""
+        kind = message.rpartition(": ")[2][:40]
+        if kind not in self._told:
+            self._told.add(kind)
+            warn(f"{self.info.engine}: {message}")
+
+    def _space_hint(self, error: Exception) -> str:
+        if isinstance(error, NoSpace):
+            return "; lower --requests-in-flight or --max-length, or enlarge the handoff's memory"
+        return ""

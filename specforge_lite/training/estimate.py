@@ -1,0 +1,273 @@
+"""Peak memory of one training rank, term by term, before anything is started; also its speed class and disk.
+
+    peak = what stays (weights, optimizer, gradients, target's head, batches) + the largest of three moments:
+
+      teacher    the target's logits over the draft vocabulary are made
+      loss       all K steps are done, the loss runs: every activation is alive, and the head's buffers
+      backward   the first gradients exist, the last activations are still alive
+
+Terms follow model/eagle3.py,  allocation by allocation, so they move with every setting;
+benchmarks/bench_memory.py holds them against measured peaks. An in-process target (`--target-backend hf`) and the
+libraries themselves (200 to 400 MB of host memory, a CUDA context of 500 MB) come on top.
+
+Letters: P trained parameters, N key rows, M predicted tokens, R rows of a step, K steps, D draft width, H target width,
+A aux layers, F feed-forward width, V / Vd vocabularies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.deferred_grad import MAX_PENDING_ROWS
+from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.losses import LOSS_CHUNK_ELEMENTS, LOSS_PASS_ELEMENTS, TEACHER_CHUNK_ELEMENTS
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}  # per parameter; 8-bit: one fp32 scale per 256 values
+# What the allocator keeps of freed blocks, as a share of what comes and goes: measured for glibc, assumed for CUDA.
+ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.08}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides about memory besides the draft's shape.
+
+    tokens: of a rank's micro batch (batch size x sample length, or the packing budget). supervised: share of them.
+    world_size, sp_size: ranks, and how many of them share a batch. captured_ahead: micro batches of hidden states that
+    wait on the host. states_bytes: per value of those. sample_length: of the longest sample (speed only).
+    """
+
+    draft: DraftConfig
+    tokens: int
+    num_steps: int = 7
+    precision: str = "bf16"
+    device: str = "cuda"
+    supervised: float = 1.0
+    world_size: int = 1
+    sp_size: int = 1
+    sharding: str = "ddp"
+    cpu_offload: bool = False
+    optim: str = "adamw"
+    activation_checkpointing: bool = False
+    captured_ahead: int = 2
+    states_bytes: int = 2
+    tied_head: bool = False
+    sample_length: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.precision not in BYTES:
+            raise ConfigError(f"precision {self.precision}: expected one of {', '.join(BYTES)}")
+        if self.world_size % self.sp_size:
+            raise ConfigError(f"sp_size {self.sp_size}: does not divide {self.world_size} GPU(s)")
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes by term. `stays` is there all the time; `moments` holds the terms of each moment; host: memory of the host,
+    beside the rank's device (on a CPU these are part of `stays`)."""
+
+    stays: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    allocator_share: float = 0.0
+
+    @property
+    def peak_moment(self) -> str:
+        """Which moment needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak_terms(self) -> dict[str, float]:
+        """All terms alive at the peak, and what the allocator keeps beside them."""
+        terms = {**self.stays, **self.moments[self.peak_moment]}
+        return terms | {"allocator": self.allocator_share * sum(self.moments[self.peak_moment].values())}
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the device at the peak."""
+        return sum(self.peak_terms.values())
+
+
+def num_parameters(draft: DraftConfig) -> int:
+    """P of an EAGLE-3 draft."""
+    return sum(_parts(draft).values())
+
+
+def _parts(draft: DraftConfig) -> dict[str, int]:
+    width, inner = draft.hidden_size, draft.intermediate_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    norms = 4 + (draft.num_aux_layers * draft.target_hidden_size / width if draft.fc_norm else 0)
+    return {
+        "fc": draft.num_aux_layers * draft.target_hidden_size * width,
+        "qkv": 2 * width * (queries + 2 * keys),
+        "o": queries * width,
+        "mlp": 3 * width * inner,
+        "norms": int(norms * width),
+        "head": draft.draft_vocab_size * width,
+    }
+
+
+def plan_memory(load: Workload) -> MemoryPlan:
+    """Predict the peak of one rank."""
+    plan = MemoryPlan(allocator_share=ALLOCATOR_SHARE["cpu" if load.device == "cpu" else "cuda"])
+    _state(plan, load)
+    _batches(plan, load)
+    saved = _activations(load)
+    plan.moments["teacher"] = _teacher(load, asking=True)
+    plan.moments["loss"] = {**saved, **_teacher(load, asking=False), **_loss(load)}
+    plan.moments["backward"] = {**saved, **_backward(load)}
+    return plan
+
+
+def _state(plan: MemoryPlan, load: Workload) -> None:
+    draft, parameters = load.draft, num_parameters(load.draft)
+    share = load.world_size if load.sharding == "fsdp2" else 1
+    at = plan.host if load.cpu_offload and load.device != "cpu" else plan.stays
+    at["weights, fp32 master"] = 4 * parameters / share
+    at["optimizer state"] = OPTIMIZER_BYTES[load.optim] * parameters / share
+    at["gradients"] = 4 * parameters / share
+    size = BYTES[load.precision]
+    if load.sharding == "fsdp2":
+        plan.stays["weights, gathered"] = size * parameters
+    table = draft.vocab_size * draft.target_hidden_size * size
+    plan.stays["target embeddings"] = table
+    plan.stays["target head"] = 0 if load.tied_head else table
+    if draft.hidden_size != draft.target_hidden_size:
+        plan.stays["own embeddings"] = 4 * draft.vocab_size * draft.hidden_size
+
+
+def _batches(plan: MemoryPlan, load: Workload) -> None:
+    values = load.tokens * (load.draft.num_aux_layers + 1) * load.draft.target_hidden_size
+    plan.stays["hidden states of the batch"] = values * BYTES[load.precision]
+    ahead = plan.stays if load.device == "cpu" else plan.host
+    ahead["hidden states captured ahead"] = load.captured_ahead * values * load.states_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _rows(load: Workload) -> tuple[float, float, float]:
+    """(key rows N of the whole batch, those of this rank, predicted tokens M = rows R of each step of this rank)."""
+    predicted = load.tokens * load.supervised / load.sp_size
+    return float(load.tokens), load.tokens / load.sp_size, predicted
+
+
+def _activations(load: Workload) -> dict[str, float]:
+    """What forward leaves for backward, without the head."""
+    draft, size = load.draft, BYTES[load.precision]
+    attention = 4 if load.device == "cpu" else size
+    width, inner, heads = draft.hidden_size, draft.intermediate_size, draft.num_attention_heads
+    queries, keys = heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    all_rows, own_rows, rows = _rows(load)
+    aux = draft.num_aux_layers * draft.target_hidden_size
+    parts = _parts(draft)
+    copies = parts["qkv"] + 2 * parts["mlp"] / 3  # fused matrices are copies in any precision
+    if size != 4:
+        copies += parts["o"] + parts["mlp"] / 3 + parts["fc"]
+    per_step = []
+    for k in range(load.num_steps):
+        keys_of_step = 2 * keys if k else 0
+        values = 4 * width + 3 * inner  # norm, after o, norm, gate and up, gated, out
+        values += queries if attention != size else 0
+        attended = attention * (2 * queries + keys_of_step) + 4 * heads * (1 + k)
+        per_step.append(rows * (size * values + attended))
+    terms = {
+        "weights in the compute dtype": size * copies,
+        "embeddings and fc": own_rows * size * (aux + 4 * width + queries + 2 * keys),
+        "keys and values of step 0": attention * 2 * keys * (own_rows + (all_rows if load.sp_size > 1 else 0)),
+    }
+    if load.activation_checkpointing:
+        later = attention * 2 * keys * (load.num_steps - 1)
+        terms["activations between the steps"] = rows * (load.num_steps * size * width + later)
+        terms["activations of one step"] = per_step[-1]
+    else:
+        terms |= {f"activations of step {k}": value for k, value in enumerate(per_step)}
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------- head
+
+
+def _teacher(load: Workload, asking: bool) -> dict[str, float]:
+    draft, size = load.draft, BYTES[load.precision]
+    logits = _rows(load)[2] * draft.draft_vocab_size * size
+    if not asking:
+        return {"teacher logits": logits}
+    copy = 2 if load.device == "cpu" else 1  # tokens outside the draft vocabulary are left out of a second one
+    return {"teacher logits": copy * logits, "teacher chunk": TEACHER_CHUNK_ELEMENTS * size * 1.5}
+
+
+def _loss(load: Workload) -> dict[str, float]:
+    """Buffers of the head's forward, which forms its gradients as well."""
+    draft, size = load.draft, BYTES[load.precision]
+    head = draft.draft_vocab_size * draft.hidden_size
+    inputs = _rows(load)[2] * load.num_steps * draft.hidden_size * size
+    chunk, blocks = float(LOSS_CHUNK_ELEMENTS * size), 0.0
+    if load.device == "cpu":
+        chunk = 2 * chunk + 4 * LOSS_PASS_ELEMENTS * 3  # a fresh product each time, and a few passes of fp32
+        blocks = 2 * head * size
+    else:
+        chunk = 4 * chunk * 4 / size  # the whole chunk in fp32, several times
+    half = 0.0 if size == 4 else 2 * head * size  # the head and its product in the compute dtype
+    return {
+        "head inputs and their gradients": 3 * inputs,
+        "head gradient": 4 * head,
+        "head matrices": blocks + half,
+        "head slices": chunk,
+    }
+
+
+def _backward(load: Workload) -> dict[str, float]:
+    draft, size = load.draft, BYTES[load.precision]
+    width, inner = draft.hidden_size, draft.intermediate_size
+    columns = (draft.num_attention_heads + 2 * draft.num_key_value_heads) * draft.head_dim
+    rows = _rows(load)[2]
+    parts = _parts(draft)
+    inputs = rows * load.num_steps * width
+    pending = 0.0
+    if size != 4:  # products wait until enough rows are there
+        pending = min(rows * load.num_steps, MAX_PENDING_ROWS) * size * (2 * inner + 2 * width + columns)
+    return {
+        "head inputs and their gradients": inputs * (2 * size + 4 * 2),
+        "head gradient": 4 * draft.draft_vocab_size * width,
+        "gradients of the layer": 4 * (parts["qkv"] + parts["o"] + parts["mlp"]),
+        "gradients of the states": rows * load.num_steps * width * size,
+        "gradients inside a step": rows * (3 * inner + 2 * width + columns) * size,
+        "rows that wait for their product": pending,
+        "gradient of the embeddings' part": rows * columns * 4,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ speed and disk
+
+
+def operations_per_step(load: Workload) -> float:
+    """Floating-point operations of one forward and backward pass of this rank: the matrix products it cannot avoid."""
+    draft = load.draft
+    width, target, vocab = draft.hidden_size, draft.target_hidden_size, draft.draft_vocab_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    _, own_rows, rows = _rows(load)
+    columns = queries + 2 * keys
+    products = own_rows * (2 * draft.num_aux_layers * target * width + 3 * width * (columns + 2 * keys))
+    products += rows * target * draft.vocab_size  # the teacher has no backward
+    per_row = 3 * (width * (columns + queries + 3 * draft.intermediate_size) + width * vocab)
+    pairs = 7 * queries * load.sample_length / 2
+    return 2 * (products + load.num_steps * rows * (per_row + pairs))
+
+
+def tokens_per_second(load: Workload, peak_tflops: float, efficiency: float) -> float:
+    """Class of the speed of all ranks, one of 1, 2, 5, 10, 20, ...: no more is known before a run.
+
+    peak_tflops: of one rank's device. efficiency: share of it that training reaches.
+    """
+    seconds = operations_per_step(load) / (peak_tflops * 1e12 * efficiency)
+    rate = load.tokens / seconds * load.world_size / load.sp_size
+    power = 10.0 ** math.floor(math.log10(rate))
+    return max(step for step in (1.0, 2.0, 5.0) if step * power <= rate) * power
+
+
+def disk_bytes(load: Workload, num_tokens: int) -> float:
+    """Offline mode: hidden states of `num_tokens` tokens on disk."""
+    return num_tokens * (load.draft.num_aux_layers + 1) * load.draft.target_hidden_size * load.states_bytes

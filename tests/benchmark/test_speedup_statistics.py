@@ -1,0 +1,287 @@
+"""Every figure of the speed-up benchmark from numbers typed by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, check_backend, plan
+from specforge_lite.benchmark.measure import Measurement
+from specforge_lite.benchmark.rows import ResultFile, RowKey, fingerprint, make_row, read_rows
+from specforge_lite.benchmark.session import Counters
+from specforge_lite.benchmark.statistics import (
+    Record,
+    acceptance_length,
+    bootstrap_ratio,
+    identical_share,
+    quantile,
+    share_per_position,
+)
+from specforge_lite.core.errors import ConfigError, DataError
+
+
+def record(
+    prompt: int,
+    tokens: int,
+    passes: int | None,
+    accepted_at: tuple[int, ...] = (),
+    first: float = 0.1,
+    seconds: float = 1.1,
+    category: str = "all",
+    turn: int = 0,
+    start_token: int = 0,
+) -> Record:
+    ids = tuple(range(start_token, start_token + tokens))
+    return Record(prompt, turn, category, 5, ids, passes, accepted_at, first, seconds)
+
+
+# 11 tokens in 4 passes (3, 2 and 1 passes accepted one, two, three drafted tokens: 1 + 4 + 6 = 11),
+# 6 tokens in 4 passes (1 pass accepted one: 1 + 4 + 1 = 6).
+DRAFTED = [
+    record(0, 11, 4, (3, 2, 1), first=0.2, seconds=1.2, category="math"),
+    record(1, 6, 4, (1,), first=0.4, seconds=2.4, category="code"),
+]
+PLAIN = [
+    record(0, 11, None, first=0.2, seconds=2.2, category="math"),
+    record(1, 6, None, first=0.4, seconds=2.9, category="code"),
+]
+CONFIG = BenchConfig(2, Speculation(3, 1, 4))
+KEY, BASE_KEY = RowKey("x", 2, CONFIG), RowKey("x", 2, BenchConfig(2, BASELINE))
+
+
+def rows_of(drafted: Measurement):
+    base = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {}, True)
+    return base, make_row(KEY, drafted, {}, True, (base, PLAIN))
+
+
+def test_a_row_by_hand() -> None:
+    base, row = rows_of(Measurement(DRAFTED, 1.7, Counters(draft_share=0.25), 0))
+    assert row.acc_length == 17 / 8
+    assert row.throughput == pytest.approx(17 / 1.7)
+    assert base.throughput == pytest.approx(17 / 3.4)
+    assert row.speedup == pytest.approx(2.0)
+    assert row.verification_passes == 8
+    assert row.acceptance_per_position == [4 / 8, 2 / 8, 1 / 8]
+    # Seconds per token after the first: 1.0 / 10 and 2.0 / 5.
+    assert row.latency_per_token_ms == pytest.approx(1000 * (0.1 + 0.4) / 2)
+    assert row.latency_per_token_p95_ms == pytest.approx(1000 * (0.1 + 0.95 * 0.3))
+    assert row.time_to_first_token_ms == pytest.approx(300)
+    assert row.time_to_first_token_p95_ms == pytest.approx(1000 * (0.2 + 0.95 * 0.2))
+    assert row.seconds_per_pass == pytest.approx((1.0 + 2.0) / 8)
+    assert base.seconds_per_pass == pytest.approx((2.0 + 2.5) / 15)
+    assert row.draft_share == 0.25
+    assert row.identical_share == 1.0
+    assert (base.speedup, base.acc_length, base.verification_passes) == (1.0, 1.0, None)
+    assert row.per_category["math"] == {
+        "acc_length": 11 / 4, "completion_tokens": 11, "num_requests": 1, "latency_per_token_ms": pytest.approx(100),
+    }  # fmt: skip
+    assert row.per_category["code"]["acc_length"] == 6 / 4
+    assert (row.completion_tokens, row.num_requests, row.num_prompts, row.batch_size) == (17, 2, 2, 2)
+
+
+def test_an_engine_s_own_count_wins_over_requests_that_do_not_add_up() -> None:
+    """vLLM may join two steps in one chunk: 8 passes counted over requests, 9 by the server."""
+    counters = Counters(9, (5, 2, 1))
+    _, row = rows_of(Measurement(DRAFTED, 1.7, counters, 0))
+    assert row.acc_length == 17 / 9
+    assert row.acceptance_per_position == [5 / 9, 2 / 9, 1 / 9]
+    assert row.acc_length_interval is None
+    assert row.per_category["math"]["acc_length"] is None
+    _, agreeing = rows_of(Measurement(DRAFTED, 1.7, Counters(8, (4, 2, 1)), 0))
+    assert agreeing.acceptance_per_position == [4 / 8, 2 / 8, 1 / 8]
+    assert agreeing.per_category["math"]["acc_length"] == 11 / 4
+
+
+def test_sampled_outputs_are_not_compared() -> None:
+    base = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {}, False)
+    row = make_row(KEY, Measurement(DRAFTED, 1.7, Counters(), 0), {}, False, (base, PLAIN))
+    assert row.identical_share is None
+    assert row.speedup == pytest.approx(2.0)
+
+
+def test_small_statistics() -> None:
+    assert acceptance_length(DRAFTED) == 17 / 8
+    assert acceptance_length(PLAIN) is None
+    assert share_per_position([(3, 2, 1), (1,)], 8) == [0.5, 0.25, 0.125]
+    assert share_per_position([], 0) == []
+    assert quantile([4.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([4.0, 1.0], 0.95) == pytest.approx(3.85)
+    assert quantile([], 0.5) is None
+    assert record(0, 1, 0).latency_per_token is None
+    joined = replace(record(0, 11, 5), num_first_tokens=6)  # six tokens in the first chunk, five in the second after
+    assert joined.latency_per_token == pytest.approx(1.0 / 5)
+    assert replace(joined, num_first_tokens=11).latency_per_token is None
+
+
+def test_cost_of_a_pass_is_not_fooled_by_tokens_that_came_together() -> None:
+    """As DRAFTED, but the client slept through half of one answer and all of another: 5 tokens after 6 took 0.5 s, so
+    all 10 after the first would have taken 1.0 s; the one that came at once tells nothing, its passes cost as much."""
+    slept = [
+        replace(DRAFTED[0], num_first_tokens=6, first_token_seconds=0.7),
+        DRAFTED[1],
+        record(2, 9, 2, (2, 2, 2), first=1.0, seconds=1.0),
+    ]
+    slept[2] = replace(slept[2], num_first_tokens=9)
+    row = make_row(KEY, Measurement(slept, 1.7, Counters(), 0), {}, True)
+    assert row.seconds_per_pass == pytest.approx((1.0 + 2.0) / 15 * 23 / 10)
+    assert row.latency_per_token_ms == pytest.approx(1000 * (0.1 + 0.4) / 2)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0, 1))
+def test_quantiles_are_numpy_s(values: list[float], share: float) -> None:
+    assert quantile(values, share) == pytest.approx(float(np.quantile(values, share)))
+
+
+def test_identical_share_needs_every_turn() -> None:
+    base = [record(0, 3, None), record(0, 2, None, turn=1), record(1, 3, None), record(2, 4, None)]
+    same_first_turn_only = [record(0, 3, 1), record(0, 2, 1, turn=1, start_token=7)]
+    assert identical_share([*same_first_turn_only, record(1, 3, 1)], base) == 1 / 2
+    assert identical_share(base, base) == 1.0
+    assert identical_share([record(5, 3, 1)], base) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ intervals
+
+
+def test_interval_of_equal_prompts_is_a_point() -> None:
+    tokens, passes = np.full(10, 20.0), np.full(10, 8.0)
+    assert bootstrap_ratio([tokens], [passes]) == (2.5, 2.5)
+    assert bootstrap_ratio([tokens[:1]], [passes[:1]]) is None
+
+
+def test_interval_of_two_prompts_by_enumeration() -> None:
+    """Two prompts, 4/2 and 10/2: resamples are 2 (1/4), 3.5 (1/2) and 5 (1/4), so the 95% interval is 2..5."""
+    assert bootstrap_ratio([np.array([4.0, 10.0])], [np.array([2.0, 2.0])]) == (2.0, 5.0)
+
+
+def test_interval_covers_as_often_as_it_says() -> None:
+    """200 samples of 40 prompts with a known ratio of means: about 95% of the intervals hold it."""
+    rng = np.random.default_rng(3)
+    hits = 0
+    for seed in range(200):
+        passes = rng.integers(5, 30, 40).astype(float)
+        tokens = passes * rng.uniform(1.5, 3.5, 40)  # ratio of expectations 2.5
+        low, high = bootstrap_ratio([tokens], [passes], seed) or (0, 0)
+        hits += low <= 2.5 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_paired_interval_ignores_what_both_sides_share() -> None:
+    """Prompts differ in length tenfold, the gain of each is exactly 2: the speed-up's interval is a point."""
+    tokens = np.array([10.0, 100.0, 30.0, 70.0])
+    fast, slow = tokens * 0.01, tokens * 0.02
+    low, high = bootstrap_ratio([tokens, slow], [fast, tokens]) or (0, 0)
+    assert (low, high) == (pytest.approx(2.0), pytest.approx(2.0))
+    lone = bootstrap_ratio([tokens], [np.ones(4)]) or (0, 0)
+    assert lone[1] / lone[0] > 1.5
+
+
+def test_throughput_interval_is_around_the_measured_value() -> None:
+    _, row = rows_of(Measurement(DRAFTED, 1.7, Counters(), 0))
+    # In flight: 11 tokens in 1.2 s and 6 in 2.4 s; both scaled by measured 10 over pooled 17 / 3.6.
+    factor = 10 / (17 / 3.6)
+    assert row.throughput_interval == pytest.approx((6 / 2.4 * factor, 11 / 1.2 * factor))
+    assert row.acc_length_interval == (1.5, 2.75)
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+def test_configs_are_parsed() -> None:
+    assert BenchConfig.parse("4,7,10,60") == BenchConfig(4, Speculation(7, 10, 60))
+    assert BenchConfig.parse("4,0,0,0") == BenchConfig(4, BASELINE) == BenchConfig.parse("4,0,1,9")
+    assert str(BenchConfig.parse("4,3,1,4")) == "4,3,1,4"
+    assert BenchConfig.parse("1,1,3,4").speculation.num_draft_tokens == 4  # 1 + 3 nodes
+    assert BenchConfig.parse("1,2,3,13").speculation.num_draft_tokens == 13  # 1 + 3 + 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4,3,1", "expected B,STEPS,TOPK,VERIFY, four numbers"),
+        ("4,a,1,4", "expected B,STEPS,TOPK,VERIFY, four numbers"),
+        ("0,3,1,4", "expected B at least 1"),
+        ("4,-1,1,4", "STEPS at least 0"),
+        ("4,3,0,4", "must be positive"),
+        ("4,3,1,5", r"a chain \(TOPK 1\) verifies STEPS \+ 1 = 4 tokens, VERIFY is 5"),
+        ("4,2,3,14", r"1 \+ 3 \+ 1 x 3\^2 = 13 tokens, expected 2..13"),
+    ],
+)
+def test_impossible_configs_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BenchConfig.parse(text)
+
+
+def test_vllm_refuses_trees_at_once() -> None:
+    chain, tree, base = (BenchConfig.parse(t) for t in ("1,3,1,4", "4,7,10,60", "2,0,0,0"))
+    check_backend([chain, base], "vllm")
+    check_backend([chain, tree], "sglang")
+    with pytest.raises(ConfigError, match="4,7,10,60: vllm drafts chains only"):
+        check_backend([chain, tree], "vllm")
+
+
+def test_plan_starts_each_way_once_and_the_baseline_first() -> None:
+    configs = [BenchConfig.parse(t) for t in ("4,3,1,4", "1,7,10,60", "1,3,1,4", "4,3,1,4", "2,0,0,0")]
+    assert plan(configs) == [
+        (BASELINE, [1, 2, 4]), (Speculation(3, 1, 4), [1, 4]), (Speculation(7, 10, 60), [1]),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    base, row = rows_of(Measurement(DRAFTED, 1.7, Counters(), 0))
+    results = ResultFile(path, {})
+    results.add(base, PLAIN)
+    results.add(row, DRAFTED)
+    again = ResultFile(path, {})
+    found = again.find(KEY)
+    assert found is not None
+    assert json.loads(json.dumps(found.to_dict())) == json.loads(json.dumps(row.to_dict()))
+    assert again.records(KEY) == DRAFTED
+    assert again.find(RowKey("x", 3, CONFIG)) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl", "r_answers"]
+    wanted = {"batch_size", "steps", "topk", "num_draft_tokens", "acc_length", "throughput", "speedup",
+              "completion_tokens", "duration", "benchmark"}  # fmt: skip
+    assert wanted <= json.loads(path.read_text().splitlines()[1]).keys()
+
+
+def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    row = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {"temperature": 0.0, "draft": "a"}, True)
+    ResultFile(path, {"temperature": 0.0, "draft": "a"}).add(row, PLAIN)
+    with pytest.raises(ConfigError, match=r"made with temperature 0\.0, this run has 0\.7; choose another --output"):
+        ResultFile(path, {"temperature": 0.7, "draft": "a"})
+    with pytest.raises(ConfigError, match="made with draft 'a', this run has 'b'"):
+        ResultFile(path, {"temperature": 0.0, "draft": "b"})
+
+
+def test_foreign_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"benchmark": "x"}\n')
+    with pytest.raises(DataError, match=r"r\.jsonl:1: not a row of bench_model_speedup\.py"):
+        read_rows(path)
+
+
+def test_missing_answers_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ResultFile(tmp_path / "r.jsonl", {}).records(KEY) is None
+    assert "outputs cannot be compared" in capsys.readouterr().err
+
+
+def test_a_retrained_draft_has_another_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * (3 << 20))
+    before = fingerprint(str(tmp_path))
+    assert before == fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * ((3 << 20) - 1) + b"\1")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("org/name") == "org/name"
+    assert fingerprint(None) is None

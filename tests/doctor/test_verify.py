@@ -1,0 +1,168 @@
+"""`verify_target` says yes to a good target, and names what is wrong with each kind of bad one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import verify_installation as installation_script
+from scripts import verify_target as script
+from specforge_lite.checkpoints.contract import Finding
+from specforge_lite.doctor import engines, installation
+from specforge_lite.doctor.target import CHECKS, VerifyOptions, verify_target
+from specforge_lite.model import target_head
+from specforge_lite.serving.environment import Interpreter
+from tests.target_families import save_family
+
+
+def levels(findings: list[Finding]) -> dict[str, str]:
+    """check -> its worst level."""
+    order = ("ok", "warning", "broken")
+    worst: dict[str, str] = {}
+    for finding in findings:
+        worst[finding.check] = max(worst.get(finding.check, "ok"), finding.level, key=order.index)
+    return worst
+
+
+def message(findings: list[Finding], check: str, level: str) -> str:
+    return next(f.message for f in findings if f.check == check and f.level == level)
+
+
+def examine(directory: Path, **changes) -> list[Finding]:
+    return verify_target(VerifyOptions(str(directory), dtype="float32", device="cpu", engines=(), **changes))
+
+
+@pytest.fixture
+def copy_of_tiny(tiny_target: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_target, tmp_path / "target"))
+
+
+def test_a_good_target_passes_every_check(tiny_target: Path) -> None:
+    findings = examine(tiny_target)
+    assert levels(findings) == dict.fromkeys(CHECKS, "ok")
+    expected = "outputs of layers [1, 3, 4] of 8 (vLLM names them as inputs: [2, 4, 5])"
+    assert message(findings, "aux layers", "ok") == expected
+    assert "answers end with '<|im_end|>'" in message(findings, "loss mask", "ok")
+
+
+def test_files_only(tiny_target: Path) -> None:
+    found = levels(examine(tiny_target, load_model=False))
+    assert found["teacher logits"] == found["decoding"] == "warning"
+    assert "broken" not in found.values()
+
+
+def test_without_a_tokenizer_the_model_is_still_checked(tmp_path: Path) -> None:
+    findings = examine(save_family("gemma3", tmp_path / "model"))
+    found = levels(findings)
+    assert found["tokenizer"] == "broken"
+    assert message(findings, "loss mask", "warning") == "not tried, because of: chat template"
+    assert [found[name] for name in ("teacher logits", "final norm", "training", "decoding")] == ["ok"] * 4
+    assert "embedding scale 5.65685, soft cap 3" in message(findings, "embedding and head", "ok")
+
+
+def test_a_scaling_nobody_knows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_head, "family_scales", lambda text: (1.0, 1.0, None))
+    findings = examine(save_family("granite", tmp_path / "model"))
+    assert "teacher logits differ from the model's own by" in message(findings, "teacher logits", "broken")
+
+
+def test_a_norm_of_another_convention_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_head, "ONE_PLUS_WEIGHT", ())
+    findings = examine(save_family("gemma2", tmp_path / "model"))
+    assert "capture with vLLM would be wrong" in message(findings, "final norm", "warning")
+
+
+def test_another_models_tokenizer_is_found(copy_of_tiny: Path, tmp_path: Path) -> None:
+    small = save_family("llama3", tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(copy_of_tiny / name, small)
+    findings = examine(small, load_model=False)
+    assert message(findings, "tokenizer", "broken").startswith(
+        "token ids go up to 4095, the model's vocabulary is 0..127"
+    )
+
+
+def test_a_template_that_is_not_the_models_is_found(copy_of_tiny: Path) -> None:
+    file = copy_of_tiny / "chat_template.jinja"
+    file.write_text(file.read_text().replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    assert "{% generation" not in file.read_text()
+    findings = examine(copy_of_tiny, load_model=False, chat_template="llama3")
+    assert levels(findings)["chat template"] == "warning"
+    assert "differs from the tokenizer's own template" in message(findings, "chat template", "warning")
+
+
+def test_weights_that_are_not_there(copy_of_tiny: Path) -> None:
+    (copy_of_tiny / "model.safetensors").unlink()
+    findings = examine(copy_of_tiny)
+    assert "no *.safetensors here" in message(findings, "weights", "broken")
+    assert message(findings, "model", "warning") == "not tried, because of: weights"
+
+
+def test_script_ends_with_2_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify_target.py", str(tmp_path / "absent"), "--engines"])
+    assert script.main() == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
+    assert len(lines) == 1
+    assert "absent" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize(
+    ("answer", "level", "words"),
+    [
+        ({"known": True, "eagle3": True}, "ok", "serves Arch, with EAGLE-3"),
+        ({"known": True, "eagle3": False}, "warning", "hands out no aux hidden states"),
+        ({"known": False, "eagle3": False}, "warning", "does not serve Arch"),
+    ],
+)
+def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", "0.1.0")
+    monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
+    monkeypatch.setitem(engines.QUERIES, "sglang", f"import sys; print('noise'); print({json.dumps(answer)!r})")
+    ((found, text),) = engines.check_engine("sglang", "Arch")
+    assert found == level
+    assert words in text
+
+
+def test_an_engine_that_fails_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = Interpreter(sys.executable, "vllm", "0.32.0", "0.1.0")
+    monkeypatch.setitem(engines.QUERIES, "vllm", "raise SystemExit('no such library')")
+    assert engines.ask_engine(interpreter, "Arch") == (None, "exit code 1: no such library")
+
+
+def test_an_interpreter_without_the_engine() -> None:
+    ((level, text),) = engines.check_engine("vllm", "Arch", sys.executable)
+    assert level == "warning"
+    assert "vllm is not installed there; capture with --target-backend hf works without it" in text
+
+
+# -------------------------------------------------------------------------------------------------------- installation
+
+
+def test_installation_of_this_machine(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify_installation.py"])
+    assert installation_script.main() == 0
+    text = capsys.readouterr().out
+    for name in installation.CHECKS:
+        assert name in text
+
+
+def test_installation_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(installation, "REQUIRED", ("torch", "no-such-library"))
+    assert list(installation.check_libraries()) == [
+        ("broken", "not installed: no-such-library; run `pip install -r requirements.txt`")
+    ]
+    monkeypatch.setattr(installation, "TMPFS", tmp_path / "absent")
+    assert next(installation.check_tmpfs())[0] == "warning"
+    monkeypatch.setattr(installation, "WANTED_DISK_BYTES", 1 << 60)
+    assert next(installation.check_disk())[0] == "warning"
+    monkeypatch.setattr(installation, "_compiles", lambda compiler: "internal compiler error")
+    assert next(installation.check_compilers())[0] == "warning"

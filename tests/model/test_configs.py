@@ -1,0 +1,75 @@
+"""Draft configs: the shipped files, the shape derived from a target, and every mistake named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.draft import DraftConfig
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*-eagle3.json"))
+GOOD = json.loads(next(p for p in CONFIGS if p.name.startswith("tiny")).read_text())
+
+
+def test_there_is_a_config_for_every_documented_target() -> None:
+    names = {p.name.removesuffix("-eagle3.json") for p in CONFIGS}
+    assert names >= {
+        "tiny-target", "llama-3.1-8b", "llama-3.3-70b", "qwen3-8b", "qwen3-30b-a3b", "minicpm4-8b", "mistral-7b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_their_rope_can_be_built(path: Path) -> None:
+    from specforge_lite.model.rope import RotaryEmbedding
+
+    config = DraftConfig.from_json(path)
+    assert config.algorithm == "eagle3"
+    assert config.num_attention_heads * config.head_dim >= config.hidden_size
+    RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+
+def test_derived_from_the_target_equals_the_shipped_shape(tiny_target: Path) -> None:
+    from transformers import AutoConfig
+
+    derived = DraftConfig.from_target(AutoConfig.from_pretrained(tiny_target), draft_vocab_size=2048)
+    shipped = DraftConfig.from_dict(GOOD)
+    assert derived.replace(eos_token_id=None, pad_token_id=None) == shipped.replace(
+        eos_token_id=None, pad_token_id=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 3}, r"num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"draft_vocab_size": 5000}, r"draft_vocab_size 5000 is not in 1..vocab_size 4096"),
+        ({"hidden_size": None}, r"hidden_size: required, not found"),
+        ({"hidden_size": "128"}, r"hidden_size: expected int, found '128'"),
+        ({"hidden_size": -1}, r"hidden_size: expected a positive number, found -1"),
+        ({"head_dim": 31}, r"head_dim 31: RoPE needs an even number"),
+        ({"algorithm": "eagle4"}, r"algorithm: unknown value 'eagle4'; did you mean 'eagle\d'"),
+    ],
+)
+def test_impossible_shapes_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DraftConfig.from_dict({**GOOD, **change}, source="config.json")
+
+
+def test_layer_ids_of_an_exported_config_are_inputs_and_become_outputs() -> None:
+    values = {**GOOD, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5], "use_aux_hidden_state": True}}
+    assert DraftConfig.from_dict(values).aux_layer_ids == (1, 3, 4)
+
+
+def test_a_config_that_is_not_json(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        DraftConfig.from_json(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        DraftConfig.from_json(tmp_path / "absent.json")
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="expected a JSON object, found list"):
+        DraftConfig.from_json(file)

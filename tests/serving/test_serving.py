@@ -1,0 +1,108 @@
+"""Command lines of serving sessions, what engines say about acceptance, and the verdict over it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.evaluation.compare_serving import ServingComparison
+from specforge_lite.serving.session import (
+    BACKENDS,
+    Acceptance,
+    ServingOptions,
+    ServingSession,
+    draft_algorithm,
+    parse_vllm_metrics,
+)
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle3"]}))
+    return str(tmp_path)
+
+
+def words(backend: str, options: ServingOptions, gpu: bool = False) -> str:
+    return " ".join(BACKENDS[backend].command(options, "py", 30000, gpu))
+
+
+def test_sglang_names_the_algorithm_and_the_shape(draft: str) -> None:
+    options = ServingOptions("sglang", "M", draft, num_steps=5, topk=4, num_draft_tokens=16, mem_frac=0.7)
+    command = words("sglang", options, gpu=True)
+    assert f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}" in command
+    assert "--speculative-num-steps 5 --speculative-eagle-topk 4 --speculative-num-draft-tokens 16" in command
+    assert "--mem-fraction-static 0.7" in command
+    assert "intel_amx" not in command
+    assert "--decode-attention-backend intel_amx" in words("sglang", options)
+
+
+def test_vllm_drafts_chains_only(draft: str) -> None:
+    command = words("vllm", ServingOptions("vllm", "M", draft, 3, 1, 4))
+    assert json.dumps({"method": "eagle3", "model": draft, "num_speculative_tokens": 3}) in command
+    for topk, num_draft_tokens in ((2, 4), (1, 3)):
+        with pytest.raises(ConfigError, match="vllm drafts chains only"):
+            words("vllm", ServingOptions("vllm", "M", draft, 3, topk, num_draft_tokens))
+
+
+@pytest.mark.parametrize("backend", ["sglang", "vllm"])
+def test_no_steps_is_plain_decoding(backend: str, draft: str) -> None:
+    for options in (ServingOptions(backend, "M", draft, num_steps=0), ServingOptions(backend, "M")):
+        assert not options.speculative
+        assert "speculative" not in words(backend, options)
+        assert "127.0.0.1" in words(backend, options)
+
+
+def test_unknown_drafts_and_backends_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not an exported draft"):
+        draft_algorithm(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle4"]}))
+    with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLMEagle"):
+        draft_algorithm(str(tmp_path))
+    with pytest.raises(ConfigError, match="backend 'sgland': cannot serve; did you mean 'sglang'"):
+        ServingSession(ServingOptions("sgland", "M"))
+
+
+def test_acceptance_of_sglang_comes_with_each_reply() -> None:
+    facts = {"spec_verify_ct": 10, "spec_num_correct_drafts": 25}
+    token_ids, counted = BACKENDS["sglang"].reply({"output_ids": [5, 6], "meta_info": facts})
+    assert token_ids == [5, 6]
+    assert counted == Acceptance(10, 25)
+    assert counted.length == 3.5
+    assert BACKENDS["sglang"].reply({"output_ids": [5], "meta_info": {}})[1].length == 1.0
+
+
+def test_acceptance_of_vllm_is_summed_over_its_engines() -> None:
+    text = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 150.0
+vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 50.0
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 450.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 3.0e+02
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 140.0
+vllm:spec_decode_num_accepted_tokens_created{engine="0"} 1.7e+09
+"""
+    assert parse_vllm_metrics(text) == Acceptance(200, 300)
+    assert parse_vllm_metrics("") == Acceptance()
+
+
+def test_counts_add_and_subtract() -> None:
+    assert Acceptance(10, 20) + Acceptance(1, 2) - Acceptance(5, 2) == Acceptance(6, 20)
+
+
+def compared(acceptance_length: float, num_identical: int = 8) -> ServingComparison:
+    return ServingComparison("sglang", 8, num_identical, acceptance_length, 2.0, 100.0)
+
+
+def test_the_verdict(tmp_path: Path) -> None:
+    for length in (1.91, 2.0, 2.09):
+        compared(length).check()
+    for length in (1.89, 2.11):
+        with pytest.raises(EngineError, match=r"5\.5% apart, expected at most 5%"):
+            compared(length).check()
+    with pytest.raises(EngineError, match="1 of 8 greedy answers differ"):
+        compared(2.0, 7).check()
+    compared(2.0).write(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["acceptance_length"] == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

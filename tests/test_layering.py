@@ -28,7 +28,7 @@ LAYERS = {
 }  # fmt: skip
 ALLOWED_SIDEWAYS = {("core", "__version__"), ("regenerate", "inference"), ("cli", "doctor")}
 # To be removed: (part, imported part).
-NOT_YET = {("checkpoints", "training"), ("evaluation", "report")}
+NOT_YET = {("evaluation", "report")}
 FORBIDDEN = {("data", "model"), ("model", "data")}
 # Importable with torch alone: a GPU machine may have nothing else.
 TORCH_ONLY = ("model", "types", "core/errors.py", "core/log.py")

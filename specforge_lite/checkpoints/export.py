@@ -20,10 +20,10 @@ from specforge_lite import __version__
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
 from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.checkpoints.training_run import newest_complete, read_state, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError, first_line, suggest
 from specforge_lite.core.files import remove_leftovers, replace_directory, user_errors
 from specforge_lite.model.draft import ARCHITECTURES, Draft, DraftConfig
-from specforge_lite.training.checkpoint import newest_complete, read_state, verify_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

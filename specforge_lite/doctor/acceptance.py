@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specforge_lite.checkpoints.draft_files import read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.evaluation import decode_answers
 from specforge_lite.inference.speculative import SpeculativeModel
-from specforge_lite.training.checkpoint import read_json
 from specforge_lite.training.trackers import METRICS_FILE, read_metrics
 from specforge_lite.training.wiring import open_dataset
 
@@ -52,7 +52,7 @@ class RunRecord:
 
 def read_run(checkpoint: Path) -> RunRecord:
     """The run of `OUTPUT_DIR/step_N`. Raises CheckpointError where it recorded no acceptance or no data."""
-    config = read_json(checkpoint / "config.json")
+    config = read_config(checkpoint / "config.json")
     try:
         data = DataSection.model_validate(config["data"])
         training, dtype = config["training"], config["target"]["target_dtype"]
@@ -62,7 +62,7 @@ def read_run(checkpoint: Path) -> RunRecord:
     path = data.eval_data_path or data.train_data_path
     if path is None:
         raise CheckpointError(f"{checkpoint}: the run trained from an offline directory; its text is not known here")
-    step = int(read_json(checkpoint / "state.json")["step"])
+    step = int(read_config(checkpoint / "state.json")["step"])
     metrics = checkpoint.parent / METRICS_FILE
     if not metrics.is_file():
         raise CheckpointError(f"{metrics}: missing; it holds the acceptance that the run estimated")

@@ -19,11 +19,11 @@ import torch
 
 from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_of, load_state_draft, state_directories
 from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.checkpoints.training_run import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, DataError
 from specforge_lite.core.log import info, warn
 from specforge_lite.evaluation.run import MeasureSection, TargetFiles, save_results
 from specforge_lite.model.draft import Draft
-from specforge_lite.training.checkpoint import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 
 # metric -> +1 where more is better, -1 where less is
 METRICS = {"tau_walk": 1, "tau_chain": 1, "tau_sampling": 1, "accuracy": 1, "loss": -1}

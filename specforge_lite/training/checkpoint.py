@@ -18,40 +18,23 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge_lite.checkpoints.draft_files import read_safetensors
+from specforge_lite.checkpoints.training_run import FORMAT_VERSION, MANIFEST, SavedState, checkpoints, is_complete
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.log import info, warn
+from specforge_lite.core.log import info
 from specforge_lite.core.tensor_files import format_bytes, save_tensors, sha256_of, sync_file, tensor_bytes, write_json
-from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, iter_full
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step_(\d+)")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """The JSON part of a checkpoint. `step`: optimizer steps done. `data`: state of the sampler.
-    `counters`: skipped samples, non-finite steps, seconds."""
-
-    step: int
-    data: dict[str, Any]
-    counters: dict[str, float]
-    world_size: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "data": self.data, "counters": self.counters, "world_size": self.world_size}
 
 
 # ---------------------------------------------------------------------------------------------------------------- save
@@ -90,7 +73,7 @@ def save_checkpoint(
             "rng.safetensors": rng,
         }
         try:
-            _write_directory(final, tensors, documents | {"state.json": state.to_dict()})
+            _write_directory(final, tensors, documents | {"state.json": asdict(state)})
             _delete_oldest(output_dir, keep)
         except OSError as error:
             problem = f"{final}: not saved: {error.strerror or error}; {_room(output_dir, tensors)}"
@@ -156,59 +139,6 @@ def _check_replicas(parallel: ParallelDraft, world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint directories, newest step first, complete or not."""
-    if not output_dir.is_dir():
-        return []
-    found = [(int(m.group(1)), path) for path in output_dir.iterdir() if (m := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Raise CheckpointError, naming file and difference, unless every file has the size and hash of the manifest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-        version = manifest["format"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {MANIFEST}: the save was interrupted") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
-    for name, expected in files:
-        file = path / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / MANIFEST}: file name {name!r} leaves the directory")
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{file}: {size} bytes, the manifest says {expected['size']}")
-        if sha256_of(file) != expected["sha256"]:
-            raise CheckpointError(f"{file}: content differs from its sha256 in the manifest")
-
-
-def newest_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose hashes are right; damaged ones are named in a warning. None: no checkpoint at all.
-
-    Raises CheckpointError when there are checkpoints but none is complete (training from scratch would hide the loss).
-    """
-    candidates = checkpoints(output_dir)
-    for path in candidates:
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"damaged checkpoint is not used: {error}")
-        else:
-            return path
-    if candidates:
-        raise CheckpointError(
-            f"{output_dir}: {len(candidates)} checkpoint(s), all damaged; --overwrite deletes them and starts again"
-        )
-    return None
-
-
 def remove_leftovers(output_dir: Path, keep: int | None = None) -> None:
     """Delete what a crashed save or deletion left behind; only call it while holding the directory's lock.
 
@@ -221,52 +151,11 @@ def remove_leftovers(output_dir: Path, keep: int | None = None) -> None:
         elif re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():  # of `write_atomically`
             path.unlink(missing_ok=True)
     found = checkpoints(output_dir)
-    if keep is not None and len(found) > keep and all(_is_complete(path) for path in found[:keep]):
+    if keep is not None and len(found) > keep and all(is_complete(path) for path in found[:keep]):
         _delete_oldest(output_dir, keep)
 
 
-def _is_complete(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------- load
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint; raises CheckpointError with the place."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def load_draft_tensors(path: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
-    """Draft config and all tensors (weights, d2t, t2d) of a checkpoint directory, on the CPU."""
-    config = DraftConfig.from_dict(read_json(path / "draft_config.json"), source=str(path / "draft_config.json"))
-    return config, _load_tensors(path / "draft.safetensors")
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type and OSError alike
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def read_state(path: Path) -> SavedState:
-    """The JSON state of a checkpoint."""
-    values = read_json(path / "state.json")
-    kinds = {"step": int, "data": dict, "counters": dict, "world_size": int}
-    for name, kind in kinds.items():
-        if not isinstance(values, dict) or name not in values:
-            raise CheckpointError(f"{path / 'state.json'}: '{name}' is missing")
-        if not isinstance(values[name], kind):
-            raise CheckpointError(f"{path / 'state.json'}: {name}: expected {kind.__name__}, found {values[name]!r}")
-    return SavedState(values["step"], values["data"], values["counters"], values["world_size"])
 
 
 def restore(path: Path, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
@@ -277,8 +166,8 @@ def restore(path: Path, parallel: ParallelDraft, optimizer: DraftOptimizer, worl
     problem, tensors, moments = "", {}, {}
     if world.is_main:
         try:
-            tensors = _load_tensors(path / "draft.safetensors")
-            moments = _load_tensors(path / "optimizer.safetensors")
+            tensors = read_safetensors([path / "draft.safetensors"])
+            moments = read_safetensors([path / "optimizer.safetensors"])
             _check_names(path, tensors, moments, parallel)
         except CheckpointError as error:
             problem = str(error)
@@ -337,7 +226,7 @@ def restore_rng(path: Path, state: SavedState, world: World) -> None:
         return
     text = ""
     if world.is_main:
-        saved = _load_tensors(path / "rng.safetensors")
+        saved = read_safetensors([path / "rng.safetensors"])
         text = json.dumps({kind: [bytes(row.numpy()).hex() for row in rows] for kind, rows in saved.items()})
     states = json.loads(world.broadcast_text(text))
     own = {

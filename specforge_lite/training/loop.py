@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.core.errors import CaptureError, EngineError, TrainingError
 from specforge_lite.core.log import info
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.training.checkpoint import SavedState, save_checkpoint
+from specforge_lite.training.checkpoint import save_checkpoint
 from specforge_lite.training.dataloader import Feed, StepBatches, bad_documents
 from specforge_lite.training.distributed import World
 from specforge_lite.training.evaluate import EvalResult

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from specforge_lite.checkpoints.training_run import checkpoints
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.provenance import redact, without_secrets
 from specforge_lite.core.tensor_files import write_json
-from specforge_lite.training.checkpoint import checkpoints, remove_leftovers
+from specforge_lite.training.checkpoint import remove_leftovers
 from specforge_lite.training.settings import CheckpointSection
 from specforge_lite.training.trackers import METRICS_FILE
 

@@ -12,20 +12,14 @@ import torch
 
 from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import SkipBudget
+from specforge_lite.checkpoints.draft_files import read_config
+from specforge_lite.checkpoints.training_run import SavedState, load_draft_tensors, newest_complete, read_state
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.core.log import info
 from specforge_lite.core.provenance import collect_provenance, redact
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.model.draft import TTTSettings
-from specforge_lite.training.checkpoint import (
-    SavedState,
-    load_draft_tensors,
-    newest_complete,
-    read_json,
-    read_state,
-    restore,
-    restore_rng,
-)
+from specforge_lite.training.checkpoint import restore, restore_rng
 from specforge_lite.training.dataloader import BatchMaker, Feed, prefetch_depth
 from specforge_lite.training.distributed import World
 from specforge_lite.training.eagle_resume import find_eagle_state, resume_from_state
@@ -232,7 +226,7 @@ def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[P
             if path is not None:
                 check_identity(path, models.identity, config)
                 state = read_state(path)
-                if read_json(path / "identity.json")["data"] != models.identity["data"]:
+                if read_config(path / "identity.json")["data"] != models.identity["data"]:
                     state = replace(state, data={})
                 answer = {"path": str(path), "state": state.to_dict()}
         except CheckpointError as error:
@@ -248,7 +242,7 @@ def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[P
 
 def check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -> None:
     """Raise CheckpointError naming what differs between the checkpoint's run and this one; say what else changed."""
-    before = read_json(path / "identity.json")
+    before = read_config(path / "identity.json")
     checks = [("draft." + k, before["draft"].get(k), v) for k, v in identity["draft"].items()]
     checks += [(k, before.get(k), identity[k]) for k in ("target", "data", "vocab_map")]
     lenient = ("data", "vocab_map") if config.draft.allow_vocab_mismatch else ()
@@ -258,7 +252,7 @@ def check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) ->
             raise CheckpointError(
                 f"{path}: {name} was {saved}, this run has {now}; choose another --output-dir, or --overwrite{hint}"
             )
-    old, new = _leaves(read_json(path / "config.json")), _leaves(redact(config.model_dump(mode="json")))
+    old, new = _leaves(read_config(path / "config.json")), _leaves(redact(config.model_dump(mode="json")))
     changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
     if changed:
         info(f"resuming with other settings: {', '.join(changed)}")

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from specforge_lite.capture.fake import Fault
+from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.model.row_plan import plan_rows, predictable_tokens
 from specforge_lite.model.sequence import SequenceGroup, needed_steps, own_rows
-from specforge_lite.training.checkpoint import verify_checkpoint
 from specforge_lite.training.distributed import open_world
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.settings import DistributedSection

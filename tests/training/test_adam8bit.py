@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
-from specforge_lite.training.checkpoint import SavedState, restore, save_checkpoint
+from specforge_lite.training.checkpoint import restore, save_checkpoint
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft

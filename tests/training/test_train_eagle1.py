@@ -16,12 +16,12 @@ from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.draft_files import read_draft_files
 from specforge_lite.checkpoints.export import export_checkpoint
 from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.checkpoints.training_run import load_draft_tensors
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.model.draft import DraftConfig
-from specforge_lite.training.checkpoint import load_draft_tensors
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
 from specforge_lite.training.settings import OptimizerSection

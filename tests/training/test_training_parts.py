@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.provenance import REMOVED, collect_provenance, redact, redact_argv
 from specforge_lite.core.settings import parse_config
 from specforge_lite.core.tensor_files import format_bytes, write_atomically
-from specforge_lite.training.checkpoint import verify_checkpoint
 from specforge_lite.training.evaluate import evaluation_batches, result_of, walk_document
 from specforge_lite.training.metrics import SpikeDetector, step_line, summarize_sums
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at

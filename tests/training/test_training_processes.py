@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from specforge_lite.capture.fake import Fault
-from specforge_lite.training.checkpoint import verify_checkpoint
+from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.training.dataloader import Feed, StepBatches
 from specforge_lite.training.failures import BEAT_SECONDS
 from specforge_lite.training.loop import Trainer

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.training.checkpoint import verify_checkpoint
+from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.training.dataloader import Feed, StepBatches
 from specforge_lite.training.loop import Trainer
 from tests.training_runs import Run, run_ranks, start_ranks, train, wait

@@ -24,6 +24,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from specforge_lite.core.devices import num_local_ranks
 from specforge_lite.core.errors import EngineError
 from specforge_lite.core.log import format_seconds, info, run_script
 from specforge_lite.core.settings import Section, parse_config
@@ -44,7 +45,9 @@ class QuickstartConfig(Section):
     num_train: int = Field(NUM_TRAIN, ge=8, description="prompts to train on")
     num_eval: int = Field(NUM_EVAL, ge=1, description="other prompts, to evaluate and decode")
     num_epochs: int = Field(4, ge=1)
-    num_procs: int = Field(min(2, os.cpu_count() or 1), ge=1, description="trainer processes")
+    num_procs: int | None = Field(
+        None, ge=1, description="trainer processes; default: one per visible GPU, on a CPU at most 2"
+    )
 
     @property
     def directory(self) -> Path:
@@ -82,6 +85,7 @@ def _short(word: str) -> str:
 
 def main() -> None:
     config = parse_config(QuickstartConfig, description=__doc__ or "")
+    num_procs = num_local_ranks(config.num_procs)
     out = config.directory
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -112,7 +116,7 @@ def main() -> None:
     )  # fmt: skip
     (out / "cache" / ".built").touch()
     run_dir, exported = out / "run", out / "draft"
-    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.num_procs)]
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_procs)]
     stages.run(
         "train EAGLE-3 online",
         exported / "config.json",

@@ -6,7 +6,6 @@ letters as in `types`: B rows of a micro-batch, T padded length, L tokens of one
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from specforge_lite.capture.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
 from specforge_lite.capture.context import num_positions
 from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
+from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CaptureError, ConfigError, transformers_errors
 from specforge_lite.core.log import info as log_info
 from specforge_lite.model.target_head import INDEX_FILE, weight_files
@@ -57,7 +57,7 @@ class HfEngine:
     ) -> None:
         self.model_path = str(model_path)
         self.trust_remote_code = trust_remote_code
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = pick_device(device)
         self.output_device = torch.device(output_device) if output_device is not None else self.device
         group = open_group(tp, self.device, wait_minutes) if tp is not None and tp > 1 else None
         self.model = load_target_model(self.model_path, dtype, self.device, trust_remote_code, group)
@@ -140,13 +140,6 @@ class HfEngine:
             self._taps[layer_id] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return hook
-
-
-def default_device() -> torch.device:
-    """CUDA device of this torchrun rank if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 def load_target_model(

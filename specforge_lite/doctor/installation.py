@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from specforge_lite.checkpoints.contract import Finding
+from specforge_lite.core.devices import num_gpus
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.tensor_files import format_bytes
 from specforge_lite.serving.environment import check_plugin, find_interpreter
@@ -51,14 +52,16 @@ def check_libraries() -> Iterator[Problem]:
 
 
 def check_gpu() -> Iterator[Problem]:
-    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
+    try:
+        count = num_gpus()
+    except ConfigError as error:
+        yield "broken", str(error)
+        return
+    if count:
+        for index in range(count):
             properties = torch.cuda.get_device_properties(index)
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with --precision fp16"
             yield "ok", f"{index}: {properties.name}, {format_bytes(properties.total_memory)}, {bf16}"
-    elif driver:
-        yield "warning", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: wrong build of torch?"
     else:
         yield "warning", "none: everything runs on the CPU, fit for small models only"
 

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 
 from specforge_lite.capture.base import TargetEngine
-from specforge_lite.capture.hf import default_device
 from specforge_lite.checkpoints.compat.eagle_state import STATE_NAME, load_state_draft
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.variants import Eagle3Variant
+from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError, transformers_errors
 from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, TargetSection
@@ -63,7 +63,7 @@ def open_target_files(target: TargetSection, device: str | None) -> TargetFiles:
     """Everything of the target but the model itself. Raises ConfigError with transformers' reason."""
     from transformers import AutoConfig
 
-    place = torch.device(device) if device else default_device()
+    place = pick_device(device)
     directory = target_directory(target.target_model_path)
     with transformers_errors(f"target_model_path {directory}"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=target.trust_remote_code)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.capture.hf import default_device, load_target_model
+from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
@@ -114,7 +115,7 @@ class SpeculativeModel:
         """
         from transformers import AutoTokenizer
 
-        place = torch.device(device) if device is not None else default_device()
+        place = pick_device(device)
         model = load_target_model(str(base_model_path), dtype, place, trust_remote_code)
         draft = None
         if draft_model_path is not None:

@@ -8,7 +8,8 @@ import re
 import threading
 from typing import Any
 
-from specforge_lite.capture.hf import default_device, load_target_model
+from specforge_lite.capture.hf import load_target_model
+from specforge_lite.core.devices import pick_device
 from specforge_lite.inference.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
 from specforge_lite.regenerate.fim import load_tokenizer
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
@@ -22,7 +23,7 @@ class HfBackend:
 
     def __init__(self, model_path: str, dtype: str, batch_size: int, trust_remote_code: bool = False) -> None:
         self.model = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path
-        self.lm = load_target_model(model_path, dtype, default_device(), trust_remote_code)
+        self.lm = load_target_model(model_path, dtype, pick_device(), trust_remote_code)
         self.tokenizer: Any = load_tokenizer(model_path, trust_remote_code)
         self.batch_size = batch_size
         text_config = self.lm.config.get_text_config()

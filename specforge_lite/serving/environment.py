@@ -139,6 +139,6 @@ def engine_of_url(url: str) -> str:
 
 def has_gpu(engine_devices: str | None) -> bool:
     """True if a launched server should use CUDA: a device is there and `--engine-devices cpu` was not given."""
-    if engine_devices == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if engine_devices == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0")

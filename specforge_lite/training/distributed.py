@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from specforge_lite.core.devices import num_gpus
 from specforge_lite.core.errors import ConfigError, SpecforgeError
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
 from specforge_lite.core.settings import ConfigT, parse_config
@@ -203,12 +204,11 @@ def parse_on_rank(config_class: type[ConfigT], description: str) -> ConfigT:
 
 
 def _own_device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+    count = num_gpus()
+    if not count:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank}: this host has {torch.cuda.device_count()} visible GPU(s); start one rank per GPU"
-        )
+    if local_rank >= count:
+        raise ConfigError(f"local rank {local_rank}: this host has {count} visible GPU(s); start one rank per GPU")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

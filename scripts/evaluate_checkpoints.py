@@ -105,7 +105,7 @@ def evaluate_all(todo: list[Checkpoint], config: CheckpointsConfig, dataset: Any
         for place, checkpoint in enumerate(todo):
             draft = first if place == 0 else checkpoint.load(files, options.draft_model_config)
             title = f"{checkpoint.name} ({place + 1}/{len(todo)})"
-            result, _walk = evaluate_draft(draft, files, dataset, engine, options, title=title)
+            result = evaluate_draft(draft, files, dataset, engine, options, title=title)
             results.add(checkpoint, {"positions": position_rows(result), **result.to_dict()})
 
 

@@ -17,7 +17,7 @@ from specforge_lite.core.log import info, run_script
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.evaluation import Decoded, decode_answers
+from specforge_lite.evaluation.acceptance import Acceptance, Decoded, decode_answers
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis
 from specforge_lite.evaluation.present import print_comparison, print_positions, write_errors
 from specforge_lite.evaluation.run import (
@@ -70,22 +70,23 @@ def main() -> None:
     with engine_for(draft, config.target, config.data, files.device) as engine:
         analysis = error_analysis(config, draft, files) if options.error_analysis is not None else None
         observers = [analysis] if analysis is not None else []
-        result, walk = evaluate_draft(draft, files, dataset, engine, options, observers)
+        result = evaluate_draft(draft, files, dataset, engine, options, observers)
+    estimated = Acceptance.estimated(result)
     results: dict[str, Any] = {
         "draft_model_path": str(options.draft_model_path),
         "eval_data_path": str(config.data.eval_data_path),
         "batch_size": options.batch_size,
         "positions": position_rows(result),
         **result.to_dict(),
-        "estimated": walk.acceptance.to_dict(),
+        "estimated": estimated.to_dict(),
     }
     print_positions(result, str(options.draft_model_path))
     if analysis is not None and options.error_analysis is not None:
         info(f"errors: {write_errors(options.error_analysis, analysis, str(options.draft_model_path))}")
     if options.decode:
-        decoded = decode(config, dataset, walk.chain_length)
+        decoded = decode(config, dataset, result.chain_length)
         results["decoded"] = decoded.to_dict()
-        print_comparison(walk.acceptance, decoded)
+        print_comparison(estimated, decoded)
     if options.save_results is not None:
         save_results(options.save_results, results)
         info(f"results: {options.save_results}")

@@ -3,20 +3,19 @@
 The estimate walks over teacher-forced answers (`training.evaluate`); decoding runs `SpeculativeModel` on the same
 prompts. On answers that the target itself produced greedily they describe the same passes, so they differ by rounding
 only; on other answers decoding leaves the text of the file at once, and the share of answers reproduced says so.
-
-Letters: L tokens of a document, K steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from specforge_lite.core.log import progress
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.types import DraftBatch, StepOutput, TokenizedSample
+from specforge_lite.training.evaluate import EvalResult, answers_of
+from specforge_lite.types import TokenizedSample
 
 
 @dataclass
@@ -26,6 +25,11 @@ class Acceptance:
     num_passes: int = 0
     num_tokens: int = 0
     accepted_at: list[int] = field(default_factory=list)
+
+    @classmethod
+    def estimated(cls, result: EvalResult) -> Acceptance:
+        """That of the walk over teacher-forced answers."""
+        return cls(result.num_passes, result.num_tokens, list(result.accepted_at))
 
     def add(self, num_tokens: int, num_accepted: int) -> None:
         """One pass that gave `num_tokens` tokens, `num_accepted` of them drafted."""
@@ -46,43 +50,6 @@ class Acceptance:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, shares included."""
         return {**asdict(self), "tokens_per_pass": self.tokens_per_pass, "per_position": self.per_position}
-
-
-def answers_of(loss_mask_L: Sequence[bool]) -> list[tuple[int, int]]:
-    """(first, end) of every run of supervised tokens, end exclusive."""
-    edges = [0, *(int(flag) for flag in loss_mask_L), 0]
-    starts = [i for i in range(len(edges) - 1) if edges[i] < edges[i + 1]]
-    ends = [i for i in range(len(edges) - 1) if edges[i] > edges[i + 1]]
-    return list(zip(starts, ends))
-
-
-class Walk:
-    """Chain decoding simulated on teacher-forced rows; add every evaluated batch, then read `acceptance`.
-
-    Answer tokens s .. e-1: the target's prompt pass gives s. Row s-1 drafts s+1, s+2, ...; with r guesses right
-    the pass gives r + 1 tokens (r drafted ones and the target's own next), or what is left of the answer.
-    """
-
-    def __init__(self, chain_length: int) -> None:
-        self.chain_length = chain_length
-        self.acceptance = Acceptance(accepted_at=[0] * chain_length)
-
-    def add(self, output: StepOutput, batch: DraftBatch) -> None:
-        assert output.correct_NK is not None
-        assert output.supervised_NK is not None
-        right_NK = (output.correct_NK & output.supervised_NK).cpu()[:, : self.chain_length]
-        runs_N = right_NK.int().cumprod(1).sum(1)
-        for start, stop in zip(batch.doc_offsets[:-1], batch.doc_offsets[1:]):
-            self._add_document(runs_N[start:stop].tolist(), batch.loss_mask_N[start:stop].tolist())
-
-    def _add_document(self, runs_L: list[int], mask_L: list[bool]) -> None:
-        for first, end in answers_of(mask_L):
-            row = first - 1
-            while row >= 0 and row + 2 < end:
-                left = end - row - 2
-                gained = min(runs_L[row] + 1, left)
-                self.acceptance.add(gained, min(runs_L[row], left))
-                row += gained
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import recognise_family
-from specforge_lite.evaluation.acceptance import answers_of
 from specforge_lite.evaluation.guesses import draft_guesses
 from specforge_lite.evaluation.token_classes import CLASSES, classify, is_in_fence
 from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.report.decoding import token_texts
+from specforge_lite.training.evaluate import answers_of
 from specforge_lite.types import DraftBatch, StepOutput
 
 CONTEXT_TOKENS = 2

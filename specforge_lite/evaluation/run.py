@@ -22,7 +22,6 @@ from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section
 from specforge_lite.core.tensor_files import write_json
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.evaluation.acceptance import Walk
 from specforge_lite.model.draft import Draft, TTTSettings
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
@@ -112,21 +111,20 @@ def evaluate_draft(
     measure: MeasureSection,
     observers: Sequence[Observer] = (),
     title: str = "evaluate",
-) -> tuple[EvalResult, Walk]:
+) -> EvalResult:
     """Table and acceptance estimates of one draft. observers: called with every batch and its output."""
     check_evaluable(draft)
     settings = TTTSettings(num_steps=measure.ttt_length, collect_rows=True)
-    walk = Walk(min(measure.chain_length, measure.ttt_length))
     count = num_samples(dataset, measure)
 
     def forward(batch: DraftBatch) -> StepOutput:
         output: StepOutput = draft(batch, files.head, settings)
-        for observe in (walk.add, *observers):
+        for observe in observers:
             observe(output, batch)
         return output
 
     with progress(count, title, "sample") as bar:
-        result = evaluate(
+        return evaluate(
             forward,
             dataset,
             engine,
@@ -137,7 +135,6 @@ def evaluate_draft(
             max_samples=count,
             on_batch=bar.update,
         )
-    return result, walk
 
 
 def check_evaluable(draft: Draft) -> None:

@@ -36,6 +36,7 @@ class EvalResult:
 
     accuracy, loss: over all positions. *_mean, *_std: over batches (those with a position at that step), std with
     n - 1. tau_chain, tau_walk, tau_sampling: acceptance lengths, see the module. chain_length: drafted tokens per pass.
+    num_passes, num_tokens, accepted_at[k]: passes of the walk, tokens they gave, passes that accepted drafted token k.
     """
 
     num_batches: int
@@ -52,6 +53,9 @@ class EvalResult:
     tau_chain: float
     tau_walk: float
     tau_sampling: float
+    num_passes: int
+    num_tokens: int
+    accepted_at: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -74,37 +78,36 @@ class EvalResult:
 # ---------------------------------------------------------------------------------------------------------------- walk
 
 
-def walk_document(correct_LK: Tensor, supervised_LK: Tensor, loss_mask_L: Tensor, chain_length: int) -> tuple[int, int]:
-    """(tokens, jumps) of simulated chain decoding over the answers of one document; CPU tensors.
+def walk_document(
+    correct_LK: Tensor, supervised_LK: Tensor, loss_mask_L: Tensor, chain_length: int
+) -> list[tuple[int, int]]:
+    """(tokens, drafted ones among them) of every pass of simulated chain decoding over the answers of one document;
+    CPU tensors.
 
     An answer is a run of supervised tokens s..e. The target's prefill gives token s; row s-1 drafts s+1, s+2, ...
 
         token      s-1   s   s+1  s+2  s+3   e=s+4        run of row s-1 is 2: s+1, s+2 accepted, s+3 from the target
-        jump 1     row ------^----^    (+)                row s+2: run 0, e from the target
-        jump 2                    row        (+)          4 tokens, 2 jumps
+        pass 1     row ------^----^    (+)                row s+2: run 0, e from the target
+        pass 2                    row        (+)          4 tokens, 2 passes
     """
     num_steps = min(chain_length, correct_LK.shape[1])
-    right_LK = (correct_LK & supervised_LK)[:, :num_steps].int()
-    runs = right_LK.cumprod(1).sum(1).tolist()
-    mask = loss_mask_L.tolist()
-    tokens = jumps = 0
-    for first, last in _answers(mask):
+    runs = (correct_LK & supervised_LK)[:, :num_steps].int().cumprod(1).sum(1).tolist()
+    passes: list[tuple[int, int]] = []
+    for first, end in answers_of(loss_mask_L.tolist()):
         row = first - 1
-        while row >= 0 and row + 1 < last:
-            step = min(runs[row] + 1, last - row - 1)
-            tokens, jumps, row = tokens + step, jumps + 1, row + step
-    return tokens, jumps
+        while row >= 0 and row + 2 < end:
+            left = end - row - 2
+            passes.append((min(runs[row] + 1, left), min(runs[row], left)))
+            row += passes[-1][0]
+    return passes
 
 
-def _answers(mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """(first, last) token of each run of supervised tokens."""
-    first = None
-    for index, supervised in enumerate([*mask, False]):
-        if supervised and first is None:
-            first = index
-        elif not supervised and first is not None:
-            yield first, index - 1
-            first = None
+def answers_of(loss_mask_L: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, end) of every run of supervised tokens, end exclusive."""
+    edges = [0, *(int(flag) for flag in loss_mask_L), 0]
+    starts = [i for i in range(len(edges) - 1) if edges[i] < edges[i + 1]]
+    ends = [i for i in range(len(edges) - 1) if edges[i] > edges[i + 1]]
+    return list(zip(starts, ends))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -113,17 +116,17 @@ def _answers(mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
 def batch_row(output: StepOutput, batch: DraftBatch, chain_length: int) -> list[float]:
     """Sums of one evaluated batch as plain numbers:
 
-    [samples, run_sum, run_rows, tokens, jumps | loss_sum K | counted K | supervised K | correct K | alpha_sum K]
+    [samples, run_sum, run_rows, tokens, passes | loss_sum K | counted K | supervised K | correct K | alpha_sum K |
+     passes that accepted drafted token k, K]
     """
     if output.correct_NK is None or output.supervised_NK is None or output.alpha_sum_K is None:
         raise ValueError("evaluation needs TTTSettings(collect_rows=True)")
     correct_NK, supervised_NK = output.correct_NK.cpu(), output.supervised_NK.cpu()
     mask_N = batch.loss_mask_N.cpu()
-    tokens = jumps = 0
+    passes: list[tuple[int, int]] = []
     for start, stop in zip(batch.doc_offsets[:-1], batch.doc_offsets[1:]):
         span = slice(start, stop)
-        more = walk_document(correct_NK[span], supervised_NK[span], mask_N[span], chain_length)
-        tokens, jumps = tokens + more[0], jumps + more[1]
+        passes += walk_document(correct_NK[span], supervised_NK[span], mask_N[span], chain_length)
     runs_N = (correct_NK & supervised_NK)[:, :chain_length].int().cumprod(1).sum(1)
     starts_N = supervised_NK[:, 0]
     vectors = (output.loss_sum_K, output.counted_K, output.supervised_K, output.correct_K, output.alpha_sum_K)
@@ -131,9 +134,10 @@ def batch_row(output: StepOutput, batch: DraftBatch, chain_length: int) -> list[
         float(len(batch.sample_ids)),
         float(runs_N[starts_N].sum()),
         float(starts_N.sum()),
-        float(tokens),
-        float(jumps),
+        float(sum(tokens for tokens, _ in passes)),
+        float(len(passes)),
         *torch.cat([v.double().cpu() for v in vectors]).tolist(),
+        *(float(sum(accepted > k for _, accepted in passes)) for k in range(correct_NK.shape[1])),
     ]
 
 
@@ -146,7 +150,8 @@ def result_of(rows: list[list[float]], num_steps: int, chain_length: int, num_sk
     total = [sum(column) for column in zip(*rows)]
     if not rows or total[NUM_ROW_SCALARS + 2 * num_steps] == 0:
         raise DataError("evaluation data has no supervised token; is the chat template the right one?")
-    loss_sum, counted, supervised, correct, alpha = _vectors(total, num_steps)
+    loss_sum, counted, supervised, correct, alpha, accepted = _vectors(total, num_steps)
+    chain_length = min(chain_length, num_steps)
     per_batch = [_vectors(row, num_steps) for row in rows]
     accuracies = [[_ratio(v[3][k], v[2][k]) for v in per_batch if v[2][k]] for k in range(num_steps)]
     losses = [[_ratio(v[0][k], v[1][k]) for v in per_batch if v[1][k]] for k in range(num_steps)]
@@ -156,7 +161,10 @@ def result_of(rows: list[list[float]], num_steps: int, chain_length: int, num_sk
         num_samples=int(total[0]),
         num_skipped=num_skipped,
         num_supervised=int(supervised[0]),
-        chain_length=min(chain_length, num_steps),
+        chain_length=chain_length,
+        num_passes=int(total[4]),
+        num_tokens=int(total[3]),
+        accepted_at=[int(count) for count in accepted[:chain_length]],
         accuracy=[_ratio(c, s) for c, s in zip(correct, supervised)],
         loss=[_ratio(x, c) for x, c in zip(loss_sum, counted)],
         accuracy_mean=[statistics.fmean(x) if x else 0.0 for x in accuracies],
@@ -170,7 +178,7 @@ def result_of(rows: list[list[float]], num_steps: int, chain_length: int, num_sk
 
 
 def _vectors(row: Sequence[float], num_steps: int) -> list[Sequence[float]]:
-    return [row[NUM_ROW_SCALARS + i * num_steps : NUM_ROW_SCALARS + (i + 1) * num_steps] for i in range(5)]
+    return [row[NUM_ROW_SCALARS + i * num_steps : NUM_ROW_SCALARS + (i + 1) * num_steps] for i in range(6)]
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.evaluation import Acceptance, Walk, answers_of, decode_answers, disagreement
+from specforge_lite.evaluation.acceptance import Acceptance, decode_answers, disagreement
 from specforge_lite.evaluation.run import position_rows
 from specforge_lite.inference import SpeculativeModel
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
@@ -20,7 +20,7 @@ from specforge_lite.model.initialize import init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.training.dataloader import BatchMaker
-from specforge_lite.training.evaluate import batch_row, result_of, walk_document
+from specforge_lite.training.evaluate import answers_of, batch_row, result_of
 from specforge_lite.training.wiring import open_dataset
 from specforge_lite.types import TokenizedSample
 from tests.inference_drafts import random_vocabulary
@@ -35,11 +35,13 @@ def test_answers_are_runs_of_supervised_tokens() -> None:
 
 
 def walk_over(correct: torch.Tensor, mask: list[bool], chain_length: int) -> Acceptance:
-    walk = Walk(chain_length)
+    num_steps = correct.shape[1]
     output = SimpleNamespace(correct_NK=correct, supervised_NK=torch.ones_like(correct))
-    batch = SimpleNamespace(doc_offsets=[0, len(mask)], loss_mask_N=torch.tensor(mask))
-    walk.add(output, batch)  # type: ignore[arg-type]
-    return walk.acceptance
+    for name in ("loss_sum_K", "counted_K", "supervised_K", "correct_K", "alpha_sum_K"):
+        setattr(output, name, torch.ones(num_steps))
+    batch = SimpleNamespace(doc_offsets=[0, len(mask)], loss_mask_N=torch.tensor(mask), sample_ids=["a"])
+    row = batch_row(output, batch, chain_length)  # type: ignore[arg-type]
+    return Acceptance.estimated(result_of([row], num_steps, chain_length))
 
 
 def test_walk_by_hand() -> None:
@@ -53,16 +55,6 @@ def test_walk_by_hand() -> None:
     assert acceptance.accepted_at == [2, 1, 0]
     assert acceptance.tokens_per_pass == 5 / 3
     assert acceptance.per_position == [2 / 3, 1 / 3, 0]
-
-
-def test_walk_agrees_with_the_trainers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for length in range(2, 40):
-        correct = torch.rand(length, 5, generator=generator) < 0.6
-        mask = (torch.rand(length, generator=generator) < 0.8).tolist()
-        acceptance = walk_over(correct, mask, CHAIN)
-        tokens, jumps = walk_document(correct, torch.ones_like(correct), torch.tensor(mask), CHAIN)
-        assert (acceptance.num_tokens, acceptance.num_passes) == (tokens, jumps)
 
 
 def batch_output(loss: list[float], counted: list[float], supervised: list[float], correct: list[float]):
@@ -141,15 +133,16 @@ def train(draft: Draft, engine: HfEngine, head: TargetHead, samples: list[Tokeni
 def test_estimated_and_decoded_acceptance_agree(trained) -> None:
     """Both per position and in tokens per pass: within 5%, and in fact all but equal."""
     draft, engine, head, samples = trained
-    walk = Walk(CHAIN)
     to_batch = BatchMaker(head, 3, torch.device("cpu"), torch.float32)
+    rows = []
     with torch.no_grad():
         for pair in (samples[:4], samples[4:]):
             batch = to_batch(pair, engine.capture(pair))
-            walk.add(draft(batch, head, TTTSettings(num_steps=CHAIN, collect_rows=True)), batch)
+            output = draft(batch, head, TTTSettings(num_steps=CHAIN, collect_rows=True))
+            rows.append(batch_row(output, batch, CHAIN))
     decoded = decode_answers(SpeculativeModel(engine.model, draft), samples, CHAIN)
     assert decoded.reproduced_share == 1
-    estimated, real = walk.acceptance, decoded.acceptance
+    estimated, real = Acceptance.estimated(result_of(rows, CHAIN, CHAIN)), decoded.acceptance
     assert 1.3 < real.tokens_per_pass < CHAIN + 0.5  # neither hopeless nor perfect, or nothing would be compared
     assert estimated.num_tokens == real.num_tokens == sum(int(s.loss_mask_L.sum()) - 1 for s in samples)
     assert disagreement(estimated, real) < 0.05

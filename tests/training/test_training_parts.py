@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,12 @@ def test_format_bytes() -> None:
 # ---------------------------------------------------------------------------------------------------------------- walk
 
 
+def walked(*arguments: Any, **options: Any) -> tuple[int, int]:
+    """(tokens, passes)"""
+    passes = walk_document(*arguments, **options)
+    return sum(tokens for tokens, _ in passes), len(passes)
+
+
 def test_walk_over_a_document_drawn_by_hand() -> None:
     # Tokens 0..11; the answer is 4..10. Prefill gives token 4, so the first row is 3. Right steps per row:
     #   row 3: token 5, 6 right, 7 wrong -> run 2, goes 3 tokens on (5, 6 accepted, 7 from the target)
@@ -205,10 +212,10 @@ def test_walk_over_a_document_drawn_by_hand() -> None:
     correct[3] = torch.tensor([1, 1, 0]).bool()
     correct[4] = torch.tensor([1, 1, 1]).bool()  # never stood on
     correct[7] = torch.tensor([1, 1, 1]).bool()  # the third is outside the answer
-    assert walk_document(correct, supervised, mask, chain_length=3) == (6, 3)
-    assert walk_document(correct, supervised, mask, chain_length=1) == (6, 4)  # rows 3 (5, 6), 5 (7), 6 (8), 7 (9, 10)
-    assert walk_document(torch.zeros_like(correct), supervised, mask, 3) == (6, 6)
-    assert walk_document(supervised, supervised, mask, 3) == (6, 2)
+    assert walked(correct, supervised, mask, chain_length=3) == (6, 3)
+    assert walked(correct, supervised, mask, chain_length=1) == (6, 4)  # rows 3 (5, 6), 5 (7), 6 (8), 7 (9, 10)
+    assert walked(torch.zeros_like(correct), supervised, mask, 3) == (6, 6)
+    assert walked(supervised, supervised, mask, 3) == (6, 2)
 
 
 def test_walk_ignores_answers_of_one_token_and_handles_several() -> None:
@@ -216,15 +223,15 @@ def test_walk_ignores_answers_of_one_token_and_handles_several() -> None:
     supervised = torch.zeros(8, 2).bool()
     supervised[3, 1] = supervised[4] = True
     supervised[5, 0] = True
-    assert walk_document(supervised.clone(), supervised, mask, 2) == (2, 1)
+    assert walked(supervised.clone(), supervised, mask, 2) == (2, 1)
 
 
 def test_result_over_batches() -> None:
     #       samples run rows tok jumps | loss      counted   supervised correct  alpha
     rows = [
-        [2.0, 3.0, 4.0, 9.0, 4.0, 8.0, 2.0, 4.0, 2.0, 4.0, 2.0, 2.0, 1.0, 2.0, 1.0],
-        [0.0] * 15,  # a rank without samples
-        [1.0, 1.0, 2.0, 3.0, 2.0, 8.0, 3.0, 2.0, 1.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0],
+        [2.0, 3.0, 4.0, 9.0, 4.0, 8.0, 2.0, 4.0, 2.0, 4.0, 2.0, 2.0, 1.0, 2.0, 1.0, 3.0, 2.0],
+        [0.0] * 17,  # a rank without samples
+        [1.0, 1.0, 2.0, 3.0, 2.0, 8.0, 3.0, 2.0, 1.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0],
     ]
     result = result_of(rows, num_steps=2, chain_length=2)
     assert (result.num_batches, result.num_samples) == (2, 3)
@@ -234,6 +241,7 @@ def test_result_over_batches() -> None:
     assert result.loss_mean == pytest.approx([3.0, 2.0])
     assert result.tau_chain == pytest.approx(1 + 4 / 6)
     assert result.tau_walk == pytest.approx(12 / 6)
+    assert (result.num_passes, result.num_tokens, result.accepted_at) == (6, 12, [4, 2])
     assert result.tau_sampling == pytest.approx(1 + 0.5 + 0.5 * 0.5)
 
 

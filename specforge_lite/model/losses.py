@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specforge_lite.model.acceptance import lk_pass
 from specforge_lite.model.fused import fused
-from specforge_lite.model.gemm import RepeatedMatrix, add_product, equal_chunks, matmul_into
+from specforge_lite.model.gemm import add_product, equal_chunks, matmul_into
 from specforge_lite.model.target_head import TargetHead
 
 # Elements of logits alive at a time (fp32: 4 bytes each). Below this GEMMs get thin, above it chunks leave the cache.
@@ -135,10 +135,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_in_MKD = torch.empty_like(head_in_MKD) if any(ctx.needs_input_grad[:2]) else None
         grad_head = None if grad_in_MKD is None else torch.empty(num_draft, width, dtype=accumulate, device=device)
         chunks = equal_chunks(num_tokens, max(4, LOSS_CHUNK_ELEMENTS // (num_draft * num_steps)))
-        matrix = RepeatedMatrix(head, chunks[0].stop * num_steps if chunks else 1)
+        buffer: Tensor | None = None
         for chunk in chunks:
             hidden = head_in_MKD[chunk].reshape(-1, width)
-            logits = matrix.times_transposed(hidden)
+            buffer = logits = matmul_into(buffer, hidden, head)
             lse_m = None if teacher_lse_M is None else teacher_lse_M[chunk]
             logits_mKV = logits.view(-1, num_steps, num_draft)
             loss_MK[chunk], correct_MK[chunk] = logits_to_gradient(
@@ -146,9 +146,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             if grad_in_MKD is not None and grad_head is not None:
                 weight = weight_MK[chunk].reshape(-1, 1).to(hidden.dtype)
-                grad_in_MKD[chunk] = matrix.times(logits).mul_(weight).view(-1, num_steps, width)
+                grad_in_MKD[chunk] = (logits @ head).mul_(weight).view(-1, num_steps, width)
                 add_product(grad_head, logits, hidden * weight, first=chunk.start == 0)
-            del logits, logits_mKV  # before the next ones are made: they take their place, in memory and in the cache
         if grad_head is not None and num_tokens == 0:
             grad_head.zero_()
         ctx.save_for_backward(grad_in_MKD, grad_head)

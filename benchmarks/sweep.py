@@ -27,7 +27,7 @@ from pydantic import Field
 
 from specforge_lite.capture.offline import CaptureConfig, capture_offline
 from specforge_lite.core.errors import ConfigError, suggest
-from specforge_lite.core.files import atomic_file
+from specforge_lite.core.files import atomic_file, lock_directory
 from specforge_lite.core.log import info, progress, run_script
 from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.evaluation.compare_generation import read_prompts
@@ -36,7 +36,7 @@ from specforge_lite.inference.tree import TreeShape
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.distributed import open_world
 from specforge_lite.training.reporting import open_reporter
-from specforge_lite.training.run_dir import catch_signals, lock_directory
+from specforge_lite.training.run_dir import catch_signals
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.setup import build_trainer
 from specforge_lite.training.wiring import load_data, load_models, open_dataset, open_target
@@ -352,10 +352,9 @@ def plot(config: SweepConfig, results: Sequence[Result], path: Path) -> None:
     axes[0].set_yticks(range(len(groups)), list(groups))
     axes[0].invert_yaxis()
     figure.tight_layout()
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.png")
-    figure.savefig(temporary, dpi=90)
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=90)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from specforge_lite.capture.context import read_target_info
 from specforge_lite.capture.offline import CaptureConfig, capture_offline, check_room
+from specforge_lite.core.files import lock_directory
 from specforge_lite.core.log import run_script
 from specforge_lite.core.settings import parse_config
 from specforge_lite.serving.registry import open_engine
-from specforge_lite.training.run_dir import catch_signals, lock_directory
+from specforge_lite.training.run_dir import catch_signals
 from specforge_lite.training.wiring import open_dataset
 
 

@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.log import info, run_script
+from specforge_lite.core.log import format_bytes, info, run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.core.tensor_files import format_bytes
 from specforge_lite.training.estimate import (
     MemoryPlan,
     Workload,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specforge_lite.benchmark.rows import SpeedupRow
-from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.files import user_errors, write_atomically
 
 STATISTIC = (
     "tokens per pass = completion tokens / verification passes, over all requests; speed-up = throughput / throughput"
@@ -94,5 +94,5 @@ def save_chart(rows: Sequence[SpeedupRow], path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight")
     plt.close(figure)
-    with user_errors(path), atomic_file(path, "wb") as file:
-        file.write(picture.getvalue())
+    with user_errors(path):
+        write_atomically(path, picture.getvalue())

@@ -24,7 +24,7 @@ from specforge_lite.benchmark.statistics import (
     sums_by_prompt,
 )
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.files import atomic_file, quick_fingerprint, user_errors
 from specforge_lite.core.log import warn
 
 Interval = tuple[float, float]
@@ -301,12 +301,6 @@ def fingerprint(directory: str | None) -> str | None:
         return directory
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
-        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".bin"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin"):
+            digest.update(f"{path.name} {quick_fingerprint(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,6 @@ as it is read, so that opening a large directory costs nothing.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,10 +29,17 @@ from torch import Tensor
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.prefetch import Prefetcher, SkipBudget, prefetch
 from specforge_lite.core.errors import CaptureError, ConfigError, DataError
-from specforge_lite.core.log import info, progress, warn
+from specforge_lite.core.files import (
+    atomic_directory,
+    remove_leftovers,
+    save_tensors,
+    sha256_of,
+    user_errors,
+    write_json,
+)
+from specforge_lite.core.log import format_bytes, info, progress, warn
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section
-from specforge_lite.core.tensor_files import format_bytes, save_tensors, sha256_of, sync_file, write_json
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.types import CapturedStates, TokenizedSample
 
@@ -199,16 +205,10 @@ def _capture_shard(
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     path = _shard(directory, number)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        save_tensors(tensors, temporary)
-        facts = {**facts, "size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path}: not written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_json(_sidecar(directory, number), facts)
+    with user_errors(path):
+        save_tensors(tensors, path)
+        facts = {**facts, "size": path.stat().st_size, "sha256": sha256_of(path)}
+        write_json(_sidecar(directory, number), facts)
 
 
 def _groups(dataset: TokenizedDataset, first: int, end: int) -> Iterator[list[TokenizedSample]]:
@@ -229,8 +229,7 @@ def _starts(dataset: TokenizedDataset, first: int, end: int) -> np.ndarray:
 
 def _complete_shards(directory: Path, count: int) -> set[int]:
     """Numbers of shards whose content has the hash of its sidecar; leftovers of a crash are removed."""
-    for path in directory.glob(".*.tmp-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_leftovers(directory, held=True)
     done = set()
     for number in range(count):
         if not _sidecar(directory, number).exists():
@@ -247,13 +246,8 @@ def _complete_shards(directory: Path, count: int) -> set[int]:
 def _copy_dataset(dataset: TokenizedDataset, destination: Path) -> None:
     if destination.exists():
         return
-    temporary = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(dataset.directory, temporary)
-    for file in temporary.iterdir():
-        sync_file(file)
-    os.replace(temporary, destination)
-    sync_file(destination.parent)
+    with user_errors(destination), atomic_directory(destination, held=True) as temporary:
+        shutil.copytree(dataset.directory, temporary, dirs_exist_ok=True)
 
 
 def _shard(directory: Path, number: int) -> Path:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from specforge_lite.checkpoints.export import write_config
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import remove_leftovers, replace_directory, user_errors
+from specforge_lite.core.files import atomic_directory, user_errors, write_json
 
 NUM_DRAFT_TOKENS = 3
 SETTINGS_ON_THE_CARD = (
@@ -51,22 +50,16 @@ def write_bundle(
     if bundle_dir.exists() and not overwrite:
         raise ConfigError(f"bundle {bundle_dir}: exists already; give another directory, or --overwrite")
     evaluation, decoding = _read_results(facts.evaluation), _read_results(facts.decoding)
-    partial = bundle_dir.with_name(f".{bundle_dir.name}.partial-{os.getpid()}")
-    try:
-        with user_errors(bundle_dir):
-            remove_leftovers(bundle_dir)
-            shutil.copytree(exported, partial)
-            config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-            run = config.get("specforge_lite") or {}
-            config["specforge_lite"] = without_paths(run)
-            write_config(partial / "config.json", config)
-            if tokenizer_from is not None:
-                copy_tokenizer(tokenizer_from, partial)
-            card = model_card(bundle_dir.name, config, facts, evaluation, decoding)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            replace_directory(partial, bundle_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with user_errors(bundle_dir), atomic_directory(bundle_dir) as partial:
+        shutil.copytree(exported, partial, dirs_exist_ok=True)
+        config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+        run = config.get("specforge_lite") or {}
+        config["specforge_lite"] = without_paths(run)
+        write_json(partial / "config.json", config)
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, partial)
+        card = model_card(bundle_dir.name, config, facts, evaluation, decoding)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return bundle_dir
 
 

@@ -6,10 +6,7 @@ written, each in the convention of the engine that reads it (`inference/draft_fi
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import newest_complete, read_state, verify_checkpoint
-from specforge_lite.core.errors import CheckpointError, ConfigError, first_line, suggest
-from specforge_lite.core.files import remove_leftovers, replace_directory, user_errors
+from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
+from specforge_lite.core.files import atomic_directory, save_tensors, user_errors, write_json
 from specforge_lite.model.draft import ARCHITECTURES, Draft, DraftConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,19 +50,12 @@ def export_draft(
     folder = Path(output_dir)
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder}: exists already; give another directory, or --overwrite")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        with user_errors(folder):
-            remove_leftovers(folder)
-            partial.mkdir(parents=True)
-            write_config(partial / "config.json", exported_config(config, dtype, provenance))
-            write_tensors(partial / "model.safetensors", exported_tensors(draft, DTYPES[dtype]))
-            problems = [finding for finding in check_draft(partial) if finding.is_broken]
-            if problems:
-                raise CheckpointError(f"the exported draft would not be served: {problems[0].message}")
-            replace_directory(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with user_errors(folder), atomic_directory(folder) as partial:
+        write_json(partial / "config.json", exported_config(config, dtype, provenance))
+        save_tensors(exported_tensors(draft, DTYPES[dtype]), partial / "model.safetensors", {"format": "pt"})
+        problems = [finding for finding in check_draft(partial) if finding.is_broken]
+        if problems:
+            raise CheckpointError(f"the exported draft would not be served: {problems[0].message}")
     return folder
 
 
@@ -161,26 +151,3 @@ def exported_tensors(draft: Draft, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors["d2t"] = draft.d2t.cpu().to(torch.int64)
         tensors["t2d"] = draft.t2d.cpu()
     return tensors
-
-
-def write_config(path: Path, values: dict[str, Any]) -> None:
-    """JSON to disk, flushed."""
-    with path.open("w", encoding="utf-8") as handle:
-        json.dump(values, handle, indent=2)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """safetensors to disk, flushed. Raises OSError, for a full disk as well."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # carries the operating system's message as text
-        raise OSError(errno.EIO, first_line(error), str(path)) from None
-    path.chmod(0o644)  # safetensors makes it private to its owner; a server may run as another user
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, TRAINING_WEIGHTS, read_config, read_safetensors
 from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.files import sha256_of
 from specforge_lite.core.log import warn
-from specforge_lite.core.tensor_files import sha256_of
 from specforge_lite.model.draft import DraftConfig
 
 FORMAT_VERSION = 1

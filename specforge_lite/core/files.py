@@ -1,21 +1,38 @@
-"""Files and directories that are either complete under their final name or not there at all."""
+"""Files and directories that are complete under their final name or absent, whatever moment the process dies at; and
+the locks and hashes that go with them.
+
+    .NAME.tmp-PID-HEX      being written      .NAME.old-PID, .NAME.deleted-PID    being deleted
+
+What a killed process leaves under these names is deleted by the next one that writes NAME (`remove_leftovers`).
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
-import glob
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from specforge_lite.core import log
-from specforge_lite.core.errors import DataError
+from specforge_lite.core.errors import ConfigError, DataError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK_FILE = ".lock"
+# `save_tensors` wants this much room besides the tensors: for the header, and the small files beside it.
+SPARE_BYTES = 1 << 20
+FINGERPRINT_BYTES = 1 << 20
 
 
 @contextmanager
@@ -30,59 +47,152 @@ def user_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
 
 
+# --------------------------------------------------------------------------------------------------------------- write
+
+
 @contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
+def atomic_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
     """A file that appears under `path` when the block ends without an error; nothing is left of it otherwise.
 
-    What a killed process left of an earlier attempt is removed.
+    sync: force it to the disk first (False: for files that a crash of the machine may lose).
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        remove_leftovers(path.parent, path.name)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says to `remove_leftovers` that we live
+            try_lock(file.fileno())  # tells `remove_leftovers`, on another host too, that the writer lives
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        if sync:
+            sync_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, data: bytes | str, sync: bool = True) -> None:
+    """Write a whole file (text as UTF-8), making its directory. Raises OSError."""
+    with atomic_file(path, "w" if isinstance(data, str) else "wb", sync) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Write `value` as indented JSON, atomically. Raises OSError."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", sync)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically. Raises OSError, for a full disk as well."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    needed, free = tensor_bytes(tensors) + SPARE_BYTES, shutil.disk_usage(path.parent).free
+    if free < needed:  # the writer of safetensors hides errno, so look first
+        text = f"needs {log.format_bytes(needed)}, {log.format_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, f"{path.name} {text}")
+    temporary = _temporary(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors makes it private to its owner; a server may run as another user
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+        sync_to_disk(path.parent)
+    except SafetensorError as error:  # carries the operating system's message as text
+        raise OSError(errno.EIO, f"{path.name}: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, held: bool = False) -> Iterator[Path]:
     """A directory that appears under `path`, in place of an older one, when the block ends without an error.
 
-    The caller holds the lock of `path`; what crashed predecessors left is removed first.
+    held: the caller holds a lock under which nobody else writes `path`; see `remove_leftovers`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    remove_leftovers(path.parent, path.name, held)
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        sync_directory(temporary)
+        for inside in temporary.rglob("*"):
+            sync_to_disk(inside)
+        sync_to_disk(temporary)
         replace_directory(temporary, path)
     finally:
-        for left in path.parent.glob(f".{path.name}.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what processes that were killed left beside `path`: `.NAME.tmp-PID...`, `.NAME.partial-PID`.
+def replace_directory(source: Path, destination: Path) -> None:
+    """Move `source` to `destination` in one step, whatever was there; an older directory is deleted afterwards.
 
-    Nothing is touched whose process lives here, or that anybody (on another host, perhaps) holds a lock on.
+    Where the file system cannot exchange two names, the older one is set aside first.
     """
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:tmp|partial|old)-(\d+)(?:-[0-9a-f]+)?")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+    if not destination.exists():
+        os.replace(source, destination)
+    elif _exchange(source, destination):
+        shutil.rmtree(source)
+    else:
+        aside = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        os.replace(destination, aside)
+        os.replace(source, destination)
+        shutil.rmtree(aside)
+    sync_to_disk(destination.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory; renamed first, so that an interrupted deletion leaves nothing that looks whole."""
+    doomed = path.with_name(f".{path.name}.deleted-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically with renameat2(2); False where kernel, libc or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
+    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+
+
+def sync_to_disk(path: Path) -> None:
+    """Force a file's or a directory's content to the disk; for a directory: the renames inside it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- leftovers
+
+
+def remove_leftovers(directory: Path, name: str | None = None, held: bool = False) -> None:
+    """Delete what killed processes left of `name`, or of everything, in `directory`.
+
+    Nothing is touched whose process lives here, or that anybody (on another host, perhaps) holds a lock on. held: the
+    caller holds a lock under which nobody else writes here, so whatever is left is dead; process numbers come again.
+    """
+    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.(?:tmp|old|deleted)-(\d+)(?:-[0-9a-f]+)?")
+    for left in directory.iterdir() if directory.is_dir() else ():
         match = pattern.fullmatch(left.name)
-        if match is None or _is_alive(int(match[1])) or _is_locked(left):
+        if match is None or (not held and (_is_alive(int(match[1])) or _is_locked(left))):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -95,7 +205,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # not ours to ask
+    except OSError:  # a process of another user
         return True
     return True
 
@@ -106,59 +216,71 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return not try_lock(handle)
     finally:
         os.close(handle)
-    return False
 
 
-def replace_directory(source: Path, destination: Path) -> None:
-    """Move `source` to `destination` in one step, whatever was there; an older directory is deleted afterwards.
-
-    Where the file system cannot exchange two names, the older one is set aside first: a process that is killed just
-    then leaves it as `.NAME.old-PID`.
-    """
-    if not destination.exists():
-        os.replace(source, destination)
-    elif _exchange(source, destination):
-        shutil.rmtree(source)
-    else:
-        aside = destination.with_name(f".{destination.name}.old-{os.getpid()}")
-        os.replace(destination, aside)
-        os.replace(source, destination)
-        shutil.rmtree(aside)
-    sync_directory(destination.parent)
+# --------------------------------------------------------------------------------------------------------------- locks
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically with renameat2(2); False where kernel, libc or file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+def try_lock(handle: int) -> bool:
+    """Take the lock of an open file if nobody else has it. The kernel frees it when the file is closed or we die."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
-    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    return True
 
 
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file of `path`; says so when another process has it. The kernel frees it when a holder dies."""
+    """Hold the lock file of `path`; wait, and log it, while another process has it."""
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file.fileno()):
             log.info(f"waiting for another process that builds {what}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def sync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
+def lock_directory(directory: Path, flag: str) -> IO[str]:
+    """Make the directory, and hold its lock as long as the result is open. The lock file stays: deleting it would let
+    two processes lock two different files.
+
+    Raises ConfigError when another process holds it, or when the directory cannot be written.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        directory.mkdir(parents=True, exist_ok=True)
+        stream = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
+    except OSError as error:
+        raise ConfigError(f"{flag} {directory}: {error.strerror or error}") from None
+    if not try_lock(stream.fileno()):
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise ConfigError(f"{flag} {directory}: in use by {holder}; choose another --{flag.replace('_', '-')}")
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
+    stream.flush()
+    return stream
+
+
+# -------------------------------------------------------------------------------------------------------------- hashes
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content. Raises OSError."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def quick_fingerprint(path: Path) -> str:
+    """Size and a hash of the first and the last MiB: tells files apart without reading 100 GB. Raises OSError."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read(FINGERPRINT_BYTES))
+    return f"{size}-{digest.hexdigest()[:32]}"

@@ -77,6 +77,15 @@ def format_seconds(seconds: float) -> str:
     return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
 
 
+def format_bytes(count: float) -> str:
+    """Bytes as a person says them: `812M`, `1.9G`."""
+    for unit in ("B", "K", "M", "G", "T"):
+        if abs(count) < 1024 or unit == "T":
+            return f"{count:.0f}{unit}" if unit in "BKM" or count >= 100 else f"{count:.1f}{unit}"
+        count /= 1024
+    raise AssertionError
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; one clear line and exit code 2 for a user's error, 130 for Ctrl-C, traceback otherwise."""
     start = time.monotonic()

@@ -7,7 +7,6 @@ moving a file changes nothing, changing one byte of it does. Two processes may a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import multiprocessing
 from collections import deque
@@ -20,7 +19,7 @@ from typing import Any
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import atomic_directory, exclusive, user_errors
+from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
@@ -96,7 +95,7 @@ def dataset_key(job: _Job, rows: RowTokenizer) -> dict[str, Any]:
     used = ("max_length",) if job.data_format == "fim" else ("max_length", "train_only_last_turn", "system_prompt")
     return {
         "version": TOKENIZATION_VERSION,
-        "file": file_digest(job.path),
+        "file": _digest(job.path),
         "format": job.data_format,
         "tokenizer": job.spec.fingerprint,
         **rows.key(),
@@ -111,16 +110,9 @@ def recognise_format(path: Path) -> str:
     return "fim" if first is not None and is_fim_row(first.value) else "chat"
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    return digest.hexdigest()
+def _digest(path: Path) -> str:
+    with user_errors(path):
+        return sha256_of(path)
 
 
 def _open_whole(directory: Path, key: dict[str, Any], announce: bool = False) -> TokenizedDataset | None:
@@ -136,7 +128,7 @@ def _open_whole(directory: Path, key: dict[str, Any], announce: bool = False) ->
 
 
 def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory, held=True) as temporary:
         writer = StoreWriter(temporary)
         try:
             with RowFile(job.path) as rows, log.progress(rows.num_bytes, f"tokenize {job.path.name}", "B") as bar:
@@ -144,7 +136,7 @@ def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
                     _store(batch, writer, job.path)
                     bar.update(rows.bytes_read - bar.n)
             _check_result(job.path, writer)
-            if file_digest(job.path) != key["file"]:
+            if _digest(job.path) != key["file"]:
                 raise DataError(f"{job.path}: changed while it was read")
             writer.finish(key)
         finally:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import sha256_of
 from specforge_lite.types import TokenizedSample
 
 FORMAT = 1
@@ -239,9 +240,5 @@ def _check_file(path: Path, facts: dict[str, Any]) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size != facts["bytes"]:
         raise CacheDamaged(f"{path}: {size} bytes, {facts['bytes']} were written")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    if digest.hexdigest() != facts["sha256"]:
+    if sha256_of(path) != facts["sha256"]:
         raise CacheDamaged(f"{path}: its content changed since it was written")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.files import save_tensors, user_errors
 
 if TYPE_CHECKING:
     from specforge_lite.data.store import TokenizedDataset
@@ -48,11 +48,9 @@ class VocabMap:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
-        from safetensors.torch import save
-
         metadata = {"fingerprint": self.fingerprint, "coverage": repr(self.coverage), "format": "1"}
-        with user_errors(Path(path)), atomic_file(Path(path), "wb") as file:
-            file.write(save({"d2t": self.d2t.contiguous(), "t2d": self.t2d.contiguous()}, metadata))
+        with user_errors(Path(path)):
+            save_tensors({"d2t": self.d2t, "t2d": self.t2d}, Path(path), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> VocabMap:

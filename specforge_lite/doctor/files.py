@@ -12,7 +12,7 @@ import torch
 from specforge_lite.capture.base import check_aux_layer_ids, default_aux_layer_ids
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.core.errors import transformers_errors
-from specforge_lite.core.tensor_files import format_bytes
+from specforge_lite.core.log import format_bytes
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.templates.auto import difference_from_own

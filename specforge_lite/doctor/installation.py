@@ -18,7 +18,7 @@ import torch
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.devices import num_gpus
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.tensor_files import format_bytes
+from specforge_lite.core.log import format_bytes
 from specforge_lite.serving.environment import check_plugin, find_interpreter
 
 Problem = tuple[str, str]  # (level, message)

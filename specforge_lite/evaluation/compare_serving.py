@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import write_json
 from specforge_lite.core.log import progress
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
@@ -50,9 +49,7 @@ class ServingComparison:
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(partial, path)
+        write_json(path, asdict(self))
 
 
 def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_tokens: int) -> ServingComparison:

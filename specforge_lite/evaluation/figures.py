@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.tensor_files import write_atomically
+from specforge_lite.core.files import write_atomically
 from specforge_lite.evaluation.checkpoints import best_entry, metric_of
 
 DPI = 130
@@ -35,7 +35,6 @@ def save_figure(figure: Any, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None

@@ -17,10 +17,10 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.variants import Eagle3Variant
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.files import write_json
 from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section
-from specforge_lite.core.tensor_files import write_json
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.model.draft import Draft, TTTSettings
 from specforge_lite.model.target_head import TargetHead, load_target_head

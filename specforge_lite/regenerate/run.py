@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, EngineError
-from specforge_lite.core.files import user_errors
+from specforge_lite.core.files import quick_fingerprint, user_errors
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
@@ -30,7 +29,6 @@ from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, Sam
 from specforge_lite.types import Conversation
 
 SYNC_SECONDS = 2.0
-HEAD_BYTES = 1 << 20
 ROWS_PER_PLACE = 2  # rows in work per request place: those in a retry pause need no place
 
 
@@ -238,7 +236,7 @@ def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
     """What makes two runs the same: regeneration.json, compared on resume. No addresses and no key are in it."""
     sampling, prompts, backend = config.sampling, config.prompts, config.backend
     return {
-        "input": file_fingerprint(prompts.raw_data_file),
+        "input": quick_fingerprint(prompts.raw_data_file),
         "num_per_shard": prompts.num_per_shard,
         "sample_size": prompts.sample_size,
         "system_prompt": prompts.system_prompt,
@@ -252,16 +250,6 @@ def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
         "reasoning": sampling.reasoning,
         "fim": [sampling.fim_order, sampling.fim_max_length],
     }
-
-
-def file_fingerprint(path: Path) -> str:
-    """Size and a hash of the first and the last MiB: tells files apart without reading 100 GB."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(HEAD_BYTES))
-        file.seek(max(0, size - HEAD_BYTES))
-        digest.update(file.read(HEAD_BYTES))
-    return f"{size}-{digest.hexdigest()[:32]}"
 
 
 def describe(summary: Summary, directory: Path) -> str:

@@ -10,7 +10,6 @@ resume and its row asked again; so every row ends in exactly one of the two file
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, sync_directory
+from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, write_json
 from specforge_lite.core.log import warn
 
 MANIFEST = "regeneration.json"
-LOCK = ".lock"
 PART = ".part"
 MAX_OPEN_FILES = 64
 _ROW_PREFIX = re.compile(rb'\{"row": ([0-9]+),')  # how `_append` begins a line; cheaper than parsing all of it
@@ -53,10 +51,9 @@ class ShardStore:
         self._unsynced: set[Path] = set()
         self.reasons: Counter[str] = Counter()
         self.num_answered = self.num_errors = self.num_kept = 0
-        self._lock = _lock(directory)
+        self._lock = lock_directory(directory, "output_dir")
         try:
-            for left in directory.glob(".*.tmp-*"):  # a crash inside `atomic_file`; nobody else writes here now
-                left.unlink()
+            remove_leftovers(directory, held=True)
             check_manifest(directory, settings, resume)
             self._remove_finished_parts()
         except BaseException:
@@ -226,8 +223,7 @@ def check_manifest(directory: Path, settings: dict[str, Any], resume: bool) -> N
             raise ConfigError(f"output_dir {directory}: made with other settings ({changes}); use another --output-dir")
     elif used:
         raise ConfigError(f"output_dir {directory}: holds {used[0]} but no {MANIFEST}; use another --output-dir")
-    with atomic_file(path) as file:
-        json.dump(settings, file, indent=2, ensure_ascii=False)
+    write_json(path, settings)
 
 
 def sync_handles(handles: list[int]) -> None:
@@ -304,18 +300,3 @@ def write_sorted(part: Path, final: Path) -> None:
                 for _, offset, size in index:
                     file.seek(offset)
                     output.write(file.read(size))
-    sync_directory(final.parent)
-
-
-def _lock(directory: Path) -> Any:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / LOCK, "a")  # noqa: SIM115  (held until the store is closed)
-    except OSError as error:
-        raise ConfigError(f"output_dir {directory}: {error.strerror or error}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(f"output_dir {directory}: another run is writing here; wait for it or stop it") from None
-    return file

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import write_atomically
 from specforge_lite.core.provenance import redact
 from specforge_lite.report.decoding import acceptance_section, generations_section
 from specforge_lite.report.errors import errors_section
@@ -63,14 +63,16 @@ def write_report(
         _tiles(rows, evaluation, decoding, speedup_rows or ()),
     )
     body = tag("main", None, header, *sections)
-    return write_text(Path(path), document(title, body))
+    write_atomically(Path(path), document(title, body))
+    return Path(path)
 
 
 def write_errors_page(path: Path, errors: Mapping[str, Any], title: str) -> Path:
     """One self-contained page of an error analysis, every row of it; written atomically."""
     section = tag("section", {"class": "part"}, errors_section(errors, all_rows=True))
     body = tag("main", None, tag("header", None, tag("h1", None, title)), section)
-    return write_text(path, document(title, body))
+    write_atomically(path, document(title, body))
+    return path
 
 
 def document(title: str, body: Html) -> str:
@@ -161,18 +163,3 @@ def _flat(value: Any, prefix: str = "") -> list[list[str]]:
     else:
         text = "–" if value is None else str(value)
     return [[prefix or "value", text]]
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write `text` at `path` atomically and return it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -3,7 +3,6 @@ trainer itself leaves behind."""
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import json
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import try_lock
 from specforge_lite.core.log import format_seconds, info, progress, warn
 from specforge_lite.serving import watchdog
 
@@ -101,7 +101,7 @@ class RunDirectory:
         self.path.mkdir(mode=0o700)
         temporary_directory(self.path).mkdir(mode=0o700)
         self._lock = os.open(self.path / OWNER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try_lock(self._lock)
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -126,13 +126,10 @@ def collect_leftovers(parent: Path) -> int:
         except OSError:
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # its trainer is alive
-        else:
-            _end_recorded_session(path)
-            _remove(path)
-            collected += 1
+            if try_lock(lock):  # else its trainer is alive
+                _end_recorded_session(path)
+                _remove(path)
+                collected += 1
         finally:
             os.close(lock)
     if collected:

@@ -15,8 +15,6 @@ Whole tensors, whatever the sharding was, so any world size can continue. Nothin
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +26,15 @@ from torch import Tensor
 from specforge_lite.checkpoints.draft_files import read_safetensors
 from specforge_lite.checkpoints.training_run import FORMAT_VERSION, MANIFEST, SavedState, checkpoints, is_complete
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.log import info
-from specforge_lite.core.tensor_files import format_bytes, save_tensors, sha256_of, sync_file, tensor_bytes, write_json
+from specforge_lite.core.files import (
+    atomic_directory,
+    remove_directory,
+    save_tensors,
+    sha256_of,
+    tensor_bytes,
+    write_json,
+)
+from specforge_lite.core.log import format_bytes, info
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, iter_full
@@ -84,10 +89,7 @@ def save_checkpoint(
 
 
 def _write_directory(final: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_directory(final, held=True) as temporary:  # the run's lock is held
         for name, group in tensors.items():
             save_tensors(group, temporary / name)
         for name, value in documents.items():
@@ -96,13 +98,6 @@ def _write_directory(final: Path, tensors: dict[str, dict[str, Tensor]], documen
             path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
         }
         write_json(temporary / MANIFEST, {"format": FORMAT_VERSION, "files": files})
-        sync_file(temporary)
-        if final.exists():  # a damaged or repeated save of the same step
-            _delete_directory(final)
-        os.replace(temporary, final)
-        sync_file(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _room(directory: Path, tensors: dict[str, dict[str, Tensor]]) -> str:
@@ -113,15 +108,7 @@ def _room(directory: Path, tensors: dict[str, dict[str, Tensor]]) -> str:
 def _delete_oldest(output_dir: Path, keep: int | None) -> None:
     if keep is not None:
         for path in checkpoints(output_dir)[keep:]:
-            _delete_directory(path)
-
-
-def _delete_directory(path: Path) -> None:
-    """Rename first: a deletion that is interrupted must not leave something that looks like a checkpoint."""
-    doomed = path.with_name(f".{path.name}.deleted-{os.getpid()}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+            remove_directory(path)
 
 
 def _check_replicas(parallel: ParallelDraft, world: World) -> None:
@@ -139,17 +126,9 @@ def _check_replicas(parallel: ParallelDraft, world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
-def remove_leftovers(output_dir: Path, keep: int | None = None) -> None:
-    """Delete what a crashed save or deletion left behind; only call it while holding the directory's lock.
-
-    keep: a run killed between a save and the deletion of the oldest checkpoint left one too many; it goes if the newest
-    `keep` are complete.
-    """
-    for path in output_dir.glob(".*"):
-        if re.fullmatch(r"\.step_\d+\.(tmp|deleted)-\d+", path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        elif re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():  # of `write_atomically`
-            path.unlink(missing_ok=True)
+def prune_checkpoints(output_dir: Path, keep: int | None) -> None:
+    """Delete what a run that was killed between a save and the deletion of the oldest checkpoint left too many, once
+    the newest `keep` are complete."""
     found = checkpoints(output_dir)
     if keep is not None and len(found) > keep and all(is_complete(path) for path in found[:keep]):
         _delete_oldest(output_dir, keep)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.core.log import format_seconds
-from specforge_lite.core.tensor_files import format_bytes
+from specforge_lite.core.log import format_bytes, format_seconds
 from specforge_lite.training.optimizer import OVERFLOW, UpdateResult
 from specforge_lite.types import DraftBatch, StepOutput
 

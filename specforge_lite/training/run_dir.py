@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import json
 import os
 import shutil
@@ -22,14 +21,13 @@ from typing import IO, Any
 from specforge_lite.checkpoints.training_run import checkpoints
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.files import lock_directory, remove_leftovers, write_json
 from specforge_lite.core.log import info
 from specforge_lite.core.provenance import redact, without_secrets
-from specforge_lite.core.tensor_files import write_json
-from specforge_lite.training.checkpoint import remove_leftovers
+from specforge_lite.training.checkpoint import prune_checkpoints
 from specforge_lite.training.settings import CheckpointSection
 from specforge_lite.training.trackers import METRICS_FILE
 
-LOCK_FILE = ".lock"
 HEARTBEAT_FILE = "heartbeat.json"
 SUMMARY_FILE = "exit_summary.json"
 STARTS_FILE = "starts.json"
@@ -46,7 +44,9 @@ class RunDirectory:
         self._lock = lock_directory(self.path, "output_dir")
         self._last_beat = 0.0
         try:
-            remove_leftovers(self.path, config.save_total_limit if config.resume and not config.overwrite else None)
+            remove_leftovers(self.path, held=True)
+            if config.resume and not config.overwrite:
+                prune_checkpoints(self.path, config.save_total_limit)
             _settle_earlier_run(self.path, config)
             self.restarts = _count_start(self.path / STARTS_FILE)
         except BaseException:
@@ -64,30 +64,6 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back. The lock file stays: deleting it would let two runs lock two different files."""
         self._lock.close()
-
-
-def lock_directory(directory: Path, flag: str) -> IO[str]:
-    """Make the directory, and hold its lock as long as the result is open; the kernel frees it when we die.
-
-    Raises ConfigError when another process holds it, or when the directory cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        stream = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-    except OSError as error:
-        raise ConfigError(f"{flag} {directory}: {error.strerror or error}") from None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        stream.close()
-        name = flag.replace("_", "-")
-        raise ConfigError(f"{flag} {directory}: in use by {holder}; choose another --{name}") from None
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} since {_now()}")
-    stream.flush()
-    return stream
 
 
 def _settle_earlier_run(directory: Path, config: CheckpointSection) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -228,7 +228,7 @@ def find_resume(config: TrainConfig, models: RunModels, world: World) -> tuple[P
                 state = read_state(path)
                 if read_config(path / "identity.json")["data"] != models.identity["data"]:
                     state = replace(state, data={})
-                answer = {"path": str(path), "state": state.to_dict()}
+                answer = {"path": str(path), "state": asdict(state)}
         except CheckpointError as error:
             answer = {"problem": str(error)}
     answer = json.loads(world.broadcast_text(json.dumps(answer)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.tensor_files import write_atomically
+from specforge_lite.core.files import write_atomically
 from specforge_lite.training.settings import LoggingSection
 
 METRICS_FILE = "metrics.jsonl"

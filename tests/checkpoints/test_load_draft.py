@@ -14,7 +14,7 @@ from torch.nn.functional import linear, silu
 from specforge_lite.checkpoints.export import export_checkpoint, exported_config
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.tensor_files import sha256_of
+from specforge_lite.core.files import sha256_of
 from specforge_lite.model.draft import Draft
 from tests.inference_drafts import random_draft
 

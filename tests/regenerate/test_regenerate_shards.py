@@ -153,7 +153,7 @@ def test_settings_may_change_while_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    with open_store(tmp_path), pytest.raises(ConfigError, match="another run is writing here"):
+    with open_store(tmp_path), pytest.raises(ConfigError, match="in use by process"):
         open_store(tmp_path)
     open_store(tmp_path).__exit__()
 

@@ -15,9 +15,8 @@ import pytest
 from specforge_lite.capture.fake import FakeEngine
 from specforge_lite.capture.offline import CaptureSection, OfflinePart, capture_offline
 from specforge_lite.core import files as atomic
-from specforge_lite.core.files import atomic_file, remove_leftovers, replace_directory
+from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, replace_directory
 from specforge_lite.regenerate.shards import ShardStore
-from specforge_lite.training.run_dir import lock_directory
 from tests.script_runner import end_of_script
 from tests.training_runs import INFO, Run, make_dataset, train
 
@@ -35,12 +34,12 @@ def names(directory: Path) -> list[str]:
 
 def test_only_what_is_dead_and_belongs_to_the_file_goes(tmp_path: Path, dead_pid: int) -> None:
     kept = [f".data.tmp-{os.getpid()}-00ff", ".data.tmp-x", f".other.tmp-{dead_pid}-00ff", f".data.backup-{dead_pid}"]
-    gone = [f".data.tmp-{dead_pid}-00ff", f".data.partial-{dead_pid}"]
+    gone = [f".data.tmp-{dead_pid}-00ff", f".data.deleted-{dead_pid}"]
     for name in [*kept, *gone]:
         (tmp_path / name).write_text("x")
     (tmp_path / f".data.old-{dead_pid}").mkdir()
     (tmp_path / f".data.old-{dead_pid}" / "file").write_text("x")
-    remove_leftovers(tmp_path / "data")
+    remove_leftovers(tmp_path, "data")
     assert names(tmp_path) == sorted(kept)
 
 
@@ -49,9 +48,9 @@ def test_a_file_that_somebody_holds_stays(tmp_path: Path, dead_pid: int) -> None
     left = tmp_path / f".data.tmp-{dead_pid}-00ff"
     with open(left, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        remove_leftovers(tmp_path / "data")
+        remove_leftovers(tmp_path, "data")
         assert left.exists()
-    remove_leftovers(tmp_path / "data")
+    remove_leftovers(tmp_path, "data")
     assert not left.exists()
 
 

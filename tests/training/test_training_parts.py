@@ -12,9 +12,10 @@ import torch
 
 from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.core.files import write_atomically
+from specforge_lite.core.log import format_bytes
 from specforge_lite.core.provenance import REMOVED, collect_provenance, redact, redact_argv
 from specforge_lite.core.settings import parse_config
-from specforge_lite.core.tensor_files import format_bytes, write_atomically
 from specforge_lite.training.evaluate import evaluation_batches, result_of, walk_document
 from specforge_lite.training.metrics import SpikeDetector, step_line, summarize_sums
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
@@ -314,7 +315,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
     with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")  # type: ignore[arg-type]
+        write_atomically(path, 7)  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

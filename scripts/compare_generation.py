@@ -14,9 +14,8 @@ from rich.table import Table
 
 from specforge_lite.core.log import run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.evaluation.compare_generation import compare_generation, read_prompts
+from specforge_lite.evaluation.compare_generation import Decoding, compare_generation, read_prompts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
-from specforge_lite.report.values import Decoding
 
 
 class CompareConfig(Section):

@@ -28,7 +28,6 @@ from specforge_lite.evaluation.checkpoints import (
     run_settings,
     settings_of,
 )
-from specforge_lite.evaluation.figures import plot_checkpoints
 from specforge_lite.evaluation.run import (
     MeasureSection,
     engine_for,
@@ -37,6 +36,7 @@ from specforge_lite.evaluation.run import (
     open_target_files,
     position_rows,
 )
+from specforge_lite.report.figures import plot_checkpoints
 
 
 class CheckpointsSection(MeasureSection):

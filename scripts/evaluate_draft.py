@@ -19,7 +19,6 @@ from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.evaluation.acceptance import Acceptance, Decoded, decode_answers
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis
-from specforge_lite.evaluation.present import print_comparison, print_positions, write_errors
 from specforge_lite.evaluation.run import (
     MeasureSection,
     TargetFiles,
@@ -35,6 +34,7 @@ from specforge_lite.evaluation.run import (
 )
 from specforge_lite.inference import SpeculativeModel
 from specforge_lite.model.draft import Draft
+from specforge_lite.report.terminal import print_comparison, print_positions, write_errors
 from specforge_lite.training.wiring import load_tokenizer
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from specforge_lite.core.log import info, run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.evaluation.training_curves import curves_of, plot_curves, read_rows
+from specforge_lite.report.training_curves import curves_of, plot_curves, read_rows
 from specforge_lite.training.trackers import METRICS_FILE
 
 FIGURE_FILE = "training_curves.png"

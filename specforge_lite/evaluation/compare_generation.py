@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.log import progress
-from specforge_lite.inference.output import DecodeStats
+from specforge_lite.inference.output import DecodeStats, token_texts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
-from specforge_lite.report.decoding import token_texts
-from specforge_lite.report.values import Decoding, Sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generation. `token_texts` joined are the answer; `tokens_per_pass` tells how many of them each verification
+    pass of the target gave (the last one of a pass is the target's own, the others were drafted)."""
+
+    prompt: str
+    token_texts: tuple[str, ...]
+    tokens_per_pass: tuple[int, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding with a draft, and without it where that was done too.
+
+    acceptance_length: tokens per verification pass. accepted_per_position[k]: share of passes whose drafted token k
+    (0-based) was accepted. num_passes, num_passes_without: forward passes of the target for `num_tokens` tokens.
+    tokens_per_second: with and without the draft. num_identical: prompts whose output is the same without the draft.
+    settings: a few words, e.g. "greedy, chains of 5".
+    """
+
+    acceptance_length: float
+    num_prompts: int
+    num_tokens: int = 0
+    settings: str = ""
+    accepted_per_position: tuple[float, ...] = ()
+    num_identical: int | None = None
+    num_passes: int | None = None
+    num_passes_without: int | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_without: float | None = None
+    samples: tuple[Sample, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
 
 
 def read_prompts(path: Path, limit: int | None) -> list[list[dict[str, Any]]]:

@@ -20,11 +20,11 @@ import torch
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import recognise_family
-from specforge_lite.evaluation.guesses import draft_guesses
+from specforge_lite.evaluation.predictions import predict_tokens
 from specforge_lite.evaluation.token_classes import CLASSES, classify, is_in_fence
+from specforge_lite.inference.output import token_texts
 from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.report.decoding import token_texts
 from specforge_lite.training.evaluate import answers_of
 from specforge_lite.types import DraftBatch, StepOutput
 
@@ -108,7 +108,7 @@ class ErrorAnalysis:
         """Count one batch; `output` with `collect_rows`."""
         assert output.correct_NK is not None
         assert output.supervised_NK is not None
-        guesses_NK = draft_guesses(self._draft, self._head, batch, self._num_steps).cpu()
+        predicted_NK = predict_tokens(self._draft, self._head, batch, self._num_steps).cpu()
         expected_N = self._target_choices(batch)
         correct_NK, supervised_NK = output.correct_NK.cpu(), output.supervised_NK.cpu()
         for index, (start, stop) in enumerate(zip(batch.doc_offsets[:-1], batch.doc_offsets[1:])):
@@ -119,7 +119,7 @@ class ErrorAnalysis:
                 Document(ids, token_texts(self._tokenizer, ids)),
                 answers_of(batch.loss_mask_N[rows].tolist()),
                 expected_N[rows].tolist(),
-                guesses_NK[rows].tolist(),
+                predicted_NK[rows].tolist(),
                 (supervised_NK[rows], correct_NK[rows]),
             )
 
@@ -134,7 +134,7 @@ class ErrorAnalysis:
         document: Document,
         answers: list[tuple[int, int]],
         expected: list[int],
-        guesses: list[list[int]],
+        predicted: list[list[int]],
         flags: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         supervised_LK, correct_LK = flags
@@ -153,7 +153,7 @@ class ErrorAnalysis:
                 self._add_first(document, place, kinds[place], token, missed)
                 self.by_place[place_group(place - first_of.get(place, place))].add(missed)
                 if missed:
-                    self._add_miss(sample_id, document, place, kinds[place], token, guesses[row][0])
+                    self._add_miss(sample_id, document, place, kinds[place], token, predicted[row][0])
 
     def _kind(self, document: Document, place: int, token: int, in_code: bool) -> str:
         if token in self._control:

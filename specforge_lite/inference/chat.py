@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.inference.output import TextStream
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 
 
@@ -47,29 +48,6 @@ class Pace:
             f"{self.tokens_per_second:.0f} tokens/s, {self.num_tokens} tokens in {self.num_passes} passes"
             f" ({self.num_tokens / passes:.2f} per pass, {self.num_drafted} guessed by the draft)"
         )
-
-
-class TextStream:
-    """Token ids to text, one at a time. Byte-level tokens that end within a character wait for the next one."""
-
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
-        self.tokenizer = tokenizer
-        self.skip_special_tokens = skip_special_tokens
-        self.tokens: list[int] = []
-        self._window, self._told = 0, 0  # tokens[window:told] is text already told, decoded again for its context
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens))
-
-    def add(self, token: int) -> str:
-        """Text that this token completes."""
-        self.tokens.append(token)
-        before = self._decode(self.tokens[self._window : self._told])
-        now = self._decode(self.tokens[self._window :])
-        if now.endswith("\ufffd") or len(now) <= len(before):
-            return ""
-        self._window, self._told = self._told, len(self.tokens)
-        return now[len(before) :]
 
 
 class Chat:

@@ -94,19 +94,57 @@ class StopRules:
     stop_strings: tuple[str, ...] = ()
 
 
+class TextStream:
+    """Token ids to text, one at a time. Byte-level tokens that end within a character wait for the next one."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+        self._decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        self._tokens: list[int] = []  # the last few; those before `_done` gave their text and are context
+        self._done = 0
+
+    def add(self, token: int) -> str:
+        """Text that this token completes."""
+        self._tokens.append(token)
+        before, now = self._decode(self._tokens[: self._done]), self._decode(self._tokens)
+        if now.endswith("\ufffd") or len(now) <= len(before):
+            return ""
+        self._tokens = self._tokens[self._done :]
+        self._done = len(self._tokens)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """Text of the tokens that still wait."""
+        return self._decode(self._tokens)[len(self._decode(self._tokens[: self._done])) :]
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Text of each token, special ones included, such that the texts joined are the decoded whole.
+
+    A character made of several byte-level tokens belongs to the last of them; the others get "".
+    """
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    texts = [stream.add(token) for token in token_ids]
+    if texts:
+        texts[-1] += stream.rest()
+    return texts
+
+
 class Answer:
     """The growing answer to one prompt."""
 
     def __init__(self, prompt: Sequence[int], rules: StopRules, tokenizer: Any | None) -> None:
         if rules.stop_strings and tokenizer is None:
-            raise ConfigError("stop strings need a tokenizer")
+            raise ConfigError("stop_strings: need a tokenizer, and the target has none")
         self.prompt = list(prompt)
         self.rules = rules
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.drafted: list[bool] = []  # which tokens the draft had guessed
         self.finish_reason: str | None = None
-        self._checked = 0
+        # Only with stop strings: the text of each token, all of it, and where the stop string begins in it.
+        self._stream = TextStream(tokenizer, skip_special_tokens=False) if rules.stop_strings else None
+        self._pieces: list[str] = []
+        self._text, self._stop_at = "", 0
 
     @property
     def all_tokens(self) -> list[int]:
@@ -120,7 +158,7 @@ class Answer:
             self.drafted.append(guess)
             if token in self.rules.eos_token_ids:
                 self.finish_reason = "eos"
-            elif self.rules.stop_strings and self._stop_string_done():
+            elif self._stream is not None and self._completes_stop(self._stream.add(token)):
                 self.finish_reason = "stop"
             elif len(self.tokens) >= self.rules.max_new_tokens:
                 self.finish_reason = "length"
@@ -128,21 +166,27 @@ class Answer:
                 break
         return len(self.tokens) - before
 
-    def _stop_string_done(self) -> bool:
-        # A stop string of n characters lies within the last n tokens, or n+8 bytes' worth of broken characters.
-        assert self.tokenizer is not None
+    def _completes_stop(self, piece: str) -> bool:
         longest = max(len(stop) for stop in self.rules.stop_strings)
-        tail = self.tokenizer.decode(self.tokens[-(longest + 8) :], skip_special_tokens=False)
-        return any(stop in tail for stop in self.rules.stop_strings)
+        start = max(0, len(self._text) - longest + 1)
+        self._pieces.append(piece)
+        self._text += piece
+        found = [at for stop in self.rules.stop_strings if (at := self._text.find(stop, start)) >= 0]
+        self._stop_at = min(found, default=0)
+        return bool(found)
 
     def text(self, skip_special_tokens: bool = True) -> str:
         """The answer as text, ending before the stop string that ended it."""
         if self.tokenizer is None:
-            raise ConfigError("no tokenizer was given, so there is no text")
-        full: str = self.tokenizer.decode(self.tokens, skip_special_tokens=skip_special_tokens)
-        if self.finish_reason == "stop":
-            full = full[: min(full.find(stop) for stop in self.rules.stop_strings if stop in full)]
-        return full
+            raise ConfigError("the target has no tokenizer, so there is no text; read the token ids")
+        if self.finish_reason != "stop":
+            return str(self.tokenizer.decode(self.tokens, skip_special_tokens=skip_special_tokens))
+        hidden = set(self.tokenizer.all_special_ids) if skip_special_tokens else set()
+        room, kept = self._stop_at, []
+        for token, piece in zip(self.tokens, self._pieces):
+            kept += [] if token in hidden else [piece[:room]]
+            room = max(0, room - len(piece))
+        return "".join(kept)
 
 
 @dataclass

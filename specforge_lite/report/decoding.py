@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specforge_lite.evaluation.compare_generation import Decoding, Sample
 from specforge_lite.report.charts import Bar, bar_chart
 from specforge_lite.report.markup import Html, card, join, table, tag
-from specforge_lite.report.values import Decoding, Sample
 
 NUM_PASS_COLOURS = 6
 MAX_PROMPT_CHARACTERS = 600
-DECODED_TOGETHER = 64  # tokens; decoding all of a long text again for each token would take the square of its length
 
 
 def acceptance_section(evaluation: Mapping[str, Any] | None, decoding: Decoding | None) -> Html:
@@ -109,27 +108,6 @@ def _passes(sample: Sample) -> list[Html]:
         parts.append(tag("span", {"class": f"pass pass-{index % NUM_PASS_COLOURS}", "title": title}, *tokens))
         start += count
     return parts
-
-
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Text of each token such that the texts joined are the decoded whole.
-
-    A character made of several byte-level tokens belongs to the last of them; the others get "".
-    """
-    texts: list[str] = []
-    first, done = 0, ""  # tokens from `first` on are decoded again at each step, so that a word knows its neighbour
-    for at in range(len(token_ids)):
-        whole = tokenizer.decode(list(token_ids[first : at + 1]), skip_special_tokens=False)
-        ends_open = whole.endswith("\ufffd") and at + 1 < len(token_ids)
-        if ends_open or not whole.startswith(done):
-            texts.append("")
-            continue
-        texts.append(whole[len(done) :])
-        done = whole
-        if at - first >= DECODED_TOGETHER and not whole.endswith("\ufffd"):
-            first = at - DECODED_TOGETHER // 4
-            done = tokenizer.decode(list(token_ids[first : at + 1]), skip_special_tokens=False)
-    return texts
 
 
 def _percent(share: float) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.files import write_atomically
 from specforge_lite.core.provenance import redact
+from specforge_lite.evaluation.compare_generation import Decoding
 from specforge_lite.report.decoding import acceptance_section, generations_section
 from specforge_lite.report.errors import errors_section
 from specforge_lite.report.markup import Html, join, table, tag
 from specforge_lite.report.sources import read_jsonl
 from specforge_lite.report.speedup import config_label, speedup_section
 from specforge_lite.report.training import run_table, training_section
-from specforge_lite.report.values import Decoding
+from specforge_lite.report.values import read_decoding
 
 # Nothing may run and nothing may be fetched, whatever a model wrote: the browser enforces it as well.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -45,7 +46,7 @@ def write_report(
     """
     rows = _read_metrics(Path(metrics_path)) if metrics_path is not None else []
     if decoding is not None and not isinstance(decoding, Decoding):
-        decoding = Decoding.from_dict(decoding)
+        decoding = read_decoding(decoding)
     sections = [
         _section("Training", training_section(rows) if metrics_path is not None else Html("")),
         _section("Acceptance per position", acceptance_section(evaluation, decoding)),

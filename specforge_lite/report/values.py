@@ -1,62 +1,25 @@
-"""What a report can be given besides files: the result of decoding some prompts, as a value or as JSON."""
+"""Reading the JSON of `compare_generation.py --output`, the result of decoding some prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from specforge_lite.core.errors import DataError, suggest
+from specforge_lite.evaluation.compare_generation import Decoding, Sample
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One generation. `token_texts` joined are the answer; `tokens_per_pass` tells how many of them each verification
-    pass of the target gave (the last one of a pass is the target's own, the others were drafted)."""
-
-    prompt: str
-    token_texts: tuple[str, ...]
-    tokens_per_pass: tuple[int, ...]
-    category: str = ""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Decoding with a draft, and without it where that was done too.
-
-    acceptance_length: tokens per verification pass. accepted_per_position[k]: share of passes whose drafted token k
-    (0-based) was accepted. num_passes, num_passes_without: forward passes of the target for `num_tokens` tokens.
-    tokens_per_second: with and without the draft. num_identical: prompts whose output is the same without the draft.
-    settings: a few words, e.g. "greedy, chains of 5".
-    """
-
-    acceptance_length: float
-    num_prompts: int
-    num_tokens: int = 0
-    settings: str = ""
-    accepted_per_position: tuple[float, ...] = ()
-    num_identical: int | None = None
-    num_passes: int | None = None
-    num_passes_without: int | None = None
-    tokens_per_second: float | None = None
-    tokens_per_second_without: float | None = None
-    samples: tuple[Sample, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "decoding") -> Decoding:
-        """Read what `to_dict` wrote. Raises DataError for a key or a value that cannot be, naming it."""
-        _check_keys(cls, values, source)
-        samples = tuple(_sample(item, f"{source}: samples[{i}]") for i, item in enumerate(values.get("samples") or ()))
-        shares = tuple(_numbers(values.get("accepted_per_position") or (), f"{source}: accepted_per_position"))
-        known = {key: value for key, value in values.items() if key not in ("samples", "accepted_per_position")}
-        for key, value in known.items():
-            if key != "settings" and value is not None and not _is_number(value):
-                raise DataError(f"{source}: {key}: expected a number, found {value!r}")
-        return cls(**known, accepted_per_position=shares, samples=samples)
+def read_decoding(values: Mapping[str, Any], source: str = "decoding") -> Decoding:
+    """Read what `Decoding.to_dict` gave. Raises DataError for a key or a value that cannot be, naming it."""
+    _check_keys(Decoding, values, source)
+    samples = tuple(_sample(item, f"{source}: samples[{i}]") for i, item in enumerate(values.get("samples") or ()))
+    shares = tuple(_numbers(values.get("accepted_per_position") or (), f"{source}: accepted_per_position"))
+    known = {key: value for key, value in values.items() if key not in ("samples", "accepted_per_position")}
+    for key, value in known.items():
+        if key != "settings" and value is not None and not _is_number(value):
+            raise DataError(f"{source}: {key}: expected a number, found {value!r}")
+    return Decoding(**known, accepted_per_position=shares, samples=samples)
 
 
 def _sample(values: Any, source: str) -> Sample:

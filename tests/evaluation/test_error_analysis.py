@@ -14,15 +14,15 @@ from transformers import AutoTokenizer
 from specforge_lite.core.errors import DataError
 from specforge_lite.evaluation import error_analysis
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis, place_group
-from specforge_lite.evaluation.guesses import draft_guesses
-from specforge_lite.evaluation.present import write_errors
+from specforge_lite.evaluation.predictions import predict_tokens
 from specforge_lite.evaluation.token_classes import classify, is_in_fence
+from specforge_lite.inference.output import token_texts
 from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
-from specforge_lite.report.decoding import token_texts
 from specforge_lite.report.errors import error_tables, shown
 from specforge_lite.report.page import write_report
+from specforge_lite.report.terminal import write_errors
 from tests.inference_drafts import random_draft
 from tests.training_runs import make_head
 
@@ -65,13 +65,13 @@ def test_guesses_hit_where_the_training_pass_hits(algorithm: str, bias: bool) ->
         draft.fc.bias = torch.nn.Parameter(torch.randn(hidden, generator=generator))  # type: ignore[union-attr]
     batch = random_batch([9, 2, 400, 600], hidden, vocab)
     if algorithm == "eagle3":  # it does not read last_NH, so the target can be made to say what the draft guesses
-        guesses_NK = draft_guesses(draft, head, batch, 4)
+        guesses_NK = predict_tokens(draft, head, batch, 4)
         for row in range(4, len(batch)):
             k = row % 4
             batch.last_NH[row] = head.lm_head_VH[guesses_NK[row - 1 - k, k].clamp(min=0)]
     with torch.no_grad():
         output = draft(batch, head, TTTSettings(num_steps=4, collect_rows=True))
-    guesses_NK = draft_guesses(draft, head, batch, 4)
+    guesses_NK = predict_tokens(draft, head, batch, 4)
     assert output.supervised_NK is not None
     rows, steps = output.supervised_NK.nonzero().T
     expected = head.logits(batch.last_NH).argmax(-1)[rows + 1 + steps]
@@ -166,7 +166,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> ErrorAnalysis:
     correct[:4, 1] = torch.tensor([True, True, True, False])
     supervised = torch.zeros(7, 2, dtype=torch.bool)
     supervised[:5, 0] = supervised[:4, 1] = True
-    monkeypatch.setattr(error_analysis, "draft_guesses", lambda *_: guesses)
+    monkeypatch.setattr(error_analysis, "predict_tokens", lambda *_: guesses)
     monkeypatch.setattr(error_analysis, "fim_token_ids", lambda _: set())
     draft = SimpleNamespace(t2d=torch.tensor([True] * 5 + [False] + [True] * 2))
     head = SimpleNamespace(logits=lambda states: torch.nn.functional.one_hot(states[:, 0].long(), 8).float())

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from specforge_lite.core.errors import CheckpointError, ConfigError, DataError
-from specforge_lite.evaluation import figures
 from specforge_lite.evaluation.checkpoints import METRICS, best_entry
+from specforge_lite.report import figures
 from tests.script_runner import run_in_process
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"

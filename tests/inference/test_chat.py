@@ -15,7 +15,8 @@ from rich.console import Console
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference import GenerationSettings, SpeculativeModel
-from specforge_lite.inference.chat import Chat, TextStream
+from specforge_lite.inference.chat import Chat
+from specforge_lite.inference.output import TextStream
 from tests.inference_drafts import OracleDraft, random_draft
 from tests.script_runner import ROOT, load_script, run_in_process
 

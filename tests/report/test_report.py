@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report import Decoding, Sample, token_texts, write_report
+from specforge_lite.evaluation.compare_generation import Decoding, Sample
+from specforge_lite.inference.output import token_texts
+from specforge_lite.report import write_report
 from specforge_lite.report.charts import Bar, Series, bar_chart, line_chart, nice_ticks, short_number, thin
 from specforge_lite.report.decoding import generations_section
 from specforge_lite.report.markup import escape, tag
+from specforge_lite.report.values import read_decoding
 from tests.report_data import EVALUATION, SPEEDUP_ROWS, metric_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,12 +264,12 @@ GOOD = {"acceptance_length": 2, "num_prompts": 1}
 )  # fmt: skip
 def test_decoding_values_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Decoding.from_dict(values)
+        read_decoding(values)
 
 
 def test_decoding_survives_json() -> None:
     decoding = Decoding(2.5, 2, 40, "greedy", (0.5, 0.25), 2, 16, 40, 10.0, 5.0, (Sample("p", ("a",), (1,), "c"),))
-    assert Decoding.from_dict(json.loads(json.dumps(decoding.to_dict()))) == decoding
+    assert read_decoding(json.loads(json.dumps(decoding.to_dict()))) == decoding
 
 
 def test_a_speedup_row_without_its_numbers_is_refused(tmp_path: Path) -> None:

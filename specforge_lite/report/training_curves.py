@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.evaluation.figures import new_figure, save_figure, step_colours
+from specforge_lite.report.figures import new_figure, save_figure, step_colours
 from specforge_lite.report.sources import read_jsonl
 from specforge_lite.training.trackers import METRICS_FILE
 

@@ -1,10 +1,10 @@
-"""What the draft would have said: its guess for every row and step, by plain unrolling of `Draft.step`.
+"""The draft's most probable token for every row and step, by plain unrolling of `Draft.step`.
 
-Training passes count hits; here the words are wanted, so each document is unrolled row by row with a materialised
+Training passes count hits; here the tokens are wanted, so each document is unrolled row by row with a materialised
 mask. Slow and plain: it reads every draft through the interface that decoding uses, and the tests hold its hits against
 those of the training pass.
 
-    row t, step k: state h_k[t], embedding of x_{t+1+k}, RoPE position t+k, guesses x_{t+2+k}
+    row t, step k: state h_k[t], embedding of x_{t+1+k}, RoPE position t+k, predicts x_{t+2+k}
     attention: step-0 keys of rows <= t, and the keys of steps 1..k of row t itself
 
 Letters: N tokens of a batch, T of a document, K steps, d head width.
@@ -23,34 +23,34 @@ ROWS_PER_CHUNK = 256  # rows whose logits exist at a time
 
 
 @torch.no_grad()
-def draft_guesses(draft: Draft, head: TargetHead, batch: DraftBatch, num_steps: int) -> Tensor:
+def predict_tokens(draft: Draft, head: TargetHead, batch: DraftBatch, num_steps: int) -> Tensor:
     """[N, K] int64 target ids: the draft's most probable token. Rows whose x_{t+1+k} does not exist hold -1."""
     draft.use_target_head(head)
     features_NG = batch.last_NH if draft.config.algorithm == "eagle1" else batch.aux_NG
     documents = zip(batch.doc_offsets[:-1], batch.doc_offsets[1:])
     return torch.cat(
         [
-            document_guesses(draft, head, batch.input_ids_N[start:stop], features_NG[start:stop], num_steps)
+            _predict_document(draft, head, batch.input_ids_N[start:stop], features_NG[start:stop], num_steps)
             for start, stop in documents
         ]
     )
 
 
-def document_guesses(draft: Draft, head: TargetHead, ids_T: Tensor, features_TG: Tensor, num_steps: int) -> Tensor:
+def _predict_document(draft: Draft, head: TargetHead, ids_T: Tensor, features_TG: Tensor, num_steps: int) -> Tensor:
     """The same for one document."""
     num_rows = len(ids_T)
     dtype = next(draft.parameters()).dtype
     keys = TeacherForcedKeys()
     places_T = torch.arange(num_rows, device=ids_T.device)
     state = draft.first_state(features_TG[None].to(dtype))
-    guesses = []
+    predicted = []
     for k in range(num_steps):
         exists_T = places_T + 1 + k < num_rows
         embeds = draft.token_embeddings(ids_T[(places_T + 1 + k).clamp(max=num_rows - 1)], head).to(dtype)
         state, head_in = draft.step(state, embeds[None], (places_T + k)[None], keys)
         chunks = [draft.logits(part).argmax(-1) for part in head_in[0].split(ROWS_PER_CHUNK)]
-        guesses.append(torch.where(exists_T, draft.draft_to_target(torch.cat(chunks)), -1))
-    return torch.stack(guesses, 1)
+        predicted.append(torch.where(exists_T, draft.draft_to_target(torch.cat(chunks)), -1))
+    return torch.stack(predicted, 1)
 
 
 class TeacherForcedKeys:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.evaluation import training_curves
-from specforge_lite.evaluation.training_curves import curves_of, plot_curves, read_rows, recognise
+from specforge_lite.report import training_curves
+from specforge_lite.report.training_curves import curves_of, plot_curves, read_rows, recognise
 from tests.script_runner import run_in_process
 
 OURS = [

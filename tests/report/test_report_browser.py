@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from specforge_lite.report import Decoding, Sample, write_report
+from specforge_lite.evaluation.compare_generation import Decoding, Sample
+from specforge_lite.report import write_report
 from tests.browser import Look, look_at
 from tests.report_data import EVALUATION, SPEEDUP_ROWS, metric_rows
 

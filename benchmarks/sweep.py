@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from specforge_lite.capture.offline import CaptureConfig, capture_offline
+from specforge_lite.capture.offline import capture_offline
+from specforge_lite.cli.capture import CaptureConfig
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.files import atomic_file, lock_directory
 from specforge_lite.core.log import info, progress, run_script

@@ -1,31 +1,7 @@
-"""Replace the answers in a data set by the target's own.
+"""Replace the answers of a data set by the target's own: `specforge-lite regenerate`."""
 
-A draft learns to predict what ITS target says, so it should be trained on the target's answers. Any number of
-OpenAI-compatible servers, or transformers in this process:
-
-  python scripts/generate_data_by_target.py --model-name Qwen/Qwen3-8B --raw-data-file train.jsonl \\
-      --output-dir outputs/regenerated --server-address-port 127.0.0.1:30000 127.0.0.1:30001 --max-concurrency 128
-  python scripts/generate_data_by_target.py --target-backend hf --model-name specforge_lite/assets/tiny_target \\
-      --raw-data-file train.jsonl --output-dir outputs/regenerated --output-file outputs/train.jsonl --max-tokens 160
-"""
-
-from __future__ import annotations
-
-import signal
-
+from specforge_lite.cli.regenerate import main
 from specforge_lite.core.log import run_script
-from specforge_lite.core.settings import parse_config
-from specforge_lite.regenerate.run import run
-from specforge_lite.regenerate.settings import RegenerateConfig
-
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
-
-
-def main() -> int:
-    config = parse_config(RegenerateConfig, description=__doc__ or "")
-    summary = run(config)
-    return SIGTERM_EXIT_CODE if summary.stopped else 0
-
 
 if __name__ == "__main__":
     run_script(main)

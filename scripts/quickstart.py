@@ -28,8 +28,6 @@ from specforge_lite.core.devices import num_local_ranks
 from specforge_lite.core.errors import EngineError
 from specforge_lite.core.log import format_seconds, info, run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.report import write_report
-from specforge_lite.serving.session import ServingOptions, ServingSession
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
@@ -172,6 +170,8 @@ def regeneration_server(config: QuickstartConfig) -> Iterator[str | None]:
     if config.engine == "hf" or answered:
         yield None
         return
+    from specforge_lite.serving.session import ServingOptions, ServingSession
+
     options = ServingOptions(
         config.engine,
         str(TARGET),
@@ -200,6 +200,8 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: st
 
 def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -> None:
     """The table, the report, and the RESULT line."""
+    from specforge_lite.report import write_report
+
     evaluation = json.loads((out / "evaluation.json").read_text())
     decoding = json.loads((out / "decoding.json").read_text())
     provenance_file = run_dir / "provenance.json"

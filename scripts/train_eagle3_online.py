@@ -1,33 +1,7 @@
-"""Train an EAGLE-3 draft: a frozen target gives hidden states, the draft learns from them as they come.
+"""Train an EAGLE-3 draft: `specforge-lite train`."""
 
-    python scripts/train_eagle3_online.py --target-model-path MODEL --train-data-path FILE --output-dir RUN
-    torchrun --standalone --nproc_per_node 8 scripts/train_eagle3_online.py --config run.yaml --sharding fsdp2
-
-A second call with the same --output-dir continues the run. SIGTERM and Ctrl-C finish the step, save, and exit with 143
-and 130. Exit code 2: something about the input, told in one line.
-"""
-
-from __future__ import annotations
-
+from specforge_lite.cli.train import main
 from specforge_lite.core.log import run_script
-from specforge_lite.training.distributed import open_world, parse_on_rank, report_failure
-from specforge_lite.training.reporting import open_reporter
-from specforge_lite.training.run_dir import catch_signals
-from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.setup import build_trainer
-from specforge_lite.training.wiring import load_data, load_models, open_target
-
-
-def main() -> int:
-    config = parse_on_rank(TrainConfig, description=__doc__ or "")
-    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
-        data = load_data(config)
-        with open_target(config, world) as engine, report_failure(world):
-            models = load_models(config, engine.info, data, world)
-            trainer = build_trainer(config, world, data, engine, models, reporter, stop)
-            trainer.train()
-    return stop.exit_code
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,17 +18,17 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.log import format_seconds, info, run_script
 from specforge_lite.core.settings import Section, parse_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -65,6 +65,8 @@ class TinyTargetConfig(Section):
 
 def main() -> None:
     config = parse_config(TinyTargetConfig, description=__doc__ or "")
+    import torch
+
     chooser = random.Random(config.seed)
     texts = [*chat_texts(config.chat_data), *code_texts(config, chooser)]
     chooser.shuffle(texts)
@@ -126,6 +128,9 @@ def cut_out(text: str, whole_share: float, chooser: random.Random) -> str:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits stay single, so that numbers are spelled the same everywhere."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     special = [END_OF_TEXT, TURN_START, TURN_END, *FIM]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -143,6 +148,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def pack_rows(texts: list[str], tokenizer: Any, length: int) -> Tensor:
     """All texts back to back, cut into rows [R, length] int64; the last, partial row is dropped."""
+    import torch
+
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text)["input_ids"]
@@ -153,6 +160,8 @@ def pack_rows(texts: list[str], tokenizer: Any, length: int) -> Tensor:
 
 
 def build_model(config: TinyTargetConfig, tokenizer: Any) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -174,6 +183,8 @@ def build_model(config: TinyTargetConfig, tokenizer: Any) -> LlamaForCausalLM:
 
 def train(model: LlamaForCausalLM, rows: Tensor, held_out: Tensor, config: TinyTargetConfig) -> None:
     """Two linear decays: down to zero over the first half, then again from half the rate."""
+    import torch
+
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers." not in name]
     optimizers = [
@@ -206,9 +217,11 @@ def train(model: LlamaForCausalLM, rows: Tensor, held_out: Tensor, config: TinyT
     info(f"held-out loss {held_out_loss(model, held_out, config.batch_size):.3f} nats per token")
 
 
-@torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, rows: Tensor, batch_size: int) -> float:
-    losses = [model(input_ids=part, labels=part).loss * len(part) for part in rows.split(batch_size)]
+    import torch
+
+    with torch.no_grad():
+        losses = [model(input_ids=part, labels=part).loss * len(part) for part in rows.split(batch_size)]
     return float(torch.stack(losses).sum() / len(rows))
 
 

@@ -24,7 +24,7 @@ LAYERS = {
     "training": 5, "inference": 5, "regenerate": 5,
     "evaluation": 6, "benchmark": 6,
     "report": 7,
-    "doctor": 8, "cli": 8,
+    "doctor": 8, "cli": 8, "__main__": 9,
 }  # fmt: skip
 ALLOWED_SIDEWAYS = {("core", "__version__"), ("regenerate", "inference"), ("cli", "doctor")}
 FORBIDDEN = {("data", "model"), ("model", "data")}

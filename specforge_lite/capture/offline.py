@@ -18,11 +18,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
@@ -38,8 +37,7 @@ from specforge_lite.core.files import (
     write_json,
 )
 from specforge_lite.core.log import format_bytes, info, progress, warn
-from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section
+from specforge_lite.core.sections import CaptureSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.types import CapturedStates, TokenizedSample
 
@@ -48,26 +46,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Left free on the disk besides the predicted size.
 RESERVE_BYTES = 64 << 20
 TOKENS_PER_CAPTURE = 8192
-
-
-class CaptureSection(Section):
-    """Hidden states on disk."""
-
-    offline_dir: Path = Field(description="directory that receives the hidden states")
-    states_dtype: Literal["bf16", "fp32"] = Field(
-        "bf16", description="precision on disk; fp32 for a target that runs in fp32 and exact repeats"
-    )
-    shard_mb: int = Field(1024, ge=1, description="size of one file, and of what a killed capture may lose")
-    skip_budget: float = Field(0.001, ge=0, le=1, description="share of samples the engine may refuse")
-    prefetch_depth: int = Field(4, ge=1, description="capture requests under way")
-
-
-class CaptureConfig(Section):
-    """Capture hidden states to disk."""
-
-    target: TargetSection
-    data: DataSection = DataSection()
-    capture: CaptureSection
 
 
 @dataclass(frozen=True)

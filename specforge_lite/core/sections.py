@@ -1,5 +1,5 @@
-"""The sections that several scripts share. A script composes them into its own config class and
-calls `parse_config`."""
+"""The sections that several commands share. A command composes them, or inherits their flags, in its own config class
+and calls `parse_config`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from pydantic.config import JsonDict
 
 from specforge_lite.core.settings import Section
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-class TargetSection(Section):
-    """The frozen target model and where it runs."""
+
+TARGET_FLAGS: JsonDict = {"flags": ["--model-path", "--base-model-path", "--basepath"]}
+DRAFT_FLAGS: JsonDict = {"flags": ["--speculative-draft-model-path"]}
+
+
+class TargetPathSection(Section):
+    """Which target."""
 
     target_model_path: str = Field(
-        description="Hugging Face directory or hub name of the target",
-        json_schema_extra={"flags": ["--base-model-path", "--basepath"]},
+        description="Hugging Face directory or hub name of the target", json_schema_extra=TARGET_FLAGS
     )
-    target_backend: Literal["auto", "hf", "sglang", "vllm", "fake"] = Field(
-        "auto", description="engine that runs the target; auto: sglang where installed, else vllm, else hf"
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class LocalTargetSection(TargetPathSection):
+    """A target that runs inside this process, through transformers."""
+
+    target_dtype: Dtype = Field(
+        "auto", description="dtype the target runs in; auto: as stored", json_schema_extra={"flags": ["--dtype"]}
     )
-    target_url: tuple[str, ...] = Field((), description="attach to running servers instead of launching one")
-    engine_python: str | None = Field(None, description="python interpreter of the engine's environment")
-    engine_arg: tuple[str, ...] = Field((), description="key=value passed to the engine untouched; may repeat")
-    engine_devices: str | None = Field(None, description="CUDA_VISIBLE_DEVICES of a launched server, e.g. 0,1")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; default: CUDA if there is one")
+
+
+class EngineFlags(Section):
+    """What a serving engine is started with."""
+
     tp_size: int = Field(1, ge=1, description="tensor-parallel size of the target")
     mem_frac: float | None = Field(
         None,
@@ -33,9 +47,25 @@ class TargetSection(Section):
         description="share of GPU memory the engine may take",
         json_schema_extra={"flags": ["--mem-fraction-static"]},
     )
-    target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype the target runs in; auto: as stored"
+    engine_python: str | None = Field(None, description="python interpreter of the engine's environment")
+    engine_arg: tuple[str, ...] = Field((), description="key=value passed to the engine untouched; may repeat")
+    engine_devices: str | None = Field(None, description="CUDA_VISIBLE_DEVICES of a launched server, e.g. 0,1")
+
+
+class DraftPathSection(Section):
+    """Which draft."""
+
+    draft_model_path: Path = Field(description="exported draft directory", json_schema_extra=DRAFT_FLAGS)
+
+
+class TargetSection(TargetPathSection, EngineFlags):
+    """The frozen target model and where it runs."""
+
+    target_backend: Literal["auto", "hf", "sglang", "vllm", "fake"] = Field(
+        "auto", description="engine that runs the target; auto: sglang where installed, else vllm, else hf"
     )
+    target_url: tuple[str, ...] = Field((), description="attach to running servers instead of launching one")
+    target_dtype: Dtype = Field("auto", description="dtype the target runs in; auto: as stored")
     aux_layer_ids: tuple[int, ...] | None = Field(
         None, description="0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
     )
@@ -43,7 +73,6 @@ class TargetSection(Section):
     handoff: Literal["tmpfs", "mooncake"] = Field("tmpfs", description="how hidden states travel from a server")
     mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--handoff mooncake)")
     handoff_dir: Path = Field(Path("/dev/shm"), description="tmpfs directory for --handoff tmpfs")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class DataSection(Section):
@@ -65,3 +94,25 @@ class DataSection(Section):
     build_num_proc: int = Field(
         1, ge=1, description="processes that tokenize", json_schema_extra={"flags": ["--num-proc"]}
     )
+
+
+class CaptureSection(Section):
+    """Hidden states on disk."""
+
+    offline_dir: Path = Field(description="directory that receives the hidden states")
+    states_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="precision on disk; fp32 for a target that runs in fp32 and exact repeats"
+    )
+    shard_mb: int = Field(1024, ge=1, description="size of one file, and of what a killed capture may lose")
+    skip_budget: float = Field(0.001, ge=0, le=1, description="share of samples the engine may refuse")
+    prefetch_depth: int = Field(4, ge=1, description="capture requests under way")
+
+
+class MeasureSection(Section):
+    """How drafts are evaluated."""
+
+    ttt_length: int = Field(7, ge=1, le=32, description="K, draft steps to evaluate: positions 0 to K-1 of the table")
+    chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the acceptance lengths")
+    batch_size: int = Field(4, ge=1, description="samples per batch; means and deviations are over batches")
+    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
+    device: str | None = Field(None, description="default: CUDA if there is one")

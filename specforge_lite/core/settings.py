@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
 
 
 class Section(BaseModel):
@@ -32,17 +33,31 @@ class Section(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def parse_config(config_class: type[ConfigT], argv: list[str] | None = None, description: str = "") -> ConfigT:
-    """Build a config from `--config FILE.yaml` and flags (flags win).
+def parse_config(
+    config_class: type[ConfigT], argv: list[str] | None = None, description: str = "", positional: str = ""
+) -> ConfigT:
+    """Build a config from `--config FILE.yaml` and flags (flags win). A first word that is no flag is the value of
+    `positional`. Under torchrun only rank 0 raises; the others exit.
 
     Dashes and underscores are the same in flag names; abbreviations are refused. Field metadata
     `json_schema_extra={"flags": ["--mem-fraction-static"]}` adds synonyms.
 
     Raises ConfigError naming every unknown flag, unknown key and bad value at once.
     """
+    try:
+        return _parse(config_class, list(sys.argv[1:] if argv is None else argv), description, positional)
+    except ConfigError:
+        if is_main_rank():
+            raise
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def _parse(config_class: type[ConfigT], argv: list[str], description: str, positional: str) -> ConfigT:
+    if positional and argv and not argv[0].startswith("-"):
+        argv.insert(0, positional)
     leaves = leaf_fields(config_class)
     parser = build_parser(config_class, leaves, description)
-    argv = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = [_dashed(word) for word in argv]
     problems: list[str] = []
     namespace = _parse_flags(parser, argv, problems)
     values: dict[str, Any] = {}

@@ -22,7 +22,8 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, DataError
 from specforge_lite.core.log import info, warn
-from specforge_lite.evaluation.run import MeasureSection, TargetFiles, save_results
+from specforge_lite.core.sections import MeasureSection
+from specforge_lite.evaluation.run import TargetFiles, save_results
 from specforge_lite.model.draft import Draft
 
 # metric -> +1 where more is better, -1 where less is

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from specforge_lite.capture.base import TargetEngine
 from specforge_lite.checkpoints.compat.eagle_state import STATE_NAME, load_state_draft
@@ -19,8 +18,7 @@ from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError, transformers_errors
 from specforge_lite.core.files import write_json
 from specforge_lite.core.log import progress
-from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section
+from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.model.draft import Draft, TTTSettings
 from specforge_lite.model.target_head import TargetHead, load_target_head
@@ -31,16 +29,6 @@ from specforge_lite.training.wiring import open_dataset, target_directory
 from specforge_lite.types import DraftBatch, StepOutput
 
 Observer = Callable[[StepOutput, DraftBatch], None]
-
-
-class MeasureSection(Section):
-    """How drafts are evaluated."""
-
-    ttt_length: int = Field(7, ge=1, le=32, description="K, draft steps to evaluate: positions 0 to K-1 of the table")
-    chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the acceptance lengths")
-    batch_size: int = Field(4, ge=1, description="samples per batch; means and deviations are over batches")
-    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
-    device: str | None = Field(None, description="default: CUDA if there is one")
 
 
 @dataclass(frozen=True)

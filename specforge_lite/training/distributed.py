@@ -22,8 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from specforge_lite.core.devices import num_gpus
 from specforge_lite.core.errors import ConfigError, SpecforgeError
-from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
-from specforge_lite.core.settings import ConfigT, parse_config
+from specforge_lite.core.log import USER_ERROR_EXIT_CODE
 from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE, FailureBoard
 from specforge_lite.training.settings import DistributedSection
@@ -191,16 +190,6 @@ def report_failure(world: World) -> Iterator[None]:
         if world.board is not None:
             world.board.report(error)
         raise
-
-
-def parse_on_rank(config_class: type[ConfigT], description: str) -> ConfigT:
-    """Parse the command line on every rank, and let only rank 0 tell what is wrong with it."""
-    try:
-        return parse_config(config_class, description=description)
-    except ConfigError:
-        if is_main_rank():
-            raise
-        sys.exit(USER_ERROR_EXIT_CODE)
 
 
 def _own_device(local_rank: int) -> torch.device:

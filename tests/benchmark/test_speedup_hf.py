@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_model_speedup
 from specforge_lite.benchmark.configs import BASELINE, Speculation
 from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.session import Ask, Counters
 from specforge_lite.benchmark.statistics import Record, acceptance_length, share_per_position
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.export import export_draft
+from specforge_lite.cli import bench
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
 from tests.inference_drafts import random_draft
@@ -87,7 +87,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def run(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["bench_model_speedup.py", *words])
-        bench_model_speedup.main()
+        bench.main()
 
     return run
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from specforge_lite import __version__
+from specforge_lite.cli import COMMANDS, main
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section, parse_config
+from tests.script_runner import ROOT, load_script
 
 
 class Example(Section):
@@ -83,3 +88,62 @@ def test_none_clears_an_optional_value(tmp_path: Path) -> None:
 def test_a_flag_without_its_value() -> None:
     with pytest.raises(ConfigError, match="expected one argument"):
         parse_config(Example, ["--target-model-path"])
+
+
+# ------------------------------------------------------------------------------------------------- commands and scripts
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors", "aiohttp", "matplotlib", "huggingface_hub")
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+HELP = f"""
+import contextlib, io, runpy, sys
+from pathlib import Path
+for words in {{commands!r}}:
+    sys.argv = [*words, "--help"]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        runpy.run_path(words[0], run_name="__main__")
+    assert "usage: " in shown.getvalue(), words
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not loaded, (words, loaded)
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Import time is what makes --help slow; modules can be counted on a machine that is busy."""
+    scripts = [[f"scripts/{name}.py"] for name in SCRIPTS] + [["benchmarks/bench_model_speedup.py"]]
+    commands = [["specforge_lite/__main__.py", *name.split()] for name in COMMANDS] + [["specforge_lite/__main__.py"]]
+    done = run_python(HELP.format(commands=scripts + commands))
+    assert done.returncode == 0, done.stderr[-600:]
+
+
+def test_each_script_is_a_command_and_each_command_a_script() -> None:
+    called = {
+        (load_script(name).main.__module__.rsplit(".", 1)[1], load_script(name).main.__name__)
+        for name in SCRIPTS
+        if len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 10
+    }
+    assert called | {("bench", "main")} == {tuple(place.split(":")) for place, _ in COMMANDS.values()}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        ([], 0, "evaluate checkpoints"),
+        (["--version"], 0, __version__),
+        (["trian"], 2, "error: unknown command 'trian'; did you mean 'train'?"),
+        (["plan", "speculation", "--results", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["check", "nowhere"], 2, "no such directory"),
+    ],
+)
+def test_the_console_command(
+    words: list[str], code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["specforge-lite", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert shown in "".join(capsys.readouterr())

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import verify_installation as installation_script
-from scripts import verify_target as script
 from specforge_lite.checkpoints.contract import Finding
+from specforge_lite.cli import doctor as script
 from specforge_lite.doctor import engines, installation
 from specforge_lite.doctor.target import CHECKS, VerifyOptions, verify_target
 from specforge_lite.model import target_head
@@ -106,7 +105,7 @@ def test_script_ends_with_2_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["verify_target.py", str(tmp_path / "absent"), "--engines"])
-    assert script.main() == 2
+    assert script.target() == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
     assert len(lines) == 1
     assert "absent" in lines[0]
@@ -149,7 +148,7 @@ def test_an_interpreter_without_the_engine() -> None:
 
 def test_installation_of_this_machine(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["verify_installation.py"])
-    assert installation_script.main() == 0
+    assert script.main() == 0
     text = capsys.readouterr().out
     for name in installation.CHECKS:
         assert name in text

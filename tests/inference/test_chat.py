@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from specforge_lite.checkpoints.export import export_draft
+from specforge_lite.cli import chat as chat_command
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.chat import Chat
 from specforge_lite.inference.output import TextStream
 from tests.inference_drafts import OracleDraft, random_draft
-from tests.script_runner import ROOT, load_script, run_in_process
+from tests.script_runner import ROOT, run_in_process
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +82,22 @@ def test_the_conversation_is_part_of_the_prompt(model: SpeculativeModel) -> None
 
 
 def test_commands(model: SpeculativeModel, plain: SpeculativeModel) -> None:
-    script = load_script("chat")
+    script = chat_command
     chat = Chat(model, SETTINGS)
-    assert script.obey(chat, "/draft off") == "draft off"
+    assert script.run_command(chat, "/draft off") == "draft off"
     assert not chat.speculate
-    assert script.obey(chat, "/draft on") == "draft on"
+    assert script.run_command(chat, "/draft on") == "draft on"
     assert chat.speculate
     list(chat.ask("hello"))
-    assert script.obey(chat, "/clear") == "forgotten"
+    assert script.run_command(chat, "/clear") == "forgotten"
     assert chat.messages == []
-    assert "did you mean '/quit'?" in script.obey(chat, "/qiut")
-    assert "/draft off" in script.obey(chat, "/help")
-    assert "no draft was loaded" in script.obey(Chat(plain, SETTINGS), "/draft on")
+    assert "did you mean '/quit'?" in script.run_command(chat, "/qiut")
+    assert "/draft off" in script.run_command(chat, "/help")
+    assert "no draft was loaded" in script.run_command(Chat(plain, SETTINGS), "/draft on")
 
 
 def test_accepted_tokens_are_coloured(model: SpeculativeModel) -> None:
-    script = load_script("chat")
+    script = chat_command
     chat = Chat(model, SETTINGS)
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=200)

@@ -1,0 +1,242 @@
+"""Peak memory per rank, term by term, speed class, and disk for offline mode: before anything starts.
+
+    python scripts/plan_memory.py --draft-model-config configs/llama-3.1-8b-eagle3.json --max-length 4096 \\
+        --batch-size 2 --num-gpus 8 --sharding fsdp2 --memory-gb 80
+    python scripts/plan_memory.py ... --json
+
+The flags are those of the training script. An in-process target (--target-backend hf) comes on top.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.log import format_bytes, info, warn
+from specforge_lite.core.settings import Section, parse_config
+
+if TYPE_CHECKING:
+    from specforge_lite.benchmark.configs import Speculation
+    from specforge_lite.benchmark.planner import Plan, Prediction
+    from specforge_lite.training.estimate import MemoryPlan, Workload
+
+GIB = 2**30
+# Peak of one rank in TFLOP/s, and what share of it training reaches, where nothing else is said.
+PEAK_TFLOPS = {"cuda": 989.0, "cpu": 0.13}
+EFFICIENCY = {"cuda": 0.4, "cpu": 0.6}
+SPECULATION_HELP = """\
+Recommend STEPS,TOPK,VERIFY for every batch size, with the predicted speed-up, from one benchmark run.
+
+    python benchmarks/bench_model_speedup.py ... --config-list 1,1,1,2 1,5,1,6 1,7,10,60 --output speedup.jsonl
+    python scripts/plan_speculation.py --results speedup.jsonl
+
+Measure at least one short and one long chain per batch size (and a tree, if trees are wanted). The formulas are in
+specforge_lite/benchmark/planner.py.
+"""
+
+
+class PlanMemoryConfig(Section):
+    """What the training run would be started with."""
+
+    draft_model_config: Path = Field(description="config.json of the draft")
+    max_length: int = Field(2048, ge=8, description="tokens of the longest sample")
+    batch_size: int = Field(1, ge=1, description="samples per micro batch and rank")
+    max_tokens_per_batch: int | None = Field(None, ge=8, description="packing budget, instead of --batch-size")
+    num_gpus: int = Field(1, ge=1, description="ranks of the trainer")
+    ttt_length: int = Field(7, ge=1, le=32, description="K, steps of the training-time test")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="compute dtype")
+    sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="as in training")
+    cpu_offload: bool = Field(False, description="with fsdp2: parameters and AdamW state in CPU memory")
+    sp_size: int = Field(1, ge=1, description="ranks that share a batch")
+    optim: Literal["adamw", "adamw_8bit"] = Field("adamw", description="as in training")
+    activation_checkpointing: bool = Field(False, description="as in training")
+    supervised_share: float = Field(1.0, gt=0, le=1, description="share of supervised tokens (default: the worst case)")
+    device: Literal["cuda", "cpu"] = Field("cuda", description="where the draft trains")
+    prefetch_depth: int = Field(2, ge=0, description="micro batches of hidden states captured ahead")
+    states_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of captured hidden states")
+    tied_head: bool = Field(False, description="the target's head is its embedding table")
+    num_tokens: int | None = Field(None, ge=1, description="tokens of the data set, for the disk of offline mode")
+    memory_gb: float | None = Field(None, gt=0, description="memory of one device in GiB; more than it has is an error")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device (default: 989, Hopper in bf16; one CPU core: 0.13)"
+    )
+    as_json: bool = Field(False, description="print JSON", json_schema_extra={"flags": ["--json"]})
+
+
+def memory() -> None:
+    config = parse_config(PlanMemoryConfig, description=__doc__ or "")
+    from specforge_lite.training.estimate import plan_memory
+
+    load = _workload_of(config)
+    plan = plan_memory(load)
+    report = _report_of(config, load, plan)
+    if config.as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _show_memory(plan, report)
+    if config.memory_gb is not None and plan.peak > config.memory_gb * GIB:
+        raise ConfigError(
+            f"memory_gb {config.memory_gb:g}: the peak is {plan.peak / GIB:.1f} GiB; try --activation-checkpointing,"
+            " --sharding fsdp2, a smaller batch, --sp-size or --optim adamw_8bit"
+        )
+
+
+def _workload_of(config: PlanMemoryConfig) -> Workload:
+    """The planner's view of the flags."""
+    from specforge_lite.training.estimate import Workload
+    from specforge_lite.training.wiring import read_draft_config
+
+    return Workload(
+        draft=read_draft_config(config.draft_model_config, "eagle3"),
+        tokens=config.max_tokens_per_batch or config.batch_size * config.max_length,
+        num_steps=config.ttt_length,
+        precision=config.precision,
+        device=config.device,
+        supervised=config.supervised_share,
+        world_size=config.num_gpus,
+        sp_size=config.sp_size,
+        sharding=config.sharding,
+        cpu_offload=config.cpu_offload,
+        optim=config.optim,
+        activation_checkpointing=config.activation_checkpointing,
+        captured_ahead=config.prefetch_depth,
+        states_bytes=4 if config.states_dtype == "fp32" else 2,
+        tied_head=config.tied_head,
+        sample_length=config.max_length,
+    )
+
+
+def _report_of(config: PlanMemoryConfig, load: Workload, plan: MemoryPlan) -> dict[str, Any]:
+    """JSON: bytes by term, the peak, and the rest."""
+    from specforge_lite.training.estimate import disk_bytes, num_parameters, tokens_per_second
+
+    peak_tflops = config.peak_tflops or PEAK_TFLOPS[config.device]
+    return {
+        "parameters": num_parameters(load.draft),
+        "peak_bytes": plan.peak,
+        "peak_moment": plan.peak_moment,
+        "terms": plan.peak_terms,
+        "host_terms": plan.host,
+        "tokens_per_second": tokens_per_second(load, peak_tflops, EFFICIENCY[config.device]),
+        "offline_bytes_per_token": disk_bytes(load, 1),
+        "offline_bytes": None if config.num_tokens is None else disk_bytes(load, config.num_tokens),
+    }
+
+
+def _show_memory(plan: MemoryPlan, report: dict[str, Any]) -> None:
+    """Terms, largest first; then one line each for speed and disk."""
+    table = Table(caption=f"one rank at its peak: {plan.peak_moment}")
+    table.add_column("term")
+    table.add_column("memory", justify="right")
+    table.add_column("share", justify="right")
+    for name, size in sorted(plan.peak_terms.items(), key=lambda item: -item[1]):
+        if size >= 0.001 * plan.peak:
+            table.add_row(name, format_bytes(size), f"{size / plan.peak:.1%}")
+    table.add_section()
+    table.add_row("peak", format_bytes(plan.peak), "")
+    for name, size in plan.host.items():
+        table.add_row(f"host: {name}", format_bytes(size), "")
+    Console(width=max(Console().width, 80)).print(table)
+    info(f"{report['parameters']:,} trained parameters; speed class {report['tokens_per_second']:,.0f} tokens/s in all")
+    per_token = format_bytes(report["offline_bytes_per_token"])
+    total = report["offline_bytes"]
+    info(f"offline mode: {per_token} per token" + ("" if total is None else f", {format_bytes(total)} in all"))
+
+
+class PlanConfig(Section):
+    """Recommend STEPS,TOPK,VERIFY from one benchmark run."""
+
+    results: Path = Field(description="--output of bench_model_speedup.py")
+    benchmark: str | None = Field(None, description="use the rows of this benchmark only (default: of all)")
+    candidates: tuple[str, ...] = Field(
+        (), description="STEPS,TOPK,VERIFY to choose from (default: all inside what was measured)"
+    )
+    num_shown: int = Field(5, ge=1, description="configurations shown per batch size")
+    output: Path | None = Field(None, description="write all predictions as json")
+
+
+def speculation() -> None:
+    config = parse_config(PlanConfig, description=SPECULATION_HELP)
+    from specforge_lite.benchmark.planner import make_plan
+    from specforge_lite.benchmark.rows import read_rows
+
+    rows = read_rows(config.results)
+    if config.benchmark is not None:
+        known = sorted({row.benchmark for row in rows})
+        rows = [row for row in rows if row.benchmark == config.benchmark]
+        if not rows:
+            raise ConfigError(f"benchmark '{config.benchmark}': {config.results} has {', '.join(known) or 'no rows'}")
+    if not rows:
+        raise DataError(f"{config.results}: no rows")
+    plan = make_plan(rows, [_parse_speculation(text) for text in config.candidates] or None)
+    for size in plan.predictions:
+        measured = {row.key.config.speculation for row in rows if row.batch_size == size and row.steps}
+        if len(measured) < 2:
+            warn(f"batch size {size}: one configuration with a draft was measured; costs need at least two")
+    _show_speculation(plan, config.num_shown)
+    if config.output is not None:
+        with user_errors(config.output), atomic_file(config.output) as file:
+            json.dump(_to_json(plan), file, indent=2)
+        info(f"wrote {config.output}")
+
+
+def _parse_speculation(text: str) -> Speculation:
+    """`3,1,4`; raises ConfigError."""
+    from specforge_lite.benchmark.configs import BenchConfig
+
+    try:
+        return BenchConfig.parse(f"1,{text}").speculation
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config_list: '1,", "candidates: '").replace("B,STEPS", "STEPS")) from None
+
+
+def _show_speculation(plan: Plan, num_shown: int) -> None:
+    table = Table(caption="predicted inside what was measured; measured where the run holds the configuration")
+    for name in ("batch", "STEPS,TOPK,VERIFY", "tokens/pass", "ms/pass", "predicted speed-up", "measured"):
+        table.add_column(name, justify="right" if name != "batch" else "left")
+    for size, predictions in plan.predictions.items():
+        for prediction in predictions[:num_shown]:
+            table.add_row(str(size), *_cells(prediction))
+        table.add_section()
+    Console(width=max(Console().width, 100)).print(table)
+    for size in plan.predictions:
+        info(_recommendation(plan.best(size)))
+
+
+def _cells(prediction: Prediction) -> list[str]:
+    return [
+        "no draft" if prediction.speculation.is_baseline else str(prediction.speculation),
+        f"{prediction.tokens_per_pass:.2f}",
+        f"{1000 * prediction.seconds_per_pass:.2f}",
+        f"{prediction.speedup:.2f}",
+        "-" if prediction.measured_speedup is None else f"{prediction.measured_speedup:.2f}",
+    ]
+
+
+def _recommendation(best: Prediction) -> str:
+    """One line, with the flags of both engines."""
+    spec = best.speculation
+    if spec.is_baseline:
+        return f"batch size {best.batch_size}: no draft; nothing is predicted to be faster"
+    flags = (
+        f"--speculative-num-steps {spec.steps} --speculative-eagle-topk {spec.topk}"
+        f" --speculative-num-draft-tokens {spec.num_draft_tokens}"
+    )
+    vllm = f'; vLLM: "num_speculative_tokens": {spec.steps}' if spec.is_chain else ""
+    return f"batch size {best.batch_size}: {spec}, predicted speed-up {best.speedup:.2f}; SGLang: {flags}{vllm}"
+
+
+def _to_json(plan: Plan) -> dict[str, object]:
+    return {
+        "acceptance": asdict(plan.acceptance),
+        "costs": {size: asdict(cost) for size, cost in plan.costs.items()},
+        "predictions": {size: [asdict(p) for p in found] for size, found in plan.predictions.items()},
+    }

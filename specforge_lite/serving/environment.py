@@ -6,13 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.http import HttpFailure, HttpStatus, fetch
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PLUGIN_DIR = Path(__file__).resolve().parent / "plugins"
@@ -128,12 +126,12 @@ def engine_of_url(url: str) -> str:
     """Ask a running server what it is. Raises EngineError if nothing answers or it is neither SGLang nor vLLM."""
     for engine, path in (("sglang", "/get_model_info"), ("vllm", "/version")):
         try:
-            with urllib.request.urlopen(url.rstrip("/") + path, timeout=10):
-                return engine
-        except urllib.error.HTTPError:
+            fetch(url.rstrip("/") + path)
+        except HttpStatus:
             continue
-        except (OSError, HTTPException, ValueError) as error:
-            raise EngineError(f"target_url {url}: nothing answers ({getattr(error, 'reason', error)})") from None
+        except HttpFailure as error:
+            raise EngineError(f"target_url {url}: nothing answers ({error.detail})") from None
+        return engine
     raise EngineError(f"target_url {url}: the server is neither SGLang nor vLLM")
 
 

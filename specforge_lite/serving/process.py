@@ -14,13 +14,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.files import try_lock
+from specforge_lite.core.http import HttpFailure, fetch
 from specforge_lite.core.log import format_seconds, info, progress, warn
 from specforge_lite.serving import watchdog
 
@@ -76,10 +75,10 @@ def free_port() -> int:
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
     """True if a GET of `url` answers 200."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
-            return bool(reply.status == 200)
-    except (OSError, urllib.error.URLError):
+        fetch(url, timeout_s)
+    except HttpFailure:
         return False
+    return True
 
 
 def temporary_directory(run_dir: Path) -> Path:

@@ -212,7 +212,7 @@ class RemoteEngine:
         try:
             facts = self._dialect.capture_reply(reply)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise BadReply(f"{url}: a reply that is not understood ({error!r})") from None
+            raise BadReply("wrong-form", f"a reply that is not understood ({error!r})", url) from None
         if not isinstance(facts, dict):
             raise CaptureError(
                 f"{url}: the reply holds no captured sample, so the capture plugin is not at work in this server;"

@@ -23,9 +23,12 @@ from pathlib import Path
 import psutil
 
 from specforge_lite.core.settings import parse_config
-from specforge_lite.regenerate.fake_server import FakeServer, answer_to
 from specforge_lite.regenerate.run import run
 from specforge_lite.regenerate.settings import RegenerateConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.fake_chat_server import FakeServer, answer_to  # noqa: E402  (the tests' server, not part of the package)
 
 MIN_SHARE_OF_IDEAL = 0.9
 MAX_MEMORY_GROWTH_MIB = 150
@@ -88,7 +91,7 @@ def ideal_seconds(num_prompts: int, places: int, latency: float, fault_share: fl
 
 
 def start_server(latency: float, fault_share: float) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "specforge_lite.regenerate.fake_server"]
+    command = [sys.executable, str(ROOT / "tests" / "fake_chat_server.py")]
     command += ["--latency", str(latency), "--jitter", str(JITTER), "--fault-share", str(fault_share)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

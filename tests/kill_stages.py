@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.regenerate.fake_server import FakeServer
+from tests.fake_chat_server import FakeServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

@@ -11,6 +11,7 @@ import asyncio
 import email.utils
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,13 @@ class ChatClient:
         limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * sampling.max_tokens
         body |= self.extra_body
         path = "/chat/completions" if is_chat else "/completions"
-        status, headers, reply = await self._send("POST", path, body, self.timeout_s, limit)
+        while True:
+            status, headers, reply = await self._send("POST", path, body, self.timeout_s, limit)
+            if status not in (400, 413, 422) or (room := room_left(error_text(reply), body["max_tokens"])) is None:
+                break
+            if room < 1:
+                raise RequestFailed("prompt-too-long", error_text(reply))
+            body["max_tokens"] = room
         check_status(status, headers, reply)
         return parse_answer(reply, is_chat)
 
@@ -202,6 +209,28 @@ def error_text(body: bytes) -> str:
     if key:
         text = text.replace(key, "***")
     return " ".join(text.split())[:MAX_DETAIL] or "no explanation"
+
+
+# What vLLM, SGLang, OpenAI and llama.cpp write where prompt and max_tokens do not fit the context together.
+_TOO_LONG = re.compile(
+    r"context (?:length|size|window)|max(?:imum)?_(?:completion_)?tokens|max_model_len|too long", re.I
+)
+_PROMPT_ALONE = re.compile(r"without any output|longer than the model|input length \(|characters \(more than", re.I)
+_CONTEXT = re.compile(r"(?:context (?:length|size|window)|max_model_len)\D{0,40}?(\d+)", re.I)
+_PROMPT = re.compile(r"(\d+) (?:input tokens|prompt tokens|tokens from the input|in the (?:messages|prompt))", re.I)
+
+
+def room_left(message: str, max_tokens: int) -> int | None:
+    """Tokens that an answer may have after a refusal: what the message leaves, below 1 where the prompt alone is too
+    long; half of `max_tokens` where it gives no numbers. None: the refusal is not about length."""
+    if not _TOO_LONG.search(message):
+        return None
+    if _PROMPT_ALONE.search(message):
+        return 0
+    context = int(found[1]) if (found := _CONTEXT.search(message)) else max_tokens
+    prompt = int(found[1]) if (found := _PROMPT.search(message)) and "at least" not in message else 0
+    room = context - prompt
+    return room if room < max_tokens else max_tokens // 2
 
 
 def parse_retry_after(value: str | None) -> float | None:

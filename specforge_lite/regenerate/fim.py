@@ -40,13 +40,3 @@ def read_fim_row(value: dict[str, Any]) -> FimRow:
     if "prefix" in value and not value.get("middle"):
         value = {**value, "middle": _NO_MIDDLE}
     return to_fim_row(value)
-
-
-def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a local model directory (or of a hub name, if it is in the cache). Raises ConfigError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"tokenizer {path}: {str(error).splitlines()[0]}") from None

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.core.devices import pick_device
+from specforge_lite.data.tokenize import load_tokenizer
 from specforge_lite.inference.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
-from specforge_lite.regenerate.fim import load_tokenizer
+from specforge_lite.regenerate.answers import THOUGHT_OPENERS, split_answer
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 BATCHES_WAITING = 8
-_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+PROMPT_TAIL_TOKENS = 8  # enough to see whether the prompt opens the reasoning
 
 
 class HfBackend:
@@ -26,6 +27,7 @@ class HfBackend:
         self.lm = load_target_model(model_path, dtype, pick_device(), trust_remote_code)
         self.tokenizer: Any = load_tokenizer(model_path, trust_remote_code)
         self.batch_size = batch_size
+        self.num_places = BATCHES_WAITING * batch_size  # enough to find `batch_size` questions of like length
         text_config = self.lm.config.get_text_config()
         self.max_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
         self.eos_token_ids = eos_token_ids_of(self.lm, self.tokenizer)
@@ -35,17 +37,13 @@ class HfBackend:
         self._stopped = threading.Event()
 
     @property
-    def num_places(self) -> int:
-        """Questions worth having at once: enough to find `batch_size` of like length."""
-        return BATCHES_WAITING * self.batch_size
-
-    @property
     def status(self) -> str:
         """For the progress bar."""
         return f"generating {self._running}, waiting {len(self._waiting)}"
 
     async def answer(self, question: Question) -> Answer:
-        """Generate the next turn. Raises RequestFailed for a prompt that fills the context."""
+        """Generate the next turn. Raises RequestFailed for a prompt that fills the context, or an answer of a form that
+        is not known."""
         request = self._request(question)
         self.eos_token_ids += [token for token in question.stop_token_ids if token not in self.eos_token_ids]
         future: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
@@ -53,7 +51,12 @@ class HfBackend:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         result = await future
-        return self._to_answer(result, is_chat=question.prompt_ids is None)
+        tail = self.tokenizer.decode(request.prompt_ids[-PROMPT_TAIL_TOKENS:]).rstrip()
+        opened = next((opener for opener in THOUGHT_OPENERS if tail.endswith(opener)), "")
+        has_end = result.finish_reason == "stop"
+        shown = replace(result, token_ids=result.token_ids[:-1]) if has_end else result
+        answer = self._to_answer(shown, question.prompt_ids is None, opened, bool(question.tools))
+        return replace(answer, completion_tokens=len(result.token_ids))
 
     async def close(self) -> None:
         """Stop within SEGMENT_TOKENS tokens."""
@@ -111,11 +114,15 @@ class HfBackend:
                     future.set_result(result)
             await asyncio.sleep(0)  # rows that go on, or new ones, join the next batch
 
-    def _to_answer(self, result: GenerationResult, is_chat: bool) -> Answer:
-        text = self.tokenizer.decode(result.token_ids, skip_special_tokens=True)
-        thought = _THOUGHT.match(text) if is_chat else None
-        reasoning, content = (thought[1].strip(), text[thought.end() :]) if thought else ("", text)
-        return Answer(content, result.finish_reason, reasoning, [], len(result.token_ids))
+    def _to_answer(self, result: GenerationResult, is_chat: bool, opened: str = "", has_tools: bool = False) -> Answer:
+        text = self.tokenizer.decode(result.token_ids, skip_special_tokens=not is_chat)
+        if not is_chat:
+            return Answer(text, result.finish_reason, completion_tokens=len(result.token_ids))
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        is_cut = result.finish_reason == "length"
+        reasoning, content, calls = split_answer(text, special, opened, has_tools, is_cut)
+        finish_reason = "tool_calls" if calls and not is_cut else result.finish_reason
+        return Answer(content, finish_reason, reasoning, calls, len(result.token_ids))
 
 
 def take_alike(waiting: list[tuple[GenerationRequest, Any]], count: int) -> list[tuple[GenerationRequest, Any]]:

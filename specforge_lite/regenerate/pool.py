@@ -3,13 +3,15 @@
 live  -- cannot connect, or FAILURES_IN_A_ROW broken replies -->  down  -- a probe is answered -->  live
 live  -- refuses the key, or broke the first FAILURES_IN_A_ROW replies -->  down for good
 down, all of them, for `wait_s` seconds: EngineError (the script ends with exit code 2; what was answered is kept)
+
+A place is one request that may be in flight at a server. Free places wait in a queue; those of a server that is down
+are set aside, those of one that asked for a pause return after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from dataclasses import dataclass
 
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
@@ -27,10 +29,11 @@ SERVER_FAULTS = ("http-404", "http-405", "redirect", "compressed")
 
 @dataclass
 class Server:
-    """One server's standing. `not_before`: loop time until which it asked not to be asked."""
+    """One server's standing. num_aside: places set aside while it is down; not_before: loop time of the next."""
 
     client: ChatClient
     in_flight: int = 0
+    num_aside: int = 0
     failures_in_a_row: int = 0
     num_answers: int = 0
     num_times_down: int = 0
@@ -55,18 +58,15 @@ class ServerPool:
         self, clients: list[ChatClient], max_concurrency: int, max_retries: int, retry_base_s: float, wait_s: float
     ) -> None:
         self.servers = [Server(client) for client in clients]
-        self.max_concurrency, self.max_retries = max_concurrency, max_retries
-        self.retry_base_s, self.wait_s = retry_base_s, wait_s
+        self.num_places = max_concurrency * len(clients)
+        self.max_retries, self.retry_base_s, self.wait_s = max_retries, retry_base_s, wait_s
         self.model = ""
-        self._waiting: deque[asyncio.Future[Server]] = deque()
-        self._ended: EngineError | None = None
+        self._places: asyncio.Queue[Server | None] = asyncio.Queue()  # None: no server is left
+        for _ in range(max_concurrency):
+            for server in self.servers:
+                self._places.put_nowait(server)
         self._end_timer: asyncio.TimerHandle | None = None
         self._jitter = random.Random(0)
-
-    @property
-    def num_places(self) -> int:
-        """Requests that can be in flight at once."""
-        return self.max_concurrency * len(self.servers)
 
     @property
     def status(self) -> str:
@@ -94,12 +94,17 @@ class ServerPool:
         attempt = 0
         while True:
             server = await self._take_place()
+            server.in_flight += 1
             try:
-                return await self._ask(server, question)
+                answer = await server.client.ask(self.model, question)
+                server.failures_in_a_row = 0
+                server.num_answers += 1
+                return answer
             except ServerGone as error:
                 self._take_down(server, str(error))
                 continue  # not the row's fault: no attempt is counted
             except RequestFailed as error:
+                self._count_failure(server, error)
                 if error.reason in REFUSALS:
                     continue
                 attempt += 1
@@ -108,7 +113,7 @@ class ServerPool:
                     raise RequestFailed(error.reason, detail, error.retryable) from None
             finally:
                 server.in_flight -= 1
-                self._hand_out_places()
+                self._places.put_nowait(server)
             pause = self.retry_base_s * 2 ** (attempt - 1) * (1 + 0.25 * self._jitter.random())
             await asyncio.sleep(min(pause, LONGEST_PAUSE_SECONDS))
 
@@ -121,69 +126,32 @@ class ServerPool:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
 
-    # ---------------------------------------------------------------------------------------------------- one request
-
-    async def _ask(self, server: Server, question: Question) -> Answer:
-        try:
-            answer = await server.client.ask(self.model, question)
-        except RequestFailed as error:
-            self._count_failure(server, error)
-            raise
-        server.failures_in_a_row = 0
-        server.num_answers += 1
-        return answer
+    async def _take_place(self) -> Server:
+        loop = asyncio.get_running_loop()
+        while True:
+            server = await self._places.get()
+            if server is None:
+                self._places.put_nowait(None)  # for all others that wait
+                raise EngineError(self._all_gone())
+            if server.is_down:
+                server.num_aside += 1
+            elif server.not_before > loop.time():
+                loop.call_at(server.not_before, self._places.put_nowait, server)
+            else:
+                return server
 
     def _count_failure(self, server: Server, error: RequestFailed) -> None:
         if error.reason in REFUSALS:
             self._take_down(server, str(error), for_good=True)
             return
         if isinstance(error, RateLimited) and error.retry_after is not None:
-            loop = asyncio.get_running_loop()
-            server.not_before = max(server.not_before, loop.time() + min(error.retry_after, LONGEST_PAUSE_SECONDS))
-            loop.call_at(server.not_before + 0.001, self._hand_out_places)
+            pause = min(error.retry_after, LONGEST_PAUSE_SECONDS)
+            server.not_before = max(server.not_before, asyncio.get_running_loop().time() + pause)
         if error.reason != "http-429" and (error.retryable or error.reason in SERVER_FAULTS):
             server.failures_in_a_row += 1
             if server.failures_in_a_row >= FAILURES_IN_A_ROW:
                 reason = f"{server.failures_in_a_row} failures in a row, the last: {error}"
                 self._take_down(server, reason, for_good=server.num_answers == 0)
-
-    # -------------------------------------------------------------------------------------------------------- places
-
-    async def _take_place(self) -> Server:
-        if self._ended is not None:
-            raise self._ended
-        server = self._free_server()
-        if server is not None:
-            server.in_flight += 1
-            return server
-        future: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().in_flight -= 1
-                self._hand_out_places()
-            raise
-
-    def _free_server(self) -> Server | None:
-        now = asyncio.get_running_loop().time()
-        free = [s for s in self.servers if not s.is_down and s.in_flight < self.max_concurrency and s.not_before <= now]
-        return min(free, key=lambda s: s.in_flight / self.max_concurrency, default=None)
-
-    def _hand_out_places(self) -> None:
-        """Give free places to those who wait longest, one waiter per place."""
-        while self._waiting:
-            if self._waiting[0].done():  # cancelled while waiting
-                self._waiting.popleft()
-                continue
-            server = self._free_server()
-            if server is None:
-                return
-            server.in_flight += 1
-            self._waiting.popleft().set_result(server)
-
-    # -------------------------------------------------------------------------------------------------------- health
 
     def _take_down(self, server: Server, reason: str, for_good: bool = False) -> None:
         server.is_refused = server.is_refused or for_good
@@ -196,7 +164,7 @@ class ServerPool:
             server.probe = asyncio.create_task(self._probe_until_back(server))
         if all(s.is_down for s in self.servers):
             wait_s = 0.0 if all(s.is_refused for s in self.servers) else self.wait_s
-            self._end_timer = asyncio.get_running_loop().call_later(wait_s, self._end)
+            self._end_timer = asyncio.get_running_loop().call_later(wait_s, self._places.put_nowait, None)
 
     async def _probe_until_back(self, server: Server) -> None:
         pause = FIRST_PROBE_SECONDS * 2 ** (server.num_times_down - 1)
@@ -215,14 +183,9 @@ class ServerPool:
         if self._end_timer is not None:
             self._end_timer.cancel()
         info(f"server {server.name} answers again")
-        self._hand_out_places()
-
-    def _end(self) -> None:
-        self._ended = EngineError(self._all_gone())
-        while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(self._ended)
+        for _ in range(server.num_aside):
+            self._places.put_nowait(server)
+        server.num_aside = 0
 
     def _all_gone(self) -> str:
         reasons = "; ".join(f"{s.name}: {s.down_reason}" for s in self.servers)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +19,14 @@ from specforge_lite.core.files import quick_fingerprint, user_errors
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
+from specforge_lite.data.tokenize import load_tokenizer
 from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
-from specforge_lite.regenerate.fim import FimPrompts, load_tokenizer
+from specforge_lite.regenerate.fim import FimPrompts
 from specforge_lite.regenerate.hf_backend import HfBackend
 from specforge_lite.regenerate.pool import ServerPool
 from specforge_lite.regenerate.rows import InputRow, RowSource
 from specforge_lite.regenerate.settings import RegenerateConfig
-from specforge_lite.regenerate.shards import ShardStore, sync_handles
+from specforge_lite.regenerate.shards import ShardStore, sync_files
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, Sampling, regenerate, row_sampling
 from specforge_lite.types import Conversation
 
@@ -33,12 +35,11 @@ ROWS_PER_PLACE = 2  # rows in work per request place: those in a retry pause nee
 
 
 class Backend(Protocol):
-    """Who answers: servers, or a model in this process."""
+    """Who answers: servers, or a model in this process. num_places: questions it can work on at once."""
 
     model: str
+    num_places: int
 
-    @property
-    def num_places(self) -> int: ...
     @property
     def status(self) -> str: ...
     async def answer(self, question: Question) -> Answer: ...
@@ -47,7 +48,7 @@ class Backend(Protocol):
 
 @dataclass
 class Summary:
-    """How a run ended. num_kept: rows that were done before it started."""
+    """How a run ended. num_kept: rows that were done before it started; reasons: error rows by reason."""
 
     num_answered: int = 0
     num_errors: int = 0
@@ -55,7 +56,24 @@ class Summary:
     num_tokens: int = 0
     seconds: float = 0.0
     stopped: bool = False
-    reasons: dict[str, int] | None = None
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def reasons_text(self) -> str:
+        """`timeout 3, http-500 2`, the most frequent first."""
+        ranked = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{reason} {count}" for reason, count in ranked)
+
+    def describe(self, directory: Path) -> str:
+        """The last line of a run."""
+        parts = [f"{self.num_answered} answered"]
+        if self.num_errors:
+            parts.append(f"{self.num_errors} given up ({self.reasons_text()})")
+        if self.num_kept:
+            parts.append(f"{self.num_kept} done before")
+        seconds = self.seconds or 1.0
+        tokens = f", {self.num_tokens / seconds:.0f} tokens/s" if self.num_tokens else ""
+        spent = log.format_seconds(self.seconds)
+        return f"{', '.join(parts)} in {spent} ({self.num_answered / seconds:.1f} rows/s{tokens}); {directory}"
 
 
 def run(config: RegenerateConfig) -> Summary:
@@ -85,7 +103,7 @@ async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
     """The servers, checked, or the model in this process; closed at the end."""
     backend = config.backend
     if backend.target_backend == "hf":
-        hf = open_hf(config)
+        hf = HfBackend(str(backend.model_name), backend.target_dtype, backend.batch_size, backend.trust_remote_code)
         try:
             yield hf
         finally:
@@ -104,13 +122,6 @@ async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
             await pool.close()
 
 
-def open_hf(config: RegenerateConfig) -> Backend:
-    """Load the model of `--target-backend hf`."""
-    backend = config.backend
-    assert backend.model_name is not None
-    return HfBackend(backend.model_name, backend.target_dtype, backend.batch_size, backend.trust_remote_code)
-
-
 class Run:
     """The moving parts of one run: one task per row in work, one that shows progress and syncs."""
 
@@ -120,7 +131,7 @@ class Run:
         self._rows = self._needed_rows()
 
     async def go(self, stopped: asyncio.Event) -> Summary:
-        """Work until the input is done or `stopped`. Raises EngineError when all servers are gone or no row was
+        """Work until the input is done or `stopped`. Raises EngineError when no server is left or no row was
         answered."""
         start = time.monotonic()
         bar = log.progress(self.source.estimated_total, "regenerate", unit="row")
@@ -128,14 +139,14 @@ class Run:
             await self._work(bar, stopped)
         finally:
             bar.close()
-            self.store.sync()
-            self.summary.seconds = time.monotonic() - start
-            self.summary.reasons = dict(self.store.reasons)
-            self.summary.num_answered, self.summary.num_errors = self.store.num_answered, self.store.num_errors
-            log.info(describe(self.summary, self.store.directory))
-        if self.summary.num_errors and not self.summary.num_answered and not self.summary.num_kept:
-            raise EngineError(f"no row was answered ({describe_reasons(self.summary)}); see {self.store.directory}")
-        return self.summary
+            summary, store = self.summary, self.store
+            sync_files(store.take_unsynced())
+            summary.seconds, summary.reasons = time.monotonic() - start, store.reasons
+            summary.num_answered, summary.num_errors = store.num_answered, store.num_errors
+            log.info(summary.describe(store.directory))
+        if summary.num_errors and not summary.num_answered and not summary.num_kept:
+            raise EngineError(f"no row was answered ({summary.reasons_text()}); see {store.directory}")
+        return summary
 
     async def _work(self, bar: Any, stopped: asyncio.Event) -> None:
         ticker: asyncio.Future[Any] = asyncio.ensure_future(self._tick(bar))
@@ -199,6 +210,8 @@ class Run:
         }
         if result.num_recorded_turns_left:
             facts["num_recorded_turns_left"] = result.num_recorded_turns_left
+        if result.left_out_reason:
+            facts["left_out_reason"] = result.left_out_reason
         return to_row(Conversation(conversation.id, result.messages, conversation.tools)), facts
 
     async def _fill(self, row: FimRow, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,7 +238,7 @@ class Run:
     async def _tick(self, bar: Any) -> None:
         while True:
             await asyncio.sleep(SYNC_SECONDS)
-            await asyncio.to_thread(sync_handles, self.store.unsynced_handles())
+            await asyncio.to_thread(sync_files, self.store.take_unsynced())
             total = self.source.estimated_total
             bar.total = None if total is None else max(bar.n, total - self.summary.num_kept)
             errors = f", errors {self.store.num_errors}" if self.store.num_errors else ""
@@ -250,25 +263,6 @@ def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
         "reasoning": sampling.reasoning,
         "fim": [sampling.fim_order, sampling.fim_max_length],
     }
-
-
-def describe(summary: Summary, directory: Path) -> str:
-    """The last line of a run."""
-    parts = [f"{summary.num_answered} answered"]
-    if summary.num_errors:
-        parts.append(f"{summary.num_errors} given up ({describe_reasons(summary)})")
-    if summary.num_kept:
-        parts.append(f"{summary.num_kept} done before")
-    rate = summary.num_answered / summary.seconds if summary.seconds else 0.0
-    tokens = f", {summary.num_tokens / summary.seconds:.0f} tokens/s" if summary.num_tokens and summary.seconds else ""
-    spent = log.format_seconds(summary.seconds)
-    return f"{', '.join(parts)} in {spent} ({rate:.1f} rows/s{tokens}); {directory}"
-
-
-def describe_reasons(summary: Summary) -> str:
-    """`timeout 3, http-500 2`, the most frequent first."""
-    reasons = sorted((summary.reasons or {}).items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{reason} {count}" for reason, count in reasons)
 
 
 def _stop_on_sigterm() -> asyncio.Event:

@@ -95,7 +95,7 @@ class SamplingSection(Section):
 
     max_tokens: int = Field(4096, ge=1, description="tokens of one answer at most")
     temperature: tuple[float, ...] = Field(
-        (0.0,), description="0 is greedy; of several values one is drawn per row (seeded)"
+        (0.0,), description="0 is greedy; of several values each row gets one (seeded)"
     )
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens with this much mass")
     seed: int = Field(0, ge=0, description="which row gets which temperature, and its random numbers")

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, write_json
+from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, sync_to_disk, write_json
 from specforge_lite.core.log import warn
 
 MANIFEST = "regeneration.json"
 PART = ".part"
-MAX_OPEN_FILES = 64
-_ROW_PREFIX = re.compile(rb'\{"row": ([0-9]+),')  # how `_append` begins a line; cheaper than parsing all of it
+LineIndex = dict[int, tuple[int, int]]  # row number -> (offset, size) of its line
 
 
 @dataclass
@@ -47,15 +45,16 @@ class ShardStore:
     def __init__(self, directory: Path, num_per_shard: int, settings: dict[str, Any], resume: bool) -> None:
         self.directory, self.num_per_shard = directory, num_per_shard
         self._open: dict[int, OpenShard] = {}
-        self._handles: dict[Path, int] = {}
         self._unsynced: set[Path] = set()
         self.reasons: Counter[str] = Counter()
-        self.num_answered = self.num_errors = self.num_kept = 0
+        self.num_answered = self.num_errors = 0
         self._lock = lock_directory(directory, "output_dir")
         try:
             remove_leftovers(directory, held=True)
             check_manifest(directory, settings, resume)
-            self._remove_finished_parts()
+            for shard in self.complete_shards():  # a crash between the final name and the end of its part
+                for final in (shard, shard.with_name(shard.name.replace("shard_", "error_", 1))):
+                    _part(final).unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
             raise
@@ -64,29 +63,20 @@ class ShardStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sync()
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        sync_files(self.take_unsynced())
         self._lock.close()
 
-    def shard_path(self, start: int) -> Path:
-        """Final path of the answers of the shard that begins at row `start`."""
-        return self.directory / f"shard_{start}-{start + self.num_per_shard}.jsonl"
-
-    def error_path(self, start: int) -> Path:
-        """Final path of the error rows of that shard."""
-        return self.directory / f"error_{start}-{start + self.num_per_shard}.jsonl"
+    def _path(self, kind: str, start: int) -> Path:
+        return self.directory / f"{kind}_{start}-{start + self.num_per_shard}.jsonl"
 
     def is_needed(self, number: int) -> bool:
         """True if row `number` has no answer and no error row yet. Rows must be asked for in ascending order, each
         once: this is also how the store learns what a shard holds."""
         start = number - number % self.num_per_shard
-        if self.shard_path(start).exists() and start not in self._open:
-            self._close_before(start)
-            return False
         if start not in self._open:
             self._close_before(start)
+            if self._path("shard", start).exists():
+                return False
             self._open[start] = self._load(start)
         shard = self._open[start]
         shard.num_rows = number - start + 1
@@ -98,34 +88,29 @@ class ShardStore:
 
     def add_answer(self, number: int, row: dict[str, Any]) -> None:
         """Append an answered row; it is in the file when this returns."""
-        self._add(number, row, is_error=False)
+        self._add("shard", number, row)
         self.num_answered += 1
 
     def add_error(self, number: int, row: dict[str, Any]) -> None:
         """Append a row that was given up; `row["reason"]` is counted."""
-        self._add(number, row, is_error=True)
+        self._add("error", number, row)
         self.num_errors += 1
         self.reasons[row["reason"]] += 1
 
-    def sync(self) -> None:
-        """Force what was appended to the disk."""
-        sync_handles(self.unsynced_handles())
-
-    def unsynced_handles(self) -> list[int]:
-        """Duplicates of the handles written to since the last call, for `sync_handles` in another thread."""
-        handles = [os.dup(self._handles[path]) for path in self._unsynced]
-        self._unsynced.clear()
-        return handles
+    def take_unsynced(self) -> set[Path]:
+        """Files appended to since the last call, for `sync_files` (in another thread, perhaps)."""
+        taken, self._unsynced = self._unsynced, set()
+        return taken
 
     def retry_errors(self) -> int:
         """Reopen the shards that have error rows and drop these; return how many rows will be asked again."""
         count = 0
-        for final in sorted(self.directory.glob("error_*.jsonl")) + sorted(self.directory.glob(f"error_*.jsonl{PART}")):
-            shard = final.with_name(final.name.replace("error_", "shard_", 1).removesuffix(PART))
+        for path in [*self.directory.glob("error_*.jsonl"), *self.directory.glob(f"error_*.jsonl{PART}")]:
+            shard = path.with_name(path.name.replace("error_", "shard_", 1).removesuffix(PART))
             if shard.exists():
-                os.replace(shard, shard.with_name(shard.name + PART))
-            count += sum(1 for _ in read_lines(final))
-            final.unlink()
+                os.replace(shard, _part(shard))
+            count += len(index_lines(path)[0])
+            path.unlink()
         return count
 
     def complete_shards(self) -> list[Path]:
@@ -143,37 +128,18 @@ class ShardStore:
                         count += 1
         return count
 
-    def _add(self, number: int, row: dict[str, Any], is_error: bool) -> None:
+    def _add(self, kind: str, number: int, row: dict[str, Any]) -> None:
         shard = self._open[number - number % self.num_per_shard]
         if number in shard.done:
             raise AssertionError(f"row {number} was written twice")
-        final = self.error_path(shard.start) if is_error else self.shard_path(shard.start)
-        self._append(final.with_name(final.name + PART), {"row": number, **row})
+        path = _part(self._path(kind, shard.start))
+        line = json.dumps({"row": number, **row}, ensure_ascii=False).encode("utf-8") + b"\n"
+        with open(path, "ab", buffering=0) as file:  # one write, so that a kill cuts at most this line
+            if (written := file.write(line)) != len(line):
+                raise DataError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        self._unsynced.add(path)
         shard.done.add(number)
         self._finish_if_complete(shard)
-
-    def _append(self, path: Path, row: dict[str, Any]) -> None:
-        if path not in self._handles:
-            while len(self._handles) >= MAX_OPEN_FILES:
-                self._close_handle(next(iter(self._handles)))
-            self._handles[path] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        line = encode_row(row)
-        if (written := os.write(self._handles[path], line)) != len(line):
-            raise DataError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
-        self._unsynced.add(path)
-
-    def _remove_finished_parts(self) -> None:
-        """A crash between naming a shard's final file and deleting what it was made from."""
-        for shard in self.complete_shards():
-            for final in (shard, shard.with_name(shard.name.replace("shard_", "error_", 1))):
-                final.with_name(final.name + PART).unlink(missing_ok=True)
-
-    def _close_handle(self, path: Path) -> None:
-        handle = self._handles.pop(path, None)
-        if handle is not None:
-            os.fsync(handle)
-            os.close(handle)
-        self._unsynced.discard(path)
 
     def _close_before(self, start: int | None) -> None:
         for shard in [s for s in self._open.values() if start is None or s.start < start]:
@@ -185,24 +151,22 @@ class ShardStore:
         if not full or len(shard.done) < shard.num_rows:
             return
         del self._open[shard.start]
-        for final in (self.error_path(shard.start), self.shard_path(shard.start)):  # the shard file is the mark
-            part = final.with_name(final.name + PART)
-            self._close_handle(part)
-            if part.exists() or final == self.shard_path(shard.start):
-                write_sorted(part, final)
+        for final in (self._path("error", shard.start), self._path("shard", shard.start)):  # the shard file is the mark
+            part = _part(final)
+            if part.exists() or final == self._path("shard", shard.start):
+                index, _ = index_lines(part)
+                copy_lines(part, final, [index[number] for number in sorted(index)])
                 part.unlink(missing_ok=True)
+                self._unsynced.discard(part)
 
     def _load(self, start: int) -> OpenShard:
         """A shard that was begun: its parts, repaired. A final error file without its shard file is a part again."""
         shard = OpenShard(start)
-        error, error_part = self.error_path(start), self.error_path(start).with_name(self.error_path(start).name + PART)
+        error = self._path("error", start)
         if error.exists():
-            os.replace(error, error_part)
-        for part in (self.shard_path(start).with_name(self.shard_path(start).name + PART), error_part):
-            if part.exists():
-                numbers = repair(part, shard.done, start, start + self.num_per_shard)
-                shard.done |= numbers
-                self.num_kept += len(numbers)
+            os.replace(error, _part(error))
+        for part in (_part(self._path("shard", start)), _part(error)):
+            shard.done |= repair(part, shard.done, start, start + self.num_per_shard)
         return shard
 
 
@@ -226,77 +190,55 @@ def check_manifest(directory: Path, settings: dict[str, Any], resume: bool) -> N
     write_json(path, settings)
 
 
-def sync_handles(handles: list[int]) -> None:
-    """Force files to the disk and close these handles of them."""
-    try:
-        for handle in handles:
-            os.fsync(handle)
-    finally:
-        for handle in handles:
-            os.close(handle)
+def sync_files(paths: Iterable[Path]) -> None:
+    """Force files to the disk; those that have become final files meanwhile are there already."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            sync_to_disk(path)
 
 
-def encode_row(row: dict[str, Any]) -> bytes:
-    """One line of jsonl."""
-    return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(row number, line) of every complete, valid line."""
-    with open(path, "rb") as file:
+def index_lines(path: Path) -> tuple[LineIndex, int]:
+    """({row: place of its first valid line}, number of other lines) of a file that may be missing."""
+    index: LineIndex = {}
+    num_bad = offset = 0
+    with suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             number = _row_number(line)
-            if number is not None:
-                yield number, line
+            if number is None or number in index:
+                num_bad += 1
+            else:
+                index[number] = (offset, len(line))
+            offset += len(line)
+    return index, num_bad
+
+
+def copy_lines(source: Path, destination: Path, places: Iterable[tuple[int, int]]) -> None:
+    """Write lines of `source` to `destination`; memory is that of one line."""
+    with atomic_file(destination, "wb") as output:
+        if source.exists():
+            with open(source, "rb") as file:
+                for offset, size in places:
+                    file.seek(offset)
+                    output.write(file.read(size))
 
 
 def repair(path: Path, done: set[int], start: int, end: int) -> set[int]:
     """Cut `path` down to its valid lines of rows start..end-1 that are not `done`; return their row numbers."""
-    numbers: set[int] = set()
-    bad = 0
-    with open(path, "rb") as file:
-        for line in file:
-            number = _row_number(line)
-            if number is None or not start <= number < end or number in done or number in numbers:
-                bad += 1
-            else:
-                numbers.add(number)
-    if bad:
-        warn(f"{path}: {bad} line(s) were cut off or damaged; their rows are asked again")
-        kept: set[int] = set()
-        with atomic_file(path, "wb") as file:
-            for number, line in read_lines(path):
-                if number in numbers and number not in kept:
-                    kept.add(number)
-                    file.write(line)
-    return numbers
+    index, num_bad = index_lines(path)
+    kept = {number: place for number, place in index.items() if start <= number < end and number not in done}
+    if num_bad := num_bad + len(index) - len(kept):
+        warn(f"{path}: {num_bad} line(s) were cut off or damaged; their rows are asked again")
+        copy_lines(path, path, list(kept.values()))
+    return set(kept)
 
 
 def _row_number(line: bytes) -> int | None:
-    if not line.endswith(b"\n"):
-        return None
     with suppress(ValueError, RecursionError):
-        value = json.loads(line)
+        value = json.loads(line) if line.endswith(b"\n") else None
         number = value.get("row") if isinstance(value, dict) else None
         return number if isinstance(number, int) and not isinstance(number, bool) else None
     return None
 
 
-def write_sorted(part: Path, final: Path) -> None:
-    """Write the lines of `part` (which may be missing) to `final` by row number; memory is one index, not the rows."""
-    index: list[tuple[int, int, int]] = []
-    if part.exists():
-        with open(part, "rb") as file:
-            offset = 0
-            for line in file:
-                match = _ROW_PREFIX.match(line)
-                assert match is not None, f"{part}: a damaged line at byte {offset}"
-                index.append((int(match[1]), offset, len(line)))
-                offset += len(line)
-    index.sort()
-    with atomic_file(final, "wb") as output:
-        if index:
-            with open(part, "rb") as file:
-                for _, offset, size in index:
-                    file.seek(offset)
-                    output.write(file.read(size))
+def _part(final: Path) -> Path:
+    return final.with_name(final.name + PART)

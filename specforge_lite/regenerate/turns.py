@@ -2,7 +2,10 @@
 
 recorded   system  user  ASSISTANT  user  ASSISTANT           an answer that was cut off, or that does not fit the
 asked      [system user]  ->  A1                              recorded tool result after it, ends the conversation
-           [system user       A1    user]  ->  A2             there: what follows was said to somebody else
+           [system user       A1    user]  ->  A2             there: what follows belongs to another conversation
+
+A later turn that cannot be answered (it no longer fits the target's context, the answer is empty) ends the conversation
+too; the answered turns are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the target said. finish_reason as servers name it: `stop`, `length`, `tool_calls`, ..."""
+    """The target's answer. finish_reason in the servers' terms: `stop`, `length`, `tool_calls`, ..."""
 
     content: str
     finish_reason: str
@@ -60,12 +63,14 @@ class Answer:
 
 @dataclass
 class Regenerated:
-    """The messages with the target's answers. num_recorded_turns_left: turns of the source that no longer fitted."""
+    """The messages with the target's answers, each with its `finish_reason`. num_recorded_turns_left: turns of the
+    source that were left out; left_out_reason: why, where the target did not answer them."""
 
     messages: list[Message]
     finish_reason: str
     completion_tokens: int
     num_recorded_turns_left: int
+    left_out_reason: str = ""
 
 
 async def regenerate(
@@ -82,11 +87,22 @@ async def regenerate(
     result = Regenerated([], "", 0, 0)
     at = 0
     while at < len(recorded):
-        at = _copy_until_answer(recorded, at, result.messages)
-        answer = await ask(Question([_sent(m) for m in result.messages], conversation.tools, sampling))
-        kept_reasoning = answer.reasoning if keep_reasoning else ""
-        if not (answer.content.strip() or answer.tool_calls or kept_reasoning.strip()):
-            raise RequestFailed("empty-answer", f"turn {len(result.messages) + 1}: the target said nothing")
+        start, num_answered_messages = at, len(result.messages)
+        while at < len(recorded) and recorded[at]["role"] != "assistant":
+            result.messages.append(recorded[at])
+            at += 1
+        try:
+            answer = await ask(Question([_sent(m) for m in result.messages], conversation.tools, sampling))
+            kept_reasoning = answer.reasoning if keep_reasoning else ""
+            in_thought = answer.finish_reason == "length" and kept_reasoning.strip()  # cut off while it reasoned
+            if not (answer.content.strip() or answer.tool_calls or in_thought):
+                raise RequestFailed("empty-answer", f"turn {len(result.messages) + 1}: the target's answer is empty")
+        except RequestFailed as error:
+            if error.retryable or not num_answered_messages:
+                raise
+            del result.messages[num_answered_messages:]
+            at, result.left_out_reason = start, error.reason
+            break
         result.messages.append(_answer_message(answer, kept_reasoning))
         result.finish_reason = answer.finish_reason
         result.completion_tokens += answer.completion_tokens
@@ -109,17 +125,9 @@ def row_sampling(row_id: str, seed: int, temperatures: tuple[float, ...], max_to
     return Sampling(max_tokens, temperatures[number % len(temperatures)], top_p, row_seed)
 
 
-def _copy_until_answer(recorded: list[Message], at: int, messages: list[Message]) -> int:
-    """Append recorded turns up to the next assistant turn; return its index, or the end where the last is a user's."""
-    while at < len(recorded) and recorded[at]["role"] != "assistant":
-        messages.append(recorded[at])
-        at += 1
-    return at
-
-
 def _sent(message: Message) -> Message:
     """A message as a server is sent it: reasoning of earlier turns is not part of the prompt."""
-    return {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {key: value for key, value in message.items() if key not in ("reasoning_content", "finish_reason")}
 
 
 def _answer_message(answer: Answer, reasoning: str) -> Message:
@@ -128,6 +136,7 @@ def _answer_message(answer: Answer, reasoning: str) -> Message:
         message["reasoning_content"] = reasoning
     if answer.tool_calls:
         message["tool_calls"] = answer.tool_calls
+    message["finish_reason"] = answer.finish_reason  # "length": the answer has no end token to train
     return message
 
 

@@ -19,12 +19,12 @@ from specforge_lite.core.settings import parse_config
 from specforge_lite.data.reading import RowFile
 from specforge_lite.inference import hf_generate
 from specforge_lite.inference.hf_generate import GenerationRequest, generate_batch
-from specforge_lite.regenerate.fake_server import FakeServer, answer_to
 from specforge_lite.regenerate.hf_backend import HfBackend, take_alike
 from specforge_lite.regenerate.rows import RowSource
 from specforge_lite.regenerate.run import run, run_async
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.turns import Question, Sampling
+from tests.fake_chat_server import FakeServer, answer_to
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "generate_data_by_target.py"
 
@@ -183,7 +183,7 @@ def test_hf_answers_equal_plain_generation(tmp_path: Path, tiny_target: Path) ->
         expected = backend.tokenizer.decode(alone.token_ids, skip_special_tokens=True)
         assert row["conversations"] == [
             {"role": "user", "content": text},
-            {"role": "assistant", "content": expected},
+            {"role": "assistant", "content": expected, "finish_reason": alone.finish_reason},
         ]
         assert row["finish_reason"] == alone.finish_reason
 

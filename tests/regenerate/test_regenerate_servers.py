@@ -16,12 +16,19 @@ from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.data.conversations import to_conversation
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.client import check_status, error_text, parse_address, parse_answer, parse_retry_after
-from specforge_lite.regenerate.fake_server import FakeServer, answer_to
+from specforge_lite.regenerate.client import (
+    check_status,
+    error_text,
+    parse_address,
+    parse_answer,
+    parse_retry_after,
+    room_left,
+)
 from specforge_lite.regenerate.rows import RowSource
 from specforge_lite.regenerate.run import Summary, run_async
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.turns import RequestFailed
+from tests.fake_chat_server import FakeServer, answer_to
 
 QUICK = ["--retry-base-seconds", "0.01", "--request-timeout", "5", "--server-wait", "0.5", "--max-concurrency", "8"]
 
@@ -70,7 +77,7 @@ def check_complete(directory: Path, num_rows: int) -> None:
     assert found == Counter(f"r{i}" for i in range(num_rows))
     for row in read(directory, "shard_*.jsonl"):
         question, answer = row["conversations"]
-        assert answer == {"role": "assistant", "content": answer_to(question["content"])}
+        assert answer == {"role": "assistant", "content": answer_to(question["content"]), "finish_reason": "stop"}
 
 
 def test_two_servers_share_the_rows(tmp_path: Path) -> None:
@@ -273,6 +280,54 @@ def test_multi_turn_tools_and_reasoning_over_http(tmp_path: Path) -> None:
     assert row["conversations"][4] == {"role": "tool", "content": "42", "tool_call_id": "call_new"}
     assert row["conversations"][5]["content"] == answer_to("42")
     assert row["tools"] == tools
+
+
+def test_an_answer_gets_the_room_that_is_left_and_answered_turns_are_kept(tmp_path: Path) -> None:
+    """A context of 64 tokens with --max-tokens 64: no row fits as asked. Each turn has 10 words, each answer 13."""
+    turns = [{"role": role, "content": f"{i} w w w w w w w w w"} for i in range(5) for role in ("user", "assistant")]
+    rows = [{"id": "r0", "conversations": turns}, {"id": "r1", "prompt": "word " * 64}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    async def scenario(server: FakeServer) -> list[int]:
+        server.keep_bodies = True
+        await regenerate(tmp_path, [server], "--max-tokens", "64", "--max-retries", "0")
+        return [body["max_tokens"] for body in server.bodies if server._refusal(body) is None]
+
+    # prompts of 10, 10 + 13 + 10, 10 + 13 + 10 + 13 + 10 tokens; the fourth has 79
+    assert sorted(with_servers(1, scenario, context_tokens=64)) == [8, 31, 54]
+    (row,) = read(tmp_path, "shard_*.jsonl")
+    assert [m["role"] for m in row["conversations"]] == ["user", "assistant"] * 3
+    assert (row["num_recorded_turns_left"], row["left_out_reason"]) == (4, "prompt-too-long")
+    (error,) = read(tmp_path, "error_*.jsonl")
+    assert (error["id"], error["reason"]) == ("r1", "prompt-too-long")
+    assert "64 in the messages" in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("message", "room"),
+    [
+        ("This model's maximum context length is 4096 tokens. However, you requested 4396 tokens (300 in the messages,"
+         " 4096 in the completion).", 3796),
+        ("'max_tokens' or 'max_completion_tokens' is too large: 4096. This model's maximum context length is 4096"
+         " tokens and your request has 31 input tokens (4096 > 4096 - 31).", 4065),
+        ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of"
+         " 4127 tokens: 31 tokens from the input messages and 4096 tokens for the completion.", 4065),
+        ("max_tokens=4096 cannot be greater than max_model_len=2048. Please request fewer output tokens.", 2048),
+        # a lower bound of the prompt, and no number of it: half as much
+        ("maximum context length is 4096 tokens. However, your prompt contains at least 1 input tokens", 2048),
+        ("the request exceeds the available context size, try increasing it", 2048),
+        ("This model's maximum context length is 4096 tokens. However, your prompt contains at least 4097 input"
+         " tokens, which exceeds this limit even without any output tokens.", 0),
+        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", 0),
+        ("Input length (5000) exceeds model's maximum context length (4096).", 0),
+        ("This model's maximum context length is 4096 tokens. However, your prompt contains 99999 characters (more than"
+         " 9999 characters, which is the upper bound for 4095 input tokens).", 0),
+        ("temperature: expected at most 2", None),
+        ("unknown model 'x'", None),
+    ],
+)  # fmt: skip
+def test_room_that_a_refusal_leaves(message: str, room: int | None) -> None:
+    assert room_left(message, 4096) == room
 
 
 def test_bad_rows_are_errors_with_a_place_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -38,16 +38,24 @@ def call(name: str, call_id: str = "c1") -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
 
 
+def answered(text: str, finish_reason: str = "stop", **more: Any) -> dict[str, Any]:
+    """An assistant message as regeneration writes it."""
+    return {"role": "assistant", "content": text, **more, "finish_reason": finish_reason}
+
+
 class Target:
     """Gives the scripted answers in turn and remembers the questions."""
 
-    def __init__(self, *answers: Answer) -> None:
+    def __init__(self, *answers: Answer | RequestFailed) -> None:
         self.answers = list(answers)
         self.questions: list[Question] = []
 
     async def ask(self, question: Question) -> Answer:
         self.questions.append(Question([dict(m) for m in question.messages], question.tools, question.sampling))
-        return self.answers.pop(0)
+        answer = self.answers.pop(0)
+        if isinstance(answer, RequestFailed):
+            raise answer
+        return answer
 
 
 def run(messages: list[dict[str, Any]], target: Target, **options: Any) -> Regenerated:
@@ -59,7 +67,7 @@ def run(messages: list[dict[str, Any]], target: Target, **options: Any) -> Regen
 def test_each_turn_is_replaced_and_later_turns_see_it() -> None:
     target = Target(Answer("A1", "stop", completion_tokens=3), Answer("A2", "stop", completion_tokens=4))
     result = run([user("q1"), assistant("old1"), user("q2"), assistant("old2")], target)
-    assert result.messages == [user("q1"), assistant("A1"), user("q2"), assistant("A2")]
+    assert result.messages == [user("q1"), answered("A1"), user("q2"), answered("A2")]
     assert [q.messages for q in target.questions] == [[user("q1")], [user("q1"), assistant("A1"), user("q2")]]
     assert (result.finish_reason, result.completion_tokens, result.num_recorded_turns_left) == ("stop", 7, 0)
 
@@ -74,13 +82,13 @@ def test_system_prompt_only_where_there_is_none() -> None:
     target = Target(Answer("A", "stop"), Answer("A", "stop"))
     assert run([user("q")], target, system_prompt="be kind").messages[0] == {"role": "system", "content": "be kind"}
     own = {"role": "system", "content": "be brief"}
-    assert run([own, user("q")], target, system_prompt="be kind").messages == [own, user("q"), assistant("A")]
+    assert run([own, user("q")], target, system_prompt="be kind").messages == [own, user("q"), answered("A")]
 
 
 def test_an_answer_cut_off_ends_the_conversation() -> None:
     target = Target(Answer("A1 and", "length"))
     result = run([user("q1"), assistant("old1"), user("q2"), assistant("old2")], target)
-    assert result.messages == [user("q1"), assistant("A1 and")]
+    assert result.messages == [user("q1"), answered("A1 and", "length")]
     assert (result.finish_reason, result.num_recorded_turns_left) == ("length", 2)
 
 
@@ -89,11 +97,36 @@ def test_reasoning_is_kept_but_not_sent_back() -> None:
     messages = [user("q1"), assistant("old1", reasoning_content="theirs"), user("q2"), assistant("old2")]
     target = Target(*answers)
     result = run(messages, target)
-    assert result.messages[1] == assistant("A1", reasoning_content="hm")
-    assert result.messages[3] == assistant("A2", reasoning_content="so")
+    assert result.messages[1] == answered("A1", reasoning_content="hm")
+    assert result.messages[3] == answered("A2", reasoning_content="so")
     assert target.questions[1].messages == [user("q1"), assistant("A1"), user("q2")]
     dropped = run(messages, Target(*answers), keep_reasoning=False)
-    assert dropped.messages == [user("q1"), assistant("A1"), user("q2"), assistant("A2")]
+    assert dropped.messages == [user("q1"), answered("A1"), user("q2"), answered("A2")]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (RequestFailed("prompt-too-long", "5000 tokens, the target takes 4096"), "prompt-too-long"),
+        (RequestFailed("http-400", "no"), "http-400"),
+        (Answer(" ", "stop"), "empty-answer"),
+    ],
+)
+def test_a_later_turn_that_cannot_be_answered_keeps_the_answered_ones(failure: Any, reason: str) -> None:
+    messages = [user("q1"), assistant("old1"), user("q2"), assistant("old2"), user("q3"), assistant("old3")]
+    result = run(messages, Target(Answer("A1", "stop"), failure))
+    assert result.messages == [user("q1"), answered("A1")]
+    assert (result.num_recorded_turns_left, result.left_out_reason) == (4, reason)
+
+
+def test_a_fault_that_another_run_may_not_meet_gives_up_the_row() -> None:
+    with pytest.raises(RequestFailed, match="timeout"):
+        run(
+            [user("q1"), assistant("old1"), user("q2")],
+            Target(Answer("A1", "stop"), RequestFailed("timeout", "", True)),
+        )
+    with pytest.raises(RequestFailed, match="prompt-too-long"):  # nothing is answered yet
+        run([user("q1"), assistant("old1")], Target(RequestFailed("prompt-too-long", "")))
 
 
 def test_an_answer_that_says_nothing_is_an_error() -> None:
@@ -102,6 +135,8 @@ def test_an_answer_that_says_nothing_is_an_error() -> None:
     assert run([user("q")], Target(Answer("", "length", reasoning="long thought"))).messages[1]["content"] == ""
     with pytest.raises(RequestFailed, match="empty-answer"):
         run([user("q")], Target(Answer("", "length", reasoning="long thought")), keep_reasoning=False)
+    with pytest.raises(RequestFailed, match="empty-answer"):  # not cut off: the target ended it inside its thought
+        run([user("q")], Target(Answer("", "stop", reasoning="long thought")))
 
 
 TOOL_CHAT = [
@@ -118,7 +153,7 @@ def test_tool_results_follow_the_targets_own_call() -> None:
     result = run(TOOL_CHAT, target, tools=TOOLS)
     assert [m["role"] for m in result.messages] == ["user", "assistant", "tool", "assistant"]
     assert result.messages[2] == {"role": "tool", "content": "sunny", "tool_call_id": "new_id"}
-    assert result.messages[3] == assistant("Sun!")
+    assert result.messages[3] == answered("Sun!")
     assert target.questions[1].messages[2]["tool_call_id"] == "new_id"
     assert all(q.tools == TOOLS for q in target.questions)
     assert TOOL_CHAT[2]["tool_call_id"] == "old_id"  # the input is not changed

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server without a model, with latency and faults on request: for tests and load runs.
 
-  python -m specforge_lite.regenerate.fake_server --port 30000 --latency 0.5 --fault-share 0.01
+  python tests/fake_chat_server.py --port 30000 --latency 0.5 --fault-share 0.01
 
 Its answer to a conversation is a pure function of the last message, so that a lost or doubled row is seen.
 """
@@ -23,7 +23,7 @@ FaultReply = Callable[["FakeServer", web.Request], Awaitable[web.StreamResponse]
 
 
 def answer_to(text: str) -> str:
-    """What the fake says to a user turn or a completion prompt."""
+    """The fake's answer to a user turn or a completion prompt."""
     return f"answer {hashlib.sha256(text.encode()).hexdigest()[:12]} to: {text[:80]}"
 
 
@@ -33,6 +33,7 @@ class FakeServer:
     latency_s: of each answer; with `jitter` j each text has its own, between (1 - j) and (1 + j) times that.
     faults: text of the last message -> kinds of replies for the first requests with it, one after another.
     fault_share: this share of texts (by hash) has its first request answered with one of `fault_kinds`.
+    context_tokens: a prompt (a token per word) and max_tokens beyond it together are refused as vLLM refuses them.
     num_requests counts by text; max_in_flight and authorizations say what clients did.
     """
 
@@ -44,10 +45,12 @@ class FakeServer:
         fault_share: float = 0.0,
         fault_kinds: Sequence[str] = ("http-500", "http-429", "half-body", "wrong-json", "disconnect"),
         model: str = "fake-model",
+        context_tokens: int | None = None,
     ) -> None:
         self.latency_s, self.jitter, self.model = latency_s, jitter, model
         self.faults = {text: list(kinds) for text, kinds in (faults or {}).items()}
         self.fault_share, self.fault_kinds = fault_share, list(fault_kinds)
+        self.context_tokens = context_tokens
         self.always: str | None = None  # a kind that every completion gets from now on
         self.num_requests: Counter[str] = Counter()
         self.num_faults: Counter[str] = Counter()
@@ -107,9 +110,20 @@ class FakeServer:
             if kind is not None:
                 self.num_faults[kind] += 1
                 return await FAULTS[kind](self, request)
+            refusal = self._refusal(body)
+            if refusal is not None:
+                return web.json_response({"error": {"message": refusal, "code": 400}}, status=400)
             return web.json_response(reply_to(body, text))
         finally:
             self.in_flight -= 1
+
+    def _refusal(self, body: dict[str, Any]) -> str | None:
+        limit, answer = self.context_tokens, body["max_tokens"]
+        prompt = sum(len(str(message["content"]).split()) for message in body.get("messages", []))
+        if limit is None or prompt + answer <= limit:
+            return None
+        used = f"you requested {prompt + answer} tokens ({prompt} in the messages, {answer} in the completion)"
+        return f"This model's maximum context length is {limit} tokens. However, {used}."
 
     def _fault_of(self, text: str) -> str | None:
         if self.always is not None:

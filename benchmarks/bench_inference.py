@@ -196,9 +196,9 @@ def make_target(name: str, config: BenchConfig) -> tuple[Any, Draft, list[list[i
 
 
 def tiny_prompts(count: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
+    from specforge_lite.core.hub import load_tokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(TINY_TARGET)
+    tokenizer: Any = load_tokenizer(TINY_TARGET)
     names = ("Tom", "Ann", "Kim", "Leo", "Eva", "Max", "Ida", "Sam")
     texts = [
         f"{names[i % len(names)]} has {3 + i} boxes with {4 + 2 * i} pens each and sells {2 + i} pens a day."

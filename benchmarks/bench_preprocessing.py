@@ -88,9 +88,10 @@ def write_chats(path: Path, count: int, config: BenchConfig) -> None:
 
 def tokenization_speed(data: Path, model: Path, count: int = 2000) -> int:
     """Tokens per CPU-second of template, tokenization and mask, on parsed conversations."""
+    from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.data.conversations import to_conversation
     from specforge_lite.data.encoding import TokenizerSpec
-    from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, load_tokenizer
+    from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 
     tokenizer = ConversationTokenizer(TokenizerSpec.from_tokenizer(load_tokenizer(str(model))), TokenizeOptions())
     with open(data, encoding="utf-8") as file:
@@ -111,9 +112,9 @@ def in_fresh_process(data: Path, model: Path) -> dict[str, Any]:
 
 def build(data: Path, model: Path) -> None:
     """The body of that process."""
+    from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.core.sections import DataSection
     from specforge_lite.data.cache import open_or_build_dataset
-    from specforge_lite.data.tokenize import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     start = time.process_time()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from specforge_lite.benchmark.prompts import Prompt
-from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_tokenizer
 
 
 class Chat:
@@ -39,10 +40,7 @@ class Chat:
         trust_remote_code: bool,
     ) -> Chat:
         """With the tokenizer of a model; raises ConfigError if it cannot be loaded."""
-        from transformers import AutoTokenizer
-
-        with transformers_errors(f"model_path {model_path}: no tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model_path, trust_remote_code, "model_path")
         return cls(tokenizer, template_kwargs, system_prompt, raw)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -10,7 +10,8 @@ from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.run import OpenSession
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.session import Session
-from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.inference.hf_generate import eos_token_ids_of
 from specforge_lite.inference.speculative import SpeculativeModel
@@ -126,8 +127,5 @@ def _server_opener(options: EngineOptions, longest: int) -> OpenSession:
 
 def context_limit(model_path: str, trust_remote_code: bool) -> int:
     """Positions the target has been made for. Raises ConfigError if its config cannot be read."""
-    from transformers import AutoConfig
-
-    with transformers_errors(f"model_path {model_path}"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    config = load_config(model_path, trust_remote_code, "model_path")
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.capture.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
-from specforge_lite.core.errors import transformers_errors
+from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import TargetSection
 
@@ -30,10 +30,7 @@ class EngineContext:
 
 def read_target_info(target: TargetSection, engine: str, max_length: int | None = None) -> TargetInfo:
     """Facts about the target from its config.json; `max_length` defaults to its position limit."""
-    from transformers import AutoConfig
-
-    with transformers_errors(f"target_model_path {target.target_model_path}"):
-        config = AutoConfig.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
+    config = load_config(target.target_model_path, target.trust_remote_code)
     text = config.get_text_config()
     num_layers = int(text.num_hidden_layers)
     if target.aux_layer_ids is None:

@@ -19,7 +19,8 @@ from specforge_lite.capture.base import TargetInfo, check_aux_layer_ids, default
 from specforge_lite.capture.context import num_positions
 from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
 from specforge_lite.core.devices import pick_device
-from specforge_lite.core.errors import CaptureError, ConfigError, transformers_errors
+from specforge_lite.core.errors import CaptureError, ConfigError
+from specforge_lite.core.hub import load_config, load_tokenizer, model_class, transformers_errors
 from specforge_lite.core.log import info as log_info
 from specforge_lite.model.target_head import INDEX_FILE, weight_files
 from specforge_lite.types import CapturedStates, TokenizedSample
@@ -80,10 +81,7 @@ class HfEngine:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded on first use."""
-        from transformers import AutoTokenizer
-
-        with transformers_errors(f"target_model_path {self.model_path}: cannot load its tokenizer"):
-            return AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.model_path, self.trust_remote_code)
 
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """Return the states of `samples`, in their order, detached, in the model's dtype on `output_device`.
@@ -149,14 +147,9 @@ def load_target_model(
 
     tp_group: process group to split it over (each rank loads its part only).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     check_weight_index(model_path)
+    auto_class = model_class(load_config(model_path, trust_remote_code))
     with transformers_errors(f"target_model_path {model_path}"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-        known = type(config) in AutoModelForCausalLM._model_mapping or remote
-        auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
         if tp_group is not None:
             from transformers.distributed import DistributedConfig
 

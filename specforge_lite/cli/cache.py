@@ -48,11 +48,13 @@ def main() -> None:
     config = parse_config(CacheConfig, description=__doc__ or "")
     if config.data.train_data_path is None:
         raise ConfigError("data.train_data_path: required (flag --train-data-path)")
+    from specforge_lite.core.hub import load_config, load_tokenizer
     from specforge_lite.data.cache import open_or_build_dataset
-    from specforge_lite.data.tokenize import load_target_vocab_size, load_tokenizer
     from specforge_lite.data.vocab import open_or_build_vocab_map
 
-    vocab_size = load_target_vocab_size(config.model.target_model_path, config.model.trust_remote_code)
+    vocab_size = int(
+        load_config(config.model.target_model_path, config.model.trust_remote_code).get_text_config().vocab_size
+    )
     draft_vocab_size = choose_draft_vocab_size(config.model, vocab_size)
     tokenizer = load_tokenizer(config.model.target_model_path, config.model.trust_remote_code)
     train = open_or_build_dataset(config.data.train_data_path, tokenizer, config.data)

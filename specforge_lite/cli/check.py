@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from specforge_lite.core.errors import transformers_errors
+from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE
 from specforge_lite.core.sections import TARGET_FLAGS, DraftPathSection, LocalTargetSection, TargetSection
 from specforge_lite.core.settings import parse_config
@@ -66,7 +66,4 @@ def main() -> int:
 def _target_config(config: CheckConfig) -> Any:
     if config.target_model_path is None:
         return None
-    from transformers import AutoConfig
-
-    with transformers_errors(f"target_model_path {config.target_model_path}"):
-        return AutoConfig.from_pretrained(config.target_model_path, trust_remote_code=config.trust_remote_code)
+    return load_config(config.target_model_path, config.trust_remote_code)

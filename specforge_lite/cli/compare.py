@@ -100,13 +100,12 @@ def _table_of(result: Decoding) -> Table:
 
 def serving() -> None:
     config = parse_config(CompareServingConfig, description=SERVING_HELP)
-    from transformers import AutoTokenizer
-
+    from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.evaluation.compare_generation import read_prompts
     from specforge_lite.evaluation.compare_serving import compare_serving
     from specforge_lite.serving.session import ServingOptions
 
-    tokenizer = AutoTokenizer.from_pretrained(config.target_model_path, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.target_model_path, config.trust_remote_code)
     prompts = []
     for messages in read_prompts(config.prompts, config.num_prompts):
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)

@@ -71,6 +71,7 @@ class EvaluateConfig(Section):
 
 def main() -> None:
     config = parse_config(EvaluateConfig, description=__doc__ or "")
+    from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.evaluation.acceptance import Acceptance
     from specforge_lite.evaluation.error_analysis import ErrorAnalysis
     from specforge_lite.evaluation.run import (
@@ -84,7 +85,6 @@ def main() -> None:
         save_results,
     )
     from specforge_lite.report.terminal import print_comparison, print_positions, write_errors
-    from specforge_lite.training.wiring import load_tokenizer
 
     options = config.evaluation
     if options.save_results is not None:
@@ -97,7 +97,12 @@ def main() -> None:
     with engine_for(draft, config.target, config.data, files.device) as engine:
         analysis = None
         if options.error_analysis is not None:
-            analysis = ErrorAnalysis(draft, files.head, load_tokenizer(config.target), options.ttt_length)
+            analysis = ErrorAnalysis(
+                draft,
+                files.head,
+                load_tokenizer(config.target.target_model_path, config.target.trust_remote_code),
+                options.ttt_length,
+            )
         observers = [analysis] if analysis is not None else []
         result = evaluate_draft(draft, files, dataset, engine, options, observers)
     estimated = Acceptance.estimated(result)

@@ -4,9 +4,7 @@ ours and keeps its traceback (`specforge_lite.core.log.run_script`)."""
 from __future__ import annotations
 
 import difflib
-import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class SpecforgeError(Exception):
@@ -35,28 +33,6 @@ class CheckpointError(SpecforgeError):
 
 class TrainingError(SpecforgeError):
     """A run cannot go on: its numbers went bad more often than its budget allows."""
-
-
-# What transformers, safetensors and torch raise for files that are missing, cut off, or not what they should be. They
-# have no common base; those of these modules derive from Exception only.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, pickle.PickleError)
-_UNREADABLE_MODULES = ("huggingface_hub.", "safetensors", "safetensors_rust", "builtins.SafetensorError")
-
-
-@contextmanager
-def transformers_errors(place: str) -> Iterator[None]:
-    """Around `from_pretrained` only: what it says about a directory becomes a ConfigError of one line after `place`."""
-    try:
-        yield
-    except SpecforgeError:
-        raise
-    except Exception as error:
-        module = type(error).__module__
-        if not isinstance(error, _UNREADABLE) and not module.startswith(_UNREADABLE_MODULES):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ConfigError(f"{place}: its own code runs only with --trust-remote-code") from None
-        raise ConfigError(f"{place}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from specforge_lite.core.errors import DataError, transformers_errors
+from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
@@ -61,26 +61,6 @@ class TokenRow:
         return TokenizedSample(
             self.sample_id, torch.from_numpy(self.input_ids.astype(np.int64)), torch.from_numpy(self.loss_mask.copy())
         )
-
-
-def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a directory or hub name. Raises ConfigError with one line."""
-    from transformers import AutoTokenizer
-
-    with transformers_errors(f"target_model_path {model_path}: cannot load its tokenizer"):
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-
-
-def load_target_vocab_size(model_path: str, trust_remote_code: bool = False) -> int:
-    """`vocab_size` of the target's config (its embedding has so many rows; the tokenizer may know fewer ids).
-
-    Raises ConfigError with one line.
-    """
-    from transformers import AutoConfig
-
-    with transformers_errors(f"target_model_path {model_path}: cannot load its config"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)
 
 
 class ConversationTokenizer:

@@ -11,16 +11,15 @@ import torch
 
 from specforge_lite.capture.base import check_aux_layer_ids, default_aux_layer_ids
 from specforge_lite.capture.hf import HfEngine
-from specforge_lite.core.errors import transformers_errors
+from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import format_bytes
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.templates.auto import difference_from_own
-from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, load_tokenizer
+from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head, weight_files
-from specforge_lite.training.wiring import target_directory
 from specforge_lite.types import CapturedStates, Conversation, TokenizedSample
 
 Problem = tuple[str, str]  # (level, message)
@@ -68,11 +67,7 @@ class Examination:
 
 
 def check_config(x: Examination) -> Iterator[Problem]:
-    from transformers import AutoConfig
-
-    path = x.options.target_model_path
-    with transformers_errors(f"target_model_path {path}"):
-        x.config = AutoConfig.from_pretrained(path, trust_remote_code=x.options.trust_remote_code)
+    x.config = load_config(x.options.target_model_path, x.options.trust_remote_code)
     x.text_config = text = x.config.get_text_config()
     nested = "" if text is x.config else f" ({text.model_type} inside {x.config.model_type})"
     yield (
@@ -83,7 +78,7 @@ def check_config(x: Examination) -> Iterator[Problem]:
 
 
 def check_weights(x: Examination) -> Iterator[Problem]:
-    x.directory = target_directory(x.options.target_model_path)
+    x.directory = local_directory(x.options.target_model_path)
     files = weight_files(x.directory)
     size = sum(file.stat().st_size for file in set(files.values()))
     yield "ok", f"{len(files)} tensors, {format_bytes(size)} of safetensors"

@@ -15,8 +15,9 @@ from specforge_lite.checkpoints.compat.eagle_state import STATE_NAME, load_state
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.variants import Eagle3Variant
 from specforge_lite.core.devices import pick_device
-from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import write_json
+from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
@@ -25,7 +26,7 @@ from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.dataloader import BatchMaker
 from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.wiring import open_dataset, target_directory
+from specforge_lite.training.wiring import open_dataset
 from specforge_lite.types import DraftBatch, StepOutput
 
 Observer = Callable[[StepOutput, DraftBatch], None]
@@ -48,12 +49,9 @@ class TargetFiles:
 
 def open_target_files(target: TargetSection, device: str | None) -> TargetFiles:
     """Everything of the target but the model itself. Raises ConfigError with transformers' reason."""
-    from transformers import AutoConfig
-
     place = pick_device(device)
-    directory = target_directory(target.target_model_path)
-    with transformers_errors(f"target_model_path {directory}"):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=target.trust_remote_code)
+    directory = local_directory(target.target_model_path)
+    config = load_config(directory, target.trust_remote_code)
     return TargetFiles(directory, config, load_target_head(directory, config).to(place, torch.float32), place)
 
 

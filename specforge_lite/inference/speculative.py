@@ -15,6 +15,7 @@ from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
@@ -113,8 +114,6 @@ class SpeculativeModel:
 
         Raises ConfigError and CheckpointError naming what does not fit.
         """
-        from transformers import AutoTokenizer
-
         place = pick_device(device)
         model = load_target_model(str(base_model_path), dtype, place, trust_remote_code)
         draft = None
@@ -127,8 +126,8 @@ class SpeculativeModel:
                     f"use_eagle3={use_eagle3}: {draft_model_path} is of algorithm {draft.config.algorithm}"
                 )
         tokenizer = None  # a model without one still generates from token ids; text asks for it and says so
-        with contextlib.suppress(OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(base_model_path, trust_remote_code=trust_remote_code)
+        with contextlib.suppress(ConfigError):
+            tokenizer = load_tokenizer(base_model_path, trust_remote_code)
         shape = TreeShape.chain(num_draft_tokens) if num_draft_tokens else TreeShape(total_token, depth, top_k)
         return cls(model, draft, tokenizer, shape)
 

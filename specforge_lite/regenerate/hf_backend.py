@@ -10,7 +10,7 @@ from typing import Any
 
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.core.devices import pick_device
-from specforge_lite.data.tokenize import load_tokenizer
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.inference.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
 from specforge_lite.regenerate.answers import THOUGHT_OPENERS, split_answer
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed

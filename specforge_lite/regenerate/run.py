@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.files import quick_fingerprint, user_errors
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
-from specforge_lite.data.tokenize import load_tokenizer
 from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
 from specforge_lite.regenerate.fim import FimPrompts
 from specforge_lite.regenerate.hf_backend import HfBackend
@@ -230,7 +230,7 @@ class Run:
         if isinstance(self.backend, HfBackend):
             tokenizer = self.backend.tokenizer
         elif backend.tokenizer_path is not None:
-            tokenizer = load_tokenizer(backend.tokenizer_path, backend.trust_remote_code)
+            tokenizer = load_tokenizer(backend.tokenizer_path, backend.trust_remote_code, "tokenizer_path")
         else:
             raise ConfigError("tokenizer_path: required for fill-in-the-middle rows (the target's model directory)")
         return FimPrompts(tokenizer, config.fim_order, config.fim_max_length, config.max_tokens)

@@ -22,6 +22,7 @@ from specforge_lite.checkpoints.compat.eagle_state import (
 from specforge_lite.checkpoints.draft_files import DraftFiles, vocabulary_of
 from specforge_lite.checkpoints.loading import canonical_weights
 from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.model.draft import Draft
@@ -31,7 +32,7 @@ from specforge_lite.training.loop import Progress
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import RunModels, load_target_config
+from specforge_lite.training.wiring import RunModels
 
 
 @dataclass
@@ -74,7 +75,8 @@ def find_eagle_state(config: TrainConfig, models: RunModels, world: World) -> Ea
 def read_start(state: Path, config: TrainConfig, draft: Draft) -> tuple[EagleStart, dict[str, Tensor]]:
     """(start, tensors to copy into the draft: trained weights, d2t, t2d) of one `state_N`."""
     given = config.draft.draft_model_config
-    files = read_state_files(state, load_target_config(config), given)
+    target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
+    files = read_state_files(state, target_config, given)
     weights = {name: tensor.float() for name, tensor in canonical_weights(files, draft.config).items()}
     if "fc.bias" in weights:
         weights.pop("fc.bias")

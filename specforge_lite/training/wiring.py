@@ -15,7 +15,8 @@ import torch
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.context import num_positions
 from specforge_lite.capture.offline import OfflineEngine, OfflinePart
-from specforge_lite.core.errors import ConfigError, transformers_errors
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.data.cache import open_or_build_dataset
@@ -59,21 +60,13 @@ def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> 
     """Open or build the tokenized dataset of a file. Raises ConfigError without one."""
     if path is None:
         raise ConfigError("train_data_path: required (flag --train-data-path)")
-    return open_or_build_dataset(path, load_tokenizer(target), data)
+    return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
 
 
 def open_offline(offline_dir: Path) -> list[OfflinePart]:
     """The `train` and, where it was captured, the `eval` part of an offline directory."""
     evaluation = offline_dir / "eval"
     return [OfflinePart(offline_dir / "train"), *([OfflinePart(evaluation)] if evaluation.exists() else [])]
-
-
-def load_tokenizer(target: TargetSection) -> Any:
-    """The target's tokenizer. Raises ConfigError with transformers' reason."""
-    from transformers import AutoTokenizer
-
-    with transformers_errors(f"target_model_path {target.target_model_path}: cannot load its tokenizer"):
-        return AutoTokenizer.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
 
 
 # -------------------------------------------------------------------------------------------------------------- target
@@ -98,22 +91,6 @@ def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
         engine.close()
 
 
-def target_directory(model_path: str) -> Path:
-    """Local directory of a Hugging Face directory or hub name (which is downloaded as transformers would)."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors"]))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"target_model_path {model_path}: no such directory, and not from the hub: {reason}"
-        ) from None
-
-
 def check_max_length(config: TrainConfig) -> None:
     """Raise ConfigError if the `--max-length` that was given is beyond the target's positions.
 
@@ -121,21 +98,12 @@ def check_max_length(config: TrainConfig) -> None:
     """
     if config.training.offline_dir is not None or "max_length" not in config.data.model_fields_set:
         return
-    longest = num_positions(load_target_config(config))
+    longest = num_positions(load_config(config.target.target_model_path, config.target.trust_remote_code))
     if longest is not None and config.data.max_length > longest:
         raise ConfigError(
             f"max_length {config.data.max_length}: target {config.target.target_model_path} has positions for {longest}"
             f" tokens; use --max-length {longest} or less, or give its config.json rope scaling"
         )
-
-
-def load_target_config(config: TrainConfig) -> Any:
-    """The target's transformers config."""
-    from transformers import AutoConfig
-
-    target = config.target
-    with transformers_errors(f"target_model_path {target.target_model_path}"):
-        return AutoConfig.from_pretrained(target.target_model_path, trust_remote_code=target.trust_remote_code)
 
 
 # --------------------------------------------------------------------------------------------------------------- draft
@@ -202,8 +170,8 @@ class RunModels:
 
 def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: World) -> RunModels:
     """Target head on the device, and a freshly initialised draft, the same on every rank."""
-    directory = target_directory(config.target.target_model_path)
-    target_config = load_target_config(config)
+    directory = local_directory(config.target.target_model_path)
+    target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
     draft_config = make_draft_config(config, target, target_config)
     vocab_map = open_or_build_vocab_map(
         data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir

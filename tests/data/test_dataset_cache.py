@@ -269,7 +269,7 @@ def test_nothing_to_train_at_all(tmp_path: Path) -> None:
 def test_a_template_unlike_the_tokenizers_own_is_told(
     tmp_path: Path, data: Path, capsys: Any, tiny_target: Path
 ) -> None:
-    from specforge_lite.data.tokenize import load_tokenizer
+    from specforge_lite.core.hub import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_target))
     open_or_build_dataset(data, tokenizer, section(tmp_path, chat_template="chatml"))
@@ -284,7 +284,7 @@ def test_a_template_unlike_the_tokenizers_own_is_told(
 
 
 def test_fim_is_recognised_and_mixing_is_refused(tmp_path: Path, tiny_target: Path) -> None:
-    from specforge_lite.data.tokenize import load_tokenizer
+    from specforge_lite.core.hub import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_target))
     fim = [{"id": str(i), "prefix": "def f():\n", "middle": f"    return {i}\n", "suffix": ""} for i in range(3)]

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import FAMILIES, FimRow, FimTokenizer, is_fim_row, recognise_family, to_fim_row
 from specforge_lite.data.fim_source import FimSourceOptions, file_rows, fim_rows, python_spans
 from specforge_lite.data.reading import BadRow
-from specforge_lite.data.tokenize import load_tokenizer, tokenize_fim
+from specforge_lite.data.tokenize import tokenize_fim
 from tests.data_tokenizers import byte_level, sentencepiece_like
 
 ROW = FimRow("x", "def add(", "one, two", "):\n")

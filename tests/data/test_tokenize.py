@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.data.conversations import check_messages
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec, clean, token_mask
 from specforge_lite.data.templates import TEMPLATES, Rendering
@@ -17,8 +18,6 @@ from specforge_lite.data.tokenize import (
     ConversationTokenizer,
     TokenizeOptions,
     TokenRow,
-    load_target_vocab_size,
-    load_tokenizer,
     render,
     tokenize_conversation,
 )
@@ -283,8 +282,4 @@ def test_missing_model_is_one_line(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=f"target_model_path {tmp_path}: cannot load its tokenizer: "):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=f"target_model_path {tmp_path}: cannot load its config: "):
-        load_target_vocab_size(str(tmp_path))
-
-
-def test_vocab_size_is_the_models(tiny_target: Any) -> None:
-    assert load_target_vocab_size(str(tiny_target)) == 4096
+        load_config(str(tmp_path))

@@ -22,7 +22,7 @@ from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CaptureError, ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, model_class, transformers_errors
 from specforge_lite.core.log import info as log_info
-from specforge_lite.model.target_head import INDEX_FILE, weight_files
+from specforge_lite.core.weight_files import safetensors_files, weight_files
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_TOKENS_PER_FORWARD = 16_384
@@ -147,7 +147,7 @@ def load_target_model(
 
     tp_group: process group to split it over (each rank loads its part only).
     """
-    check_weight_index(model_path)
+    check_weight_files(model_path)
     auto_class = model_class(load_config(model_path, trust_remote_code))
     with transformers_errors(f"target_model_path {model_path}"):
         if tp_group is not None:
@@ -186,9 +186,10 @@ def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str)
             )
 
 
-def check_weight_index(model_path: str) -> None:
-    """A shard index that came with a local model must name files beside it; transformers would follow it anywhere."""
-    if (Path(model_path) / INDEX_FILE).is_file():
+def check_weight_files(model_path: str) -> None:
+    """Which weight files of a local model count must be clear: transformers would follow an index anywhere, and prefers
+    another file than the engines where several are there."""
+    if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
         weight_files(Path(model_path))
 
 

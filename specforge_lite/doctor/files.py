@@ -13,13 +13,14 @@ from specforge_lite.capture.base import check_aux_layer_ids, default_aux_layer_i
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import format_bytes
+from specforge_lite.core.weight_files import weight_files
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.templates.auto import difference_from_own
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.registry import build_draft
-from specforge_lite.model.target_head import TargetHead, load_target_head, weight_files
+from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.types import CapturedStates, Conversation, TokenizedSample
 
 Problem = tuple[str, str]  # (level, message)

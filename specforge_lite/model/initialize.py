@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_lite.core.weight_files import read_weight, weight_files
 from specforge_lite.model.draft import Draft
-from specforge_lite.model.target_head import ONE_PLUS_WEIGHT, TargetHead, open_safetensors, weight_files
+from specforge_lite.model.target_head import ONE_PLUS_WEIGHT, TargetHead
 
 INIT_STD = 0.02
+COPIED = (
+    "input_layernorm.weight", "post_attention_layernorm.weight",
+    *(f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "qkv", "o")),
+    *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "gate_up", "down")),
+)  # fmt: skip
 
 
 def init_random(draft: Draft, seed: int = 0) -> None:
@@ -103,11 +109,15 @@ def _split_fused(sources: dict[str, Tensor], num_queries: int, num_keys: int) ->
 
 
 def _last_layer(directory: Path, num_layers: int) -> dict[str, Tensor]:
-    """Tensors of the target's last decoder layer by their name inside the layer."""
+    """Tensors of the target's last decoder layer that may be copied, by their name inside the layer.
+
+    Only these are read: a layer of experts has gigabytes. What is quantised in a form that is not read stays out.
+    """
     marker = f"layers.{num_layers - 1}."
+    files = weight_files(directory)
     found: dict[str, Tensor] = {}
-    for name, file in weight_files(directory).items():
-        if marker in name and "vision" not in name:
-            with open_safetensors(file) as handle:
-                found[name.split(marker, 1)[1]] = handle.get_tensor(name)
+    for name in files:
+        inside = name.split(marker, 1)[1] if marker in name and "vision" not in name else ""
+        if inside in COPIED and (tensor := read_weight(files, name)) is not None:
+            found[inside] = tensor
     return found

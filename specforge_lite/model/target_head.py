@@ -7,10 +7,7 @@ Cohere's logit scales, soft caps) live here and nowhere else.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.weight_files import read_weight, weight_files
 
-INDEX_FILE = "model.safetensors.index.json"
 EMBED_NAMES = (
     "model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
@@ -196,49 +193,6 @@ def family_scales(text_config: Any) -> tuple[float, float, float | None]:
     return float(embed_scale), float(logit_scale), getattr(text_config, "final_logit_softcapping", None)
 
 
-def weight_files(directory: Path) -> dict[str, Path]:
-    """Map tensor name -> safetensors file of a model directory, from its index or its only file."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        return _files_of_index(index)
-    files: dict[str, Path] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with open_safetensors(file) as handle:
-            files.update(dict.fromkeys(handle.keys(), file))
-    if not files:
-        raise CheckpointError(f"{directory}: no *.safetensors here; other weight formats are not read")
-    return files
-
-
-def _files_of_index(index: Path) -> dict[str, Path]:
-    """Tensor name -> file, as a shard index says it; each file must lie beside the index."""
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: expected a JSON object with a 'weight_map' of tensor names to files: {error}"
-        ) from None
-    for file in dict.fromkeys(weight_map.values()):
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: file name {file!r} leaves the directory")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index.parent / file}: missing, {index.name} names it")
-    return {name: index.parent / file for name, file in weight_map.items()}
-
-
-@contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
-    """A safetensors file, opened for single tensors. Raises CheckpointError for one that is cut off or damaged, and
-    for a tensor that is not in it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-
-
 def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...] = ()) -> str | None:
     """The first of `names` that the model directory holds, else its only text-model tensor with one of `endings`."""
     files = weight_files(directory)
@@ -255,6 +209,10 @@ def read_tensor(directory: Path, names: tuple[str, ...], what: str, endings: tup
     if name is None:
         wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
         raise CheckpointError(f"{directory}: {what} not found; looked for {wanted}")
-    with open_safetensors(weight_files(directory)[name]) as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
+    tensor = read_weight(weight_files(directory), name)
+    if tensor is None:
+        raise CheckpointError(
+            f"{directory}: {what} {name} is quantised in a form that is not read; expected 16 or 32 bits, or fp8 with a"
+            " scale"
+        )
+    return tensor

@@ -183,7 +183,8 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     if config.draft.init == "target":
         left_random = init_from_target(draft, directory, target_config, head)
         if left_random:
-            info(f"warm start: other shape than the target's, random start: {', '.join(left_random)}")
+            why = "absent in the target, of another shape, or quantised in a form that is not read"
+            info(f"warm start: random, because {why}: {', '.join(left_random)}")
     identity = _identity(config, draft_config, vocab_map, data, head)
     return RunModels(draft, head.to(world.device, compute_dtype(config, world)), identity)
 

@@ -1,0 +1,166 @@
+"""Which files of a model or draft directory hold its weights, and single tensors read from them.
+
+An index, or else `model.safetensors`, decides; other weight files beside it are not read. Engines read every
+`*.safetensors` that no index excludes, so a file left over from another model must not win silently here either: what
+is ambiguous is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from specforge_lite.core.errors import CheckpointError
+
+WEIGHTS, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a directory.
+
+    Raises CheckpointError where there is none, where it is not clear which files count (an index beside a
+    `model.safetensors` that it does not name, two files with a tensor of one name, missing shards), and for an adapter.
+    """
+    files = safetensors_files(directory)
+    if not files:
+        raise CheckpointError(f"{directory}: no *.safetensors here; other weight formats are not read")
+    index = directory / INDEX_FILE
+    if index.exists():
+        return _weight_map(index)
+    found: dict[str, Path] = {}
+    for file in files:
+        with open_safetensors(file) as handle:
+            names = handle.keys()
+        if twice := found.keys() & names:
+            name = min(twice)
+            raise CheckpointError(
+                f"{directory}: {name} is in {found[name].name} and in {file.name}; delete the one that is left over, or"
+                f" give an {INDEX_FILE}"
+            )
+        found.update(dict.fromkeys(names, file))
+    return found
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The safetensors files that count, see `weight_files`; empty where there is none."""
+    _refuse_adapter(directory)
+    return _files_that_count(directory, WEIGHTS, INDEX_FILE, "*.safetensors")
+
+
+def pickled_files(directory: Path) -> list[Path]:
+    """The `pytorch_model*.bin` files that count, by the same rules."""
+    return _files_that_count(directory, PICKLED, PICKLED_INDEX, "pytorch_model*.bin")
+
+
+def unused_weight_files(directory: Path) -> list[Path]:
+    """Other safetensors files of the directory, which engines may read all the same."""
+    used = set(safetensors_files(directory))
+    return [file for file in sorted(directory.glob("*.safetensors")) if file not in used]
+
+
+def _files_that_count(directory: Path, single: str, index_name: str, pattern: str) -> list[Path]:
+    index, whole = directory / index_name, directory / single
+    if index.exists():
+        named = list(dict.fromkeys(_weight_map(index).values()))
+        if whole.exists() and whole not in named:
+            raise CheckpointError(
+                f"{directory}: {single}, and an {index_name} that does not name it; delete the one that is left over"
+            )
+        return sorted(named)
+    if whole.exists():
+        return [whole]
+    files = sorted(directory.glob(pattern))
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            stem, total = file.name[: match.start(1)], int(match[2])
+            wanted = {f"{stem}{i:05d}-of-{match[2]}{file.suffix}" for i in range(1, total + 1)}
+            if missing := sorted(wanted - {other.name for other in files}):
+                raise CheckpointError(f"{directory / missing[0]}: missing, {file.name} is one of {total} shards")
+    return files
+
+
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory / 'adapter_config.json'}: an adapter; engines and this package would read different weights:"
+            " merge it into its base model (peft: merge_and_unload) and give that directory"
+        )
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Tensor name -> file, as a shard index lists them; each file must lie beside the index."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: expected a JSON object with a 'weight_map' of tensor names to files: {error}"
+        ) from None
+    for file in dict.fromkeys(weight_map.values()):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: file name {file!r} leaves the directory")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file}: missing, {index.name} names it")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for single tensors. Raises CheckpointError for one that is cut off or damaged, and
+    for a tensor that is not in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
+    """One tensor of `files`; fp8 times its scale, in bf16. None for a tensor that is not there, or that is stored in
+    another quantised form, whose numbers mean nothing by themselves."""
+    if name not in files:
+        return None
+    tensor = _read(files[name], name)
+    if tensor.element_size() > 1:
+        return tensor
+    # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
+    scale_name = next((f"{name}{ending}" for ending in ("_scale_inv", "_scale") if f"{name}{ending}" in files), None)
+    if scale_name is None or not tensor.is_floating_point():
+        return None
+    return dequantize(tensor, _read(files[scale_name], scale_name))
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """fp8 weight [R, C] times its scale (one number, [R], [R, 1], or one per block [a, b]) in bf16; None where the
+    shapes do not go together. Blocks are as wide as a power of two."""
+    value = weight.float()
+    if scale.numel() == 1:
+        return (value * scale.float().reshape(())).bfloat16()
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    if weight.dim() != 2 or scale.dim() != 2 or any(s > w for s, w in zip(scale.shape, weight.shape)):
+        return None
+    expanded = scale.float()
+    for dim, size in enumerate(weight.shape):
+        if scale.shape[dim] == 1:
+            continue
+        width = 1 << (-(-size // scale.shape[dim]) - 1).bit_length()
+        if -(-size // width) != scale.shape[dim]:
+            return None
+        expanded = expanded.repeat_interleave(width, dim).narrow(dim, 0, size)
+    return (value * expanded).bfloat16()
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with open_safetensors(file) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor

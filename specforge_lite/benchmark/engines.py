@@ -15,7 +15,7 @@ from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.inference.hf_generate import eos_token_ids_of
 from specforge_lite.inference.speculative import SpeculativeModel
-from specforge_lite.serving.environment import find_interpreter, installed_engine_python
+from specforge_lite.serving.environment import find_interpreter, first_installed_engine
 from specforge_lite.serving.session import ServingOptions
 
 BACKENDS = ("hf", "sglang", "vllm")
@@ -46,7 +46,7 @@ def choose_backend(name: str) -> str:
     """`auto` -> sglang where it is installed, else vllm, else hf; says what it chose."""
     if name != "auto":
         return name
-    chosen = next((engine for engine in ("sglang", "vllm") if installed_engine_python(engine)), "hf")
+    chosen = first_installed_engine() or "hf"
     info(f"backend: {chosen} (auto)")
     return chosen
 

@@ -1,30 +1,25 @@
 """The benchmark's serving engines: a real SGLang or vLLM, asked over HTTP as users do, answers streamed.
 
-What is known of verification passes:
-- SGLang tells each request's passes (`spec_verify_ct`) and how many of them accepted 0, 1, ... drafted tokens
-  (`spec_correct_drafts_histogram`) in its last chunk.
-- vLLM counts over the whole server (/metrics). A chunk of its stream is what one engine step gave, unless the server
-  joined two because the client was slow: a request's passes are told only if all chunks of a run add up to the
-  server's own count.
+Verification passes: SGLang reports each request's in its last chunk. vLLM counts over the whole server; a request's
+passes, read from the chunks of its stream, count only if those of a run add up to the server's own count.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 from specforge_lite.benchmark.session import Ask, Counters, Reply
 from specforge_lite.core.errors import EngineError
+from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.launch import CONTEXT_MARGIN
 from specforge_lite.serving.session import ServingOptions, ServingSession
 
 REQUEST_SECONDS = 1800.0
-CONTEXT_MARGIN = 8  # tokens servers keep back beside prompt and answer (serving/launch.py)
 
 
 def reserved_tokens(steps: int, topk: int, num_draft_tokens: int) -> int:
@@ -48,7 +43,7 @@ class ServerSession:
         self.options, self.temperature, self.clock = options, temperature, clock
         looks_ahead = (options.num_steps, options.topk, options.num_draft_tokens) if options.speculative else (0, 0, 0)
         self.context_length = options.max_length - reserved_tokens(*looks_ahead)
-        self.dialect = DIALECTS[options.backend]()
+        self.engine = SERVING_ENGINES[options.backend]
         self._server = open_server(options)
         place = urlsplit(self._server.url)
         assert place.hostname is not None
@@ -58,7 +53,8 @@ class ServerSession:
 
     def begin(self) -> None:
         """Forget the prefixes of earlier runs, so that no run reads what another has computed; start counting."""
-        self.dialect.forget(self._fetch)
+        if (flush := self.engine.flush_request()) is not None:
+            self._fetch(*flush)
         self._before = self._totals()
 
     def generate(self, asks: Sequence[Ask]) -> list[Reply]:
@@ -78,16 +74,22 @@ class ServerSession:
         self._server.close()
 
     def _totals(self) -> Counters:
-        return self.dialect.totals(self._fetch) if self.options.speculative else Counters()
+        if not self.options.speculative or self.engine.metrics_path is None:
+            return Counters()
+        status, text = self._fetch("GET", self.engine.metrics_path)
+        if status != 200:
+            raise EngineError(f"{self._server.url}{self.engine.metrics_path}: HTTP {status}")
+        found = self.engine.read_metrics(text)
+        return Counters(found.num_passes, found.accepted_at)
 
     def _answer(self, ask: Ask) -> Reply:
-        path, body = self.dialect.request(ask, self.temperature)
+        path, body = self.engine.generate_request(ask.token_ids, ask.max_new_tokens, self.temperature)
         start = self.clock()
         times: list[float] = []
         chunks: list[bytes] = []
-        for line in self._stream(path, body):
+        for line in self._stream(path, {**body, "stream": True}):
             times.append(self.clock() - start)
-            if self.dialect.cumulative and len(chunks) > 1:
+            if self.engine.cumulative_stream and len(chunks) > 1:
                 chunks[-1] = line
             else:
                 chunks.append(line)
@@ -95,10 +97,15 @@ class ServerSession:
             raise EngineError(f"{self._server.url}: an answer without a token; log: {self._server.log_path}")
         try:
             parsed = [json.loads(chunk) for chunk in chunks]
-            reply = self.dialect.reply(parsed, self.options.speculative)
+            found = self.engine.read_generation(parsed, self.options.speculative)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise EngineError(f"{self._server.url}: a reply that is not understood ({error!r})") from None
-        return replace(reply, first_token_seconds=times[0], seconds=times[-1])
+        passes, accepted_at = (
+            (None, ()) if found.acceptance is None else (found.acceptance.num_passes, found.acceptance.accepted_at)
+        )
+        return Reply(
+            found.token_ids, passes, accepted_at, times[0], times[-1], found.finish_reason, found.num_first_tokens
+        )
 
     def _stream(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
         """Payloads of the server-sent events of a POST, as they come."""
@@ -132,93 +139,6 @@ class ServerSession:
             raise EngineError(f"{self._server.url}{path}: {type(error).__name__}: {error}") from None
         finally:
             connection.close()
-
-
-Fetch = Callable[[str, str], tuple[int, str]]
-
-
-class SglangDialect:
-    """`/generate`; every chunk repeats the answer so far, so only the last one is read."""
-
-    cumulative = True
-
-    def request(self, ask: Ask, temperature: float) -> tuple[str, dict[str, Any]]:
-        params = {"max_new_tokens": ask.max_new_tokens, "temperature": temperature}
-        return "/generate", {"input_ids": list(ask.token_ids), "sampling_params": params, "stream": True}
-
-    def reply(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Reply:
-        if "error" in chunks[-1]:
-            raise EngineError(f"sglang: {_message(chunks[-1]['error'])}")
-        facts, tokens = chunks[-1]["meta_info"], list(chunks[-1]["output_ids"])
-        if len(tokens) != facts["completion_tokens"]:
-            raise ValueError(f"{len(tokens)} token ids, completion_tokens {facts['completion_tokens']}")
-        histogram = list(facts.get("spec_correct_drafts_histogram") or [])
-        accepted_at = tuple(sum(histogram[k:]) for k in range(1, len(histogram)))
-        passes = int(facts.get("spec_verify_ct", 0)) if speculative else None
-        reason = (facts.get("finish_reason") or {}).get("type", "")
-        at_first = len(chunks[0]["output_ids"])
-        return Reply(tuple(tokens), passes, accepted_at, 0.0, 0.0, str(reason), at_first)
-
-    def forget(self, fetch: Fetch) -> None:
-        fetch("POST", "/flush_cache")
-
-    def totals(self, fetch: Fetch) -> Counters:
-        return Counters()  # every request tells its own
-
-
-class VllmDialect:
-    """`/v1/completions`; a chunk holds the new tokens of one engine step."""
-
-    cumulative = False
-
-    def request(self, ask: Ask, temperature: float) -> tuple[str, dict[str, Any]]:
-        body = {"prompt": list(ask.token_ids), "max_tokens": ask.max_new_tokens, "temperature": temperature}
-        return "/v1/completions", {**body, "return_token_ids": True, "stream": True}
-
-    def reply(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Reply:
-        if "error" in chunks[-1]:
-            raise EngineError(f"vllm: {_message(chunks[-1]['error'])}")
-        choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
-        steps = [list(choice.get("token_ids") or []) for choice in choices]
-        steps = [step for step in steps if step]
-        accepted = [len(step) - 1 for step in steps[1:]]  # the first comes from the prompt's own pass
-        accepted_at = tuple(sum(n > k for n in accepted) for k in range(max(accepted, default=0)))
-        tokens = tuple(token for step in steps for token in step)
-        reason = next((str(c["finish_reason"]) for c in choices if c.get("finish_reason")), "")
-        passes = len(accepted) if speculative else None
-        return Reply(tokens, passes, accepted_at if speculative else (), 0.0, 0.0, reason, len(steps[0]))
-
-    def forget(self, fetch: Fetch) -> None:
-        """Nothing to do: the server is started without prefix caching."""
-
-    def totals(self, fetch: Fetch) -> Counters:
-        status, text = fetch("GET", "/metrics")
-        if status != 200:
-            raise EngineError(f"vllm: /metrics answered {status}")
-        return parse_metrics(text)
-
-
-DIALECTS: dict[str, Callable[[], SglangDialect | VllmDialect]] = {"sglang": SglangDialect, "vllm": VllmDialect}
-
-_DRAFTS = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})?\s+(\S+)", re.M)
-_POSITION = re.compile(
-    r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"[^}]*\}\s+(\S+)', re.M
-)
-
-
-def parse_metrics(text: str) -> Counters:
-    """vLLM's Prometheus page -> passes and accepted tokens per position, summed over its engines."""
-    positions: dict[int, float] = {}
-    for position, value in _POSITION.findall(text):
-        positions[int(position)] = positions.get(int(position), 0.0) + float(value)
-    accepted_at = tuple(int(positions.get(k, 0)) for k in range(max(positions, default=-1) + 1))
-    return Counters(int(sum(float(value) for value in _DRAFTS.findall(text))), accepted_at)
-
-
-def _message(error: Any) -> str:
-    """What a server says inside an event."""
-    text = error.get("message") if isinstance(error, dict) else error
-    return " ".join(str(text or error).split())[:300]
 
 
 def _one_line(body: bytes) -> str:

@@ -54,7 +54,7 @@ class Blob:
     last_is_normed: bool
 
 
-class Handoff(Protocol):
+class Transport(Protocol):
     """The trainer's end."""
 
     place: str
@@ -101,7 +101,7 @@ def decode(buffer: Any, key: str) -> Blob:
     return Blob(tensors["input_ids"], tensors["aux"], tensors["last"], layer_ids, facts["last_is_normed"] == "1")
 
 
-class TmpfsHandoff:
+class TmpfsTransport:
     """Files in a directory on tmpfs; a file is mapped, never copied, and is unlinked as soon as it is."""
 
     def __init__(self, directory: str) -> None:
@@ -162,12 +162,12 @@ def check_space(directory: Path, needed_bytes: int) -> None:
     free = facts.f_bavail * facts.f_frsize
     if free < needed_bytes:
         raise EngineError(
-            f"handoff_dir {directory}: {free / 2**20:.0f} MiB free, {needed_bytes / 2**20:.0f} MiB needed for the"
+            f"transport_dir {directory}: {free / 2**20:.0f} MiB free, {needed_bytes / 2**20:.0f} MiB needed for the"
             " requests in flight; lower --requests-in-flight or --max-length, or enlarge it"
         )
 
 
-class MooncakeHandoff:
+class MooncakeTransport:
     """Objects in a Mooncake store. Its calls block, so they run in threads of their own. An object that could not be
     removed (a lease may still be held, or it came too late) is tried again with every later one and at close."""
 
@@ -226,7 +226,7 @@ def _open_mooncake_store(address: str) -> Any:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:
         raise ConfigError(
-            f"--handoff mooncake: mooncake is not installed beside the trainer ({error}); run `make mooncake`"
+            f"--transport mooncake: mooncake is not installed beside the trainer ({error}); run `make mooncake`"
         ) from None
     parts = urlsplit(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -243,7 +243,7 @@ def _open_mooncake_store(address: str) -> Any:
 def mooncake_address(text: str | None) -> str:
     """`HOST:PORT`, `tcp://HOST:PORT` or `rdma://HOST:PORT/DEVICE` as a full address; raises ConfigError."""
     if not text:
-        raise ConfigError("--handoff mooncake: name the store's master with --mooncake-address HOST:PORT")
+        raise ConfigError("--transport mooncake: name the store's master with --mooncake-address HOST:PORT")
     full = text if "://" in text else f"tcp://{text}"
     try:
         parts = urlsplit(full)
@@ -254,12 +254,12 @@ def mooncake_address(text: str | None) -> str:
     raise ConfigError(f"mooncake_address {text}: expected HOST:PORT, tcp://HOST:PORT or rdma://HOST:PORT/DEVICE")
 
 
-def open_handoff(place: str) -> Handoff:
+def open_transport(place: str) -> Transport:
     """The trainer's end of the place a server stores to."""
     kind, _, where = place.partition(":")
     if kind == "tmpfs":
-        return TmpfsHandoff(where)
+        return TmpfsTransport(where)
     if kind == "mooncake":
-        return MooncakeHandoff(where)
-    warn(f"unknown handoff {place}")
+        return MooncakeTransport(where)
+    warn(f"unknown transport {place}")
     raise EngineError(f"the server stores to {place}: expected tmpfs:DIRECTORY or mooncake:tcp://HOST:PORT")

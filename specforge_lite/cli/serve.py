@@ -2,7 +2,7 @@
 
     python scripts/serve_target.py --target-model-path MODEL --target-backend sglang --tp-size 4 --port 30000
     python scripts/serve_target.py --target-model-path MODEL --host 10.0.0.2 --port 30000 \\
-        --handoff mooncake --mooncake-address 10.0.0.1:50051
+        --transport mooncake --mooncake-address 10.0.0.1:50051
 
 It checks itself with a probe sample, restarts the server if it dies, and stops it on Ctrl-C or SIGTERM.
 """
@@ -39,7 +39,7 @@ class ServeTargetConfig(Section):
 
 def main() -> None:
     config = parse_config(ServeTargetConfig, description=__doc__ or "")
-    from specforge_lite.serving.capture_host import CaptureHost
+    from specforge_lite.serving.launch import CaptureHost
 
     serve = config.serve
     with CaptureHost(
@@ -48,6 +48,6 @@ def main() -> None:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        place = "" if config.target.handoff == "tmpfs" else " --handoff mooncake --mooncake-address ..."
+        place = "" if config.target.transport == "tmpfs" else " --transport mooncake --mooncake-address ..."
         info(f"attach with: --target-backend {server.engine} --target-url {server.url}{place}")
         server.wait(stop)

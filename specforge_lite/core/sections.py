@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic.config import JsonDict
 
 from specforge_lite.core.settings import Section
@@ -70,9 +70,19 @@ class TargetSection(TargetPathSection, EngineFlags):
         None, description="0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
     )
     requests_in_flight: int = Field(16, ge=1, description="capture requests in flight per rank")
-    handoff: Literal["tmpfs", "mooncake"] = Field("tmpfs", description="how hidden states travel from a server")
-    mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--handoff mooncake)")
-    handoff_dir: Path = Field(Path("/dev/shm"), description="tmpfs directory for --handoff tmpfs")
+    transport: Literal["tmpfs", "mooncake"] = Field(
+        "tmpfs",
+        description="how hidden states travel from a server",
+        validation_alias=AliasChoices("transport", "handoff"),
+        json_schema_extra={"flags": ["--handoff"]},
+    )
+    mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--transport mooncake)")
+    transport_dir: Path = Field(
+        Path("/dev/shm"),
+        description="tmpfs directory for --transport tmpfs",
+        validation_alias=AliasChoices("transport_dir", "handoff_dir"),
+        json_schema_extra={"flags": ["--handoff-dir"]},
+    )
 
 
 class DataSection(Section):

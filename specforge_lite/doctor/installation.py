@@ -83,20 +83,20 @@ def check_engines() -> Iterator[Problem]:
         except ConfigError as error:
             yield "warning", str(error)
     if importlib.util.find_spec("mooncake") is None:
-        yield "ok", "mooncake: not installed; only --handoff mooncake, between hosts, needs it (`make mooncake`)"
+        yield "ok", "mooncake: not installed; only --transport mooncake, between hosts, needs it (`make mooncake`)"
     else:
         yield "ok", "mooncake: installed"
 
 
 def check_tmpfs() -> Iterator[Problem]:
-    """Where a server's hidden states travel through (`--handoff-dir`)."""
+    """Where a server's hidden states travel through (`--transport-dir`)."""
     if not TMPFS.is_dir():
-        yield "warning", f"{TMPFS} does not exist; give --handoff-dir a directory in memory"
+        yield "warning", f"{TMPFS} does not exist; give --transport-dir a directory in memory"
         return
     usage = shutil.disk_usage(TMPFS)
     text = f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free in {TMPFS}"
     if not os.access(TMPFS, os.W_OK):
-        yield "warning", f"{TMPFS} is not writable; give --handoff-dir another directory in memory"
+        yield "warning", f"{TMPFS} is not writable; give --transport-dir another directory in memory"
     elif usage.free < WANTED_TMPFS_BYTES:
         yield (
             "warning",

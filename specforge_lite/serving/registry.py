@@ -34,23 +34,21 @@ def _open_fake(target: TargetSection, context: EngineContext) -> TargetEngine:
     return FakeEngine(read_target_info(target, "fake"))
 
 
-def _open_sglang(target: TargetSection, context: EngineContext) -> TargetEngine:
-    from specforge_lite.serving.sglang import open_sglang
+def _open_server(name: str) -> Callable[[TargetSection, EngineContext], TargetEngine]:
+    def open_one(target: TargetSection, context: EngineContext) -> TargetEngine:
+        from specforge_lite.serving.environment import SERVING_ENGINES
+        from specforge_lite.serving.launch import open_remote
 
-    return open_sglang(target, context)
+        return open_remote(SERVING_ENGINES[name], target, context)
 
-
-def _open_vllm(target: TargetSection, context: EngineContext) -> TargetEngine:
-    from specforge_lite.serving.vllm import open_vllm
-
-    return open_vllm(target, context)
+    return open_one
 
 
 ENGINES: dict[str, Callable[[TargetSection, EngineContext], TargetEngine]] = {
     "hf": _open_hf,
     "fake": _open_fake,
-    "sglang": _open_sglang,
-    "vllm": _open_vllm,
+    "sglang": _open_server("sglang"),
+    "vllm": _open_server("vllm"),
 }
 
 
@@ -72,25 +70,13 @@ def open_engine(
     context = EngineContext(max_length, log_dir, wait_minutes, device)
     name: str = target.target_backend
     if name == "auto":
+        from specforge_lite.serving.environment import choose_backend
+
         name = choose_backend(target)
         info(f"target backend: {name} (auto)")
     if name not in ENGINES:
         raise ConfigError(f"target_backend: unknown engine '{name}'{suggest(name, ENGINES)}")
     return ENGINES[name](target, context)
-
-
-def choose_backend(target: TargetSection) -> str:
-    """Resolve `auto`: what answers at `--target-url`; else sglang where installed, else vllm, else hf."""
-    from specforge_lite.serving.environment import engine_of_interpreter, engine_of_url, installed_engine_python
-
-    if target.target_url:
-        return engine_of_url(target.target_url[0])
-    if target.engine_python is not None:
-        return engine_of_interpreter(target.engine_python)
-    for name in ("sglang", "vllm"):
-        if installed_engine_python(name) is not None:
-            return name
-    return "hf"
 
 
 def _refuse_server_flags(target: TargetSection, engine: str) -> None:

@@ -1,30 +1,103 @@
-"""SGLang as a target: its flags for capture, its request and its reply (sglang 0.5.23)."""
+"""Everything about SGLang that this project relies on (read in sglang 0.5.23): its flags, requests, replies, counts.
+
+Its layer ids are layer outputs, as ours; the last hidden state comes after the final norm. An upgrade changes this
+file, the plugin's sglang_plugin.py and engine_envs/sglang-*.txt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from specforge_lite.capture.context import EngineContext
+from specforge_lite.capture.base import TargetInfo
+from specforge_lite.capture.remote import ServerInfo
 from specforge_lite.core.errors import EngineError
 from specforge_lite.core.http import HttpLoop
-from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving.environment import check_version
-from specforge_lite.serving.launch import Launch, Launcher, cpu_thread_binding, open_remote, without_compiler
-from specforge_lite.serving.remote import RemoteEngine, ServerFacts
+from specforge_lite.serving.engine import (
+    Acceptance,
+    Engine,
+    Generation,
+    Launch,
+    ServingOptions,
+    cpu_thread_binding,
+    refuse_reported_error,
+    without_compiler,
+)
 
-# An idle scheduler polls without pause, and on a CPU that takes a core from the trainer.
-CPU_FLAGS = ["--device", "cpu", "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
-CPU_FLAGS += ["--sleep-on-idle"]  # an idle scheduler polls without pause, which takes a core from the trainer
-MOST_POOLED_TOKENS_CPU = 32768
+# With CUDA graphs of the prefill the last hidden states are those of another batch, and nothing reports it.
+NO_GRAPHS = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
+MAX_POOLED_TOKENS_CPU = 32768
 
 
-class SglangDialect:
-    """Layer ids are layer outputs, as ours; the last hidden state comes after the final norm."""
+class Sglang(Engine):
+    """SGLang."""
 
     name = "sglang"
-    health_path = "/health"
+    distributions = ("sglang",)
+    versions = ("0.5.23", "0.6")
+    identify_path = "/get_model_info"
+    registry_query = """
+import json, sys
+from sglang.srt.models.registry import ModelRegistry
+model = ModelRegistry.models.get(sys.argv[1])
+print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagle3_layers_to_capture")}))
+"""
+    draft_algorithms = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE"}
+    cumulative_stream = True
 
+    # ------------------------------------------------------------------------------------------------------- starting
+    def capture_command(self, launch: Launch, info: TargetInfo) -> list[str]:
+        words = self._command(launch)
+        # The algorithm only names the convention of the layer ids here; no draft is loaded.
+        words += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
+        words += ["--return-aux-hidden-state-layer-ids", *(str(i) for i in info.aux_layer_ids)]
+        # A cached prefix or a chunk of a prompt would leave rows out.
+        words += ["--disable-radix-cache", "--chunked-prefill-size", "-1", *NO_GRAPHS]
+        if not launch.gpu:
+            wanted = launch.num_requests * launch.context_length
+            pooled = max(2 * launch.context_length, min(MAX_POOLED_TOKENS_CPU, wanted))
+            words += ["--max-total-tokens", str(pooled), "--attention-backend", "torch_native"]
+        return words
+
+    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
+        words = self._command(launch)
+        words += ["--max-running-requests", str(launch.num_requests)]
+        if options.speculative:
+            words += ["--speculative-algorithm", self.draft_algorithm(str(options.draft_path))]
+            words += ["--speculative-draft-model-path", str(Path(str(options.draft_path)).resolve())]
+            words += ["--speculative-num-steps", str(options.num_steps), "--speculative-eagle-topk", str(options.topk)]
+            words += ["--speculative-num-draft-tokens", str(options.num_draft_tokens)]
+        if not launch.gpu:
+            tokens = max(2, launch.num_requests) * (options.max_length + options.num_draft_tokens * options.topk)
+            words += [*NO_GRAPHS, "--max-total-tokens", str(min(tokens, 4 * MAX_POOLED_TOKENS_CPU))]
+            words += ["--attention-backend", "torch_native"]
+            if options.speculative:  # the only CPU attention that knows draft trees
+                words += ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
+        return words
+
+    def _command(self, launch: Launch) -> list[str]:
+        words = [launch.python, "-m", "sglang.launch_server", "--model-path", launch.model_path]
+        words += ["--host", launch.host, "--port", str(launch.port), "--tp-size", str(launch.tp_size)]
+        words += ["--dtype", launch.dtype, "--context-length", str(launch.context_length), "--skip-server-warmup"]
+        if launch.trust_remote_code:
+            words.append("--trust-remote-code")
+        if not launch.gpu:  # an idle scheduler polls without pause, which takes a core from the trainer
+            words += ["--device", "cpu", "--sleep-on-idle"]
+        elif launch.dtype == "float32":  # its defaults, fa3 on Hopper and flashinfer elsewhere, take 16 bits only
+            words += ["--attention-backend", "triton"]
+        mem_frac = launch.mem_frac or (None if launch.gpu else 0.1)
+        return words + (["--mem-fraction-static", str(mem_frac)] if mem_frac is not None else [])
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a few tokens beside the longest sample
+        if launch.gpu:
+            return env
+        threads, binding = cpu_thread_binding(launch.tp_size)
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)} | without_compiler()
+        return env | ({"SGLANG_CPU_OMP_THREADS_BIND": binding} if launch.tp_size > 1 else {})
+
+    # -------------------------------------------------------------------------------------------------------- capture
     def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
         params = {"max_new_tokens": 1, "temperature": 0.0, "custom_params": {"specforge_capture": key}}
         return "/generate", {"input_ids": token_ids, "sampling_params": params, "return_hidden_states": True}
@@ -39,63 +112,37 @@ class SglangDialect:
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(server_layer_ids)
 
-    async def read_facts(self, http: HttpLoop, url: str) -> ServerFacts:
-        facts = await http.get_json(url + "/get_server_info")
-        version = str(facts.get("version"))
-        check_version("sglang", version)
-        if not facts.get("enable_return_aux_hidden_states"):
+    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
+        found = await http.get_json(url + "/get_server_info")
+        version = str(found.get("version"))
+        self.check_version(version)
+        if not found.get("enable_return_aux_hidden_states"):
             raise EngineError(f"{url}: sglang was started without --enable-return-aux-hidden-states")
-        if not facts.get("disable_radix_cache"):
+        if not found.get("disable_radix_cache"):
             raise EngineError(f"{url}: sglang drops cached rows; start it with --disable-radix-cache")
-        if (facts.get("chunked_prefill_size") or -1) > 0:
+        if (found.get("chunked_prefill_size") or -1) > 0:
             raise EngineError(f"{url}: sglang drops rows of chunks; start it with --chunked-prefill-size -1")
-        return ServerFacts(version, int(facts["max_req_input_len"]))
+        return ServerInfo(version, int(found["max_req_input_len"]))
 
+    # ------------------------------------------------------------------------------------------------------- decoding
+    def generate_request(
+        self, token_ids: Sequence[int], max_tokens: int, temperature: float, ignore_eos: bool = False
+    ) -> tuple[str, dict[str, Any]]:
+        params = {"max_new_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+        return "/generate", {"input_ids": list(token_ids), "sampling_params": params}
 
-def capture_command(launch: Launch) -> list[str]:
-    """The server's command line, without what the user adds."""
-    target = launch.target
-    words = [launch.python, "-m", "sglang.launch_server", "--model-path", target.target_model_path]
-    words += ["--host", launch.host, "--port", str(launch.port), "--tp-size", str(target.tp_size)]
-    words += ["--dtype", target.target_dtype, "--context-length", str(launch.context_length)]
-    # The algorithm only names the convention of the layer ids here; no draft is loaded.
-    words += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
-    words += ["--return-aux-hidden-state-layer-ids", *(str(i) for i in launch.info.aux_layer_ids)]
-    # A cached prefix or a chunk of a prompt would leave rows out.
-    words += ["--disable-radix-cache", "--chunked-prefill-size", "-1", "--skip-server-warmup"]
-    if target.trust_remote_code:
-        words.append("--trust-remote-code")
-    mem_frac = target.mem_frac
-    if not launch.gpu:
-        mem_frac = mem_frac or 0.1
-        wanted = launch.num_ranks * target.requests_in_flight * launch.context_length
-        pooled = max(2 * launch.context_length, min(MOST_POOLED_TOKENS_CPU, wanted))
-        words += [*CPU_FLAGS, "--attention-backend", "torch_native", "--max-total-tokens", str(pooled)]
-    if mem_frac is not None:
-        words += ["--mem-fraction-static", str(mem_frac)]
-    return words
+    def read_generation(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Generation:
+        refuse_reported_error(self.name, chunks[-1])
+        found, tokens = chunks[-1]["meta_info"], tuple(chunks[-1]["output_ids"])
+        if len(tokens) != found.get("completion_tokens", len(tokens)):
+            raise ValueError(f"{len(tokens)} token ids, completion_tokens {found['completion_tokens']}")
+        acceptance = None
+        if speculative:  # [n] of the histogram: passes that accepted n drafted tokens
+            histogram = list(found.get("spec_correct_drafts_histogram") or [])
+            accepted_at = tuple(sum(histogram[n:]) for n in range(1, len(histogram)))
+            acceptance = Acceptance(int(found.get("spec_verify_ct", 0)), accepted_at)
+        reason = (found.get("finish_reason") or {}).get("type", "")
+        return Generation(tokens, acceptance, str(reason), len(chunks[0]["output_ids"]))
 
-
-def server_env(launch: Launch) -> dict[str, str]:
-    """Environment of the server, over ours."""
-    env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a few tokens beside the longest sample
-    if not launch.gpu:
-        env |= cpu_env(launch.target.tp_size)
-    return env
-
-
-def cpu_env(tp_size: int) -> dict[str, str]:
-    """What sglang's CPU engine needs in its environment."""
-    threads, binding = cpu_thread_binding(tp_size)
-    env = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)} | without_compiler()
-    if tp_size > 1:
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = binding
-    return env
-
-
-LAUNCHER = Launcher(SglangDialect(), capture_command, server_env)
-
-
-def open_sglang(target: TargetSection, context: EngineContext) -> RemoteEngine:
-    """Launch SGLang, or attach to it at `--target-url`."""
-    return open_remote(LAUNCHER, target, context)
+    def flush_request(self) -> tuple[str, str] | None:
+        return "POST", "/flush_cache"

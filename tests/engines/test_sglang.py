@@ -39,7 +39,7 @@ def test_a_plugin_that_sglang_did_not_load_is_noticed(
 ) -> None:
     monkeypatch.setenv("SGLANG_PLUGINS", "another")  # sglang goes on without ours and says nothing
     target = TargetSection(
-        target_model_path=str(tiny_target), target_backend="sglang", handoff_dir=tmp_path, target_dtype="float32"
+        target_model_path=str(tiny_target), target_backend="sglang", transport_dir=tmp_path, target_dtype="float32"
     )
     with pytest.raises(CaptureError, match="the capture plugin is not at work in this server"):
         open_engine(target, 200, log_dir=tmp_path / "log", wait_minutes=5)

@@ -18,7 +18,7 @@ from specforge_lite.serving.registry import open_engine
 def main() -> None:
     name, model, shm, out = sys.argv[1:]
     target = TargetSection(
-        target_model_path=model, target_backend=name, target_dtype="float32", tp_size=2, handoff_dir=Path(shm)
+        target_model_path=model, target_backend=name, target_dtype="float32", tp_size=2, transport_dir=Path(shm)
     )
     engine = open_engine(target, MAX_LENGTH, log_dir=Path(out), wait_minutes=5)
     samples = [sample(f"length {n}", n) for n in LENGTHS] + [sample(f"repeat {i}", 90 + i % 2) for i in range(8)]

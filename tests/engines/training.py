@@ -138,7 +138,7 @@ class TrainingRuns:
             "--train-data-path", str(self.data()), "--cache-dir", str(self.directory / "cache"), "--output-dir",
             str(output), "--max-length", "256", "--batch-size", "2", "--ttt-length", "3", "--total-steps",
             str(NUM_STEPS), "--learning-rate", "2e-3", "--warmup-ratio", "0.05", "--log-interval", "1",
-            "--save-interval", "4", "--seed", "0", "--handoff-dir", str(shm), "--requests-in-flight", "8", *flags,
+            "--save-interval", "4", "--seed", "0", "--transport-dir", str(shm), "--requests-in-flight", "8", *flags,
         ]  # fmt: skip
         run = TrainingRun(
             [*prefix, *(launcher if ranks > 1 else [sys.executable]), *command], output, shm, output.with_suffix(".log")

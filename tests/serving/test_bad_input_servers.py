@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from specforge_lite.capture import remote
 from specforge_lite.core import http
 from specforge_lite.regenerate import client
-from specforge_lite.serving import remote
 from tests.bad_server import ELSEWHERE, KINDS, BadServer
 from tests.script_runner import end_of_script, visible
 

@@ -19,9 +19,9 @@ from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.serving import process as server_module
 from specforge_lite.serving import watchdog
 from specforge_lite.serving.environment import (
+    SERVING_ENGINES,
     Interpreter,
     check_plugin,
-    check_version,
     engine_of_interpreter,
     find_interpreter,
     has_gpu,
@@ -80,7 +80,6 @@ def make_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr(watchdog, "TRACKER_SECONDS", 0.1)
     script = tmp_path / "server.py"
     script.write_text(SERVER)
-    (tmp_path / "run").mkdir()
 
     def make(code: str | None = None, delay: float = 0.0, startup_seconds: float = 20.0) -> ServerSpec:
         port = free_port()
@@ -92,7 +91,6 @@ def make_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             url=f"http://127.0.0.1:{port}",
             health_path="/health",
             log_path=tmp_path / "logs" / "server.log",
-            run_dir=tmp_path / "run",
             startup_seconds=startup_seconds,
         )
 
@@ -100,11 +98,11 @@ def make_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 @pytest.fixture
-def start(make_spec: Callable[..., ServerSpec]) -> Iterator[Start]:
+def start(make_spec: Callable[..., ServerSpec], tmp_path: Path) -> Iterator[Start]:
     started: list[LaunchedServer] = []
 
     def start_one(*args: object) -> LaunchedServer:
-        launched = LaunchedServer(make_spec(*args))
+        launched = LaunchedServer(make_spec(*args), RunDirectory(tmp_path))
         started.append(launched)
         launched.start()
         return launched
@@ -174,8 +172,8 @@ run = RunDirectory(Path(sys.argv[1]))
 (run.path / ("0" * 32)).write_text("a sample")
 port = free_port()
 spec = ServerSpec("test server", [sys.executable, sys.argv[2], str(port), "0"], {}, f"http://127.0.0.1:{port}",
-                  "/health", Path(sys.argv[3]), run.path, 20.0)
-server = LaunchedServer(spec)
+                  "/health", Path(sys.argv[3]), 20.0)
+server = LaunchedServer(spec, run)
 server.start()
 print("READY", server.pid, run.path, flush=True)
 time.sleep(600)
@@ -252,7 +250,7 @@ def test_run_directories_are_private_and_unguessable(tmp_path: Path) -> None:
     first.close(), first.close(), second.close()
     assert list(tmp_path.iterdir()) == []
     assert not temporary_directory(first.path).exists()
-    with pytest.raises(ConfigError, match=r"handoff_dir .*: no such directory"):
+    with pytest.raises(ConfigError, match=r"transport_dir .*: no such directory"):
         RunDirectory(tmp_path / "missing")
 
 
@@ -334,10 +332,10 @@ def test_a_missing_environment_comes_with_the_make_target(tmp_path: Path, monkey
 
 def test_version_bounds() -> None:
     for version in ("0.5.23", "0.5.23.post2+cpu", "0.5.30"):
-        check_version("sglang", version)
+        SERVING_ENGINES["sglang"].check_version(version)
     for version in ("0.5.9", "0.6.0", "1.0", "nightly"):
         with pytest.raises(ConfigError):
-            check_version("sglang", version)
+            SERVING_ENGINES["sglang"].check_version(version)
 
 
 def test_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

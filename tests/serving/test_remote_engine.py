@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_lite.capture import transport as handoff
+from specforge_lite.capture import remote, transport
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.context import EngineContext
 from specforge_lite.capture.fake import FakeEngine
+from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.core.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving import remote
-from specforge_lite.serving.launch import Launch, Launcher, cpu_thread_binding, engine_arg_words, open_remote
-from specforge_lite.serving.registry import choose_backend
-from specforge_lite.serving.remote import RemoteEngine
-from specforge_lite.serving.sglang import SglangDialect
-from specforge_lite.serving.sglang import capture_command as sglang_command
-from specforge_lite.serving.vllm import VllmDialect
-from specforge_lite.serving.vllm import capture_command as vllm_command
+from specforge_lite.serving.engine import Launch, cpu_thread_binding, engine_arg, engine_arg_words
+from specforge_lite.serving.environment import choose_backend
+from specforge_lite.serving.launch import open_remote
+from specforge_lite.serving.sglang import Sglang
+from specforge_lite.serving.vllm import Vllm
 from specforge_lite.types import TokenizedSample
 from tests.capture_server import INFO, CaptureServer
 
@@ -38,7 +36,7 @@ def sample(name: str, length: int = 6) -> TokenizedSample:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptureServer]:
     monkeypatch.setenv("SPECFORGE_CAPTURE", "")  # the server sets it; restored afterwards
-    monkeypatch.setattr(handoff, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "TAKE_SECONDS", 0.3)
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.02)
     running = CaptureServer(tmp_path / "run").start()
@@ -51,7 +49,7 @@ def open_engine(server: CaptureServer) -> Iterator[OpenEngine]:
     opened: list[RemoteEngine] = []
 
     def open_one(info: TargetInfo = INFO, urls: tuple[str, ...] = (), minutes: float = 1.0, **options) -> RemoteEngine:
-        engine = RemoteEngine(SglangDialect(), info, urls or (server.url,), None, 4, minutes, **options)
+        engine = RemoteEngine(Sglang(), info, urls or (server.url,), None, 4, minutes, **options)
         opened.append(engine)
         return engine
 
@@ -138,7 +136,7 @@ def test_what_cannot_pass_is_an_error_at_once(
 
 
 def test_a_place_other_than_the_launched_servers_is_refused(server: CaptureServer) -> None:
-    engine = RemoteEngine(SglangDialect(), INFO, [server.url], "tmpfs:/dev/shm/mine", 4, 1.0)
+    engine = RemoteEngine(Sglang(), INFO, [server.url], "tmpfs:/dev/shm/mine", 4, 1.0)
     with pytest.raises(CaptureError, match=r"stores to tmpfs:.*, expected tmpfs:/dev/shm/mine"):
         engine.capture([sample("a")])
     engine.close()
@@ -259,7 +257,7 @@ def section(tiny_target: Path, **values: object) -> TargetSection:
 def test_flags_of_a_launched_server_are_refused_when_attaching(tiny_target: Path) -> None:
     target = section(tiny_target, target_url=("h:1",), mem_frac=0.4)
     with pytest.raises(ConfigError, match="--mem-frac: the server at --target-url is not ours"):
-        open_remote(Launcher(SglangDialect(), sglang_command, lambda _: {}), target, EngineContext(64))
+        open_remote(Sglang(), target, EngineContext(64))
 
 
 def test_auto_asks_the_server_what_it_is(server: CaptureServer, tiny_target: Path) -> None:
@@ -269,28 +267,37 @@ def test_auto_asks_the_server_what_it_is(server: CaptureServer, tiny_target: Pat
         choose_backend(target.model_copy(update={"target_url": ("http://127.0.0.1:9",)}))
 
 
-def launch(tiny_target: Path, gpu: bool, **values: object) -> Launch:
-    info = TargetInfo("sglang", 8, 128, 4096, 512, (1, 3, 4))
-    return Launch("py", section(tiny_target, **values), info, 520, 2, "127.0.0.1", 30000, gpu)
+TARGET = TargetInfo("sglang", 8, 128, 4096, 512, (1, 3, 4))
 
 
-def test_sglang_flags(tiny_target: Path) -> None:
-    words = " ".join(sglang_command(launch(tiny_target, gpu=False, tp_size=2)))
+def launch(gpu: bool, **values: object) -> Launch:
+    return Launch("py", "M", "127.0.0.1", 30000, gpu, context_length=520, num_requests=32, **values)
+
+
+def test_sglang_flags() -> None:
+    words = " ".join(Sglang().capture_command(launch(gpu=False, tp_size=2), TARGET))
     assert "--return-aux-hidden-state-layer-ids 1 3 4" in words
     assert "--disable-radix-cache --chunked-prefill-size -1" in words
     assert "--host 127.0.0.1 --port 30000 --tp-size 2" in words
     assert "--device cpu" in words
-    gpu = " ".join(sglang_command(launch(tiny_target, gpu=True, mem_frac=0.4)))
+    gpu = " ".join(Sglang().capture_command(launch(gpu=True, mem_frac=0.4), TARGET))
     assert "--mem-fraction-static 0.4" in gpu
-    assert "cpu" not in gpu.replace(str(tiny_target), "")
+    assert "cpu" not in gpu
+    for command in (words, gpu):
+        assert "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled" in command
 
 
-def test_vllm_flags_convert_layer_ids_and_add_the_last_state(tiny_target: Path) -> None:
-    words = vllm_command(launch(tiny_target, gpu=False))
+def test_sglang_takes_an_attention_that_knows_float32_where_it_is_asked_for() -> None:
+    assert "--attention-backend triton" in " ".join(Sglang().capture_command(launch(True, dtype="float32"), TARGET))
+    assert "--attention-backend" not in " ".join(Sglang().capture_command(launch(True, dtype="bfloat16"), TARGET))
+
+
+def test_vllm_flags_convert_layer_ids_and_add_the_last_state() -> None:
+    words = Vllm().capture_command(launch(gpu=False), TARGET)
     config = words[words.index("--speculative-config") + 1]
     assert '"eagle_aux_hidden_state_layer_ids": [2, 4, 5, 8]' in config
-    assert VllmDialect().output_layer_ids((2, 4, 5)) == (1, 3, 4)
-    assert "--gpu-memory-utilization 0.4" in " ".join(vllm_command(launch(tiny_target, gpu=True, mem_frac=0.4)))
+    assert Vllm().output_layer_ids((2, 4, 5)) == (1, 3, 4)
+    assert "--gpu-memory-utilization 0.4" in " ".join(Vllm().capture_command(launch(True, mem_frac=0.4), TARGET))
 
 
 def test_engine_arguments_pass_through() -> None:
@@ -299,6 +306,13 @@ def test_engine_arguments_pass_through() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="expected key=value"):
         engine_arg_words(("=3",))
+
+
+def test_the_value_of_an_engine_argument() -> None:
+    items = ("moe_a2a_backend=none", "--moe-a2a-backend=flashinfer", "enable-metrics", "last")
+    assert engine_arg(items, "moe-a2a-backend") == "flashinfer"
+    assert engine_arg(items, "enable-metrics") == engine_arg(items, "last") == ""
+    assert engine_arg(items, "tp") is None
 
 
 def test_cpu_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

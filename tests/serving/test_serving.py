@@ -9,14 +9,9 @@ import pytest
 
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.evaluation.compare_serving import ServingComparison
-from specforge_lite.serving.session import (
-    BACKENDS,
-    Acceptance,
-    ServingOptions,
-    ServingSession,
-    draft_algorithm,
-    parse_vllm_metrics,
-)
+from specforge_lite.serving.engine import Launch
+from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession
 
 
 @pytest.fixture
@@ -26,7 +21,8 @@ def draft(tmp_path: Path) -> str:
 
 
 def words(backend: str, options: ServingOptions, gpu: bool = False) -> str:
-    return " ".join(BACKENDS[backend].command(options, "py", 30000, gpu))
+    launch = Launch("py", "M", "127.0.0.1", 30000, gpu, 2048, 16, mem_frac=options.mem_frac)
+    return " ".join(SERVING_ENGINES[backend].serving_command(launch, options))
 
 
 def test_sglang_names_the_algorithm_and_the_shape(draft: str) -> None:
@@ -57,21 +53,22 @@ def test_no_steps_is_plain_decoding(backend: str, draft: str) -> None:
 
 def test_unknown_drafts_and_backends_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an exported draft"):
-        draft_algorithm(str(tmp_path))
+        SERVING_ENGINES["sglang"].draft_algorithm(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle4"]}))
     with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLMEagle"):
-        draft_algorithm(str(tmp_path))
+        SERVING_ENGINES["vllm"].draft_algorithm(str(tmp_path))
     with pytest.raises(ConfigError, match="backend 'sgland': cannot serve; did you mean 'sglang'"):
         ServingSession(ServingOptions("sgland", "M"))
 
 
 def test_acceptance_of_sglang_comes_with_each_reply() -> None:
-    facts = {"spec_verify_ct": 10, "spec_num_correct_drafts": 25}
-    token_ids, counted = BACKENDS["sglang"].reply({"output_ids": [5, 6], "meta_info": facts})
-    assert token_ids == [5, 6]
-    assert counted == Acceptance(10, 25)
-    assert counted.length == 3.5
-    assert BACKENDS["sglang"].reply({"output_ids": [5], "meta_info": {}})[1].length == 1.0
+    facts = {"spec_verify_ct": 10, "spec_num_correct_drafts": 15, "spec_correct_drafts_histogram": [2, 3, 3, 2]}
+    found = SERVING_ENGINES["sglang"].read_generation([{"output_ids": [5, 6], "meta_info": facts}], True)
+    assert found.token_ids == (5, 6)
+    assert found.acceptance == Acceptance(10, (8, 5, 2))
+    assert found.acceptance.length == 2.5
+    plain = SERVING_ENGINES["sglang"].read_generation([{"output_ids": [5], "meta_info": {}}], True)
+    assert plain.acceptance == Acceptance()
 
 
 def test_acceptance_of_vllm_is_summed_over_its_engines() -> None:
@@ -81,14 +78,16 @@ vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 50.0
 vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 450.0
 vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 3.0e+02
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 140.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 1.6e+02
 vllm:spec_decode_num_accepted_tokens_created{engine="0"} 1.7e+09
 """
-    assert parse_vllm_metrics(text) == Acceptance(200, 300)
-    assert parse_vllm_metrics("") == Acceptance()
+    assert SERVING_ENGINES["vllm"].read_metrics(text) == Acceptance(200, (140, 160))
+    assert SERVING_ENGINES["vllm"].read_metrics(text).length == 2.5
+    assert SERVING_ENGINES["vllm"].read_metrics("") == Acceptance()
 
 
 def test_counts_add_and_subtract() -> None:
-    assert Acceptance(10, 20) + Acceptance(1, 2) - Acceptance(5, 2) == Acceptance(6, 20)
+    assert Acceptance(10, (7, 3)) + Acceptance(1, (1,)) - Acceptance(5, (2, 1)) == Acceptance(6, (6, 2))
 
 
 def compared(acceptance_length: float, num_identical: int = 8) -> ServingComparison:

@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.capture.transport import (
     FORMAT,
     LostSample,
     NoSpace,
-    TmpfsHandoff,
+    TmpfsTransport,
     check_space,
     decode,
     mooncake_address,
-    open_handoff,
+    open_transport,
 )
 from specforge_lite.core.errors import ConfigError, EngineError
-from specforge_lite.serving.environment import PLUGIN_DIR, PLUGIN_VERSION
+from specforge_lite.serving.environment import PLUGIN_DIR
 
 sys.path.insert(0, str(PLUGIN_DIR))
 from specforge_capture import VERSION, blob, sinks
@@ -46,8 +47,8 @@ def encoded(length: int = 5, dtype: torch.dtype = torch.float32) -> bytearray:
     return bytearray(b"".join(blob.encode(*states(length, dtype), FACTS)))
 
 
-def take(handoff: TmpfsHandoff, key: str = KEY, timeout_s: float = 0.3):
-    return asyncio.run(handoff.take(key, timeout_s))
+def take(transport: TmpfsTransport, key: str = KEY, timeout_s: float = 0.3):
+    return asyncio.run(transport.take(key, timeout_s))
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_tmpfs_takes_checks_and_deletes(place: Path) -> None:
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert stat.S_IMODE((place / KEY).stat().st_mode) == 0o600
     assert writer.reply(KEY)["place"] == f"tmpfs:{place}"
-    found = take(TmpfsHandoff(str(place)))
+    found = take(TmpfsTransport(str(place)))
     assert torch.equal(found.aux_LAH, aux)
     assert not (place / KEY).exists()
     found.aux_LAH.add_(1)  # a private copy of the pages: writable, and nobody else's
@@ -131,8 +132,8 @@ def test_a_late_file_is_waited_for(place: Path) -> None:
     place.mkdir(mode=0o700)
 
     async def both() -> torch.Tensor:
-        handoff = TmpfsHandoff(str(place))
-        waiting = asyncio.create_task(handoff.take(KEY, 5))
+        transport = TmpfsTransport(str(place))
+        waiting = asyncio.create_task(transport.take(KEY, 5))
         await asyncio.sleep(0.1)
         CaptureWriter("sglang 0", (1, 3, 4), True).open().submit(KEY, *states())
         return (await waiting).aux_LAH
@@ -144,7 +145,7 @@ def test_a_file_that_never_comes_is_lost_after_the_timeout(place: Path) -> None:
     place.mkdir()
     start = time.monotonic()
     with pytest.raises(LostSample, match="did not appear"):
-        take(TmpfsHandoff(str(place)))
+        take(TmpfsTransport(str(place)))
     assert 0.3 <= time.monotonic() - start < 2
 
 
@@ -152,12 +153,12 @@ def test_an_empty_file_is_lost_not_captured(place: Path) -> None:
     place.mkdir()
     (place / KEY).touch()
     with pytest.raises(LostSample, match="empty"):
-        take(TmpfsHandoff(str(place)))
+        take(TmpfsTransport(str(place)))
 
 
 def test_a_server_elsewhere_is_named(tmp_path: Path) -> None:
     with pytest.raises(LostSample, match="on this host"):
-        take(TmpfsHandoff(str(tmp_path / "nowhere")))
+        take(TmpfsTransport(str(tmp_path / "nowhere")))
 
 
 def test_states_that_cannot_be_copied_are_told_at_once_and_nothing_is_raised(place: Path) -> None:
@@ -166,7 +167,7 @@ def test_states_that_cannot_be_copied_are_told_at_once_and_nothing_is_raised(pla
     writer.submit(KEY, [1], None, None)  # no tensors at all
     assert [p.name for p in place.iterdir() if p.name.startswith(KEY)] == [f"{KEY}.FAILED"]
     with pytest.raises(LostSample):
-        take(TmpfsHandoff(str(place)))
+        take(TmpfsTransport(str(place)))
 
 
 def test_a_failure_that_cannot_be_told_is_not_raised_either(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_no_space_is_told_through_a_name(place: Path, monkeypatch: pytest.Monkey
         writer.submit(KEY, *states())
     assert [p.name for p in place.iterdir() if p.name.startswith(KEY)] == [f"{KEY}.ENOSPC"]
     with pytest.raises(NoSpace):
-        take(TmpfsHandoff(str(place)))
+        take(TmpfsTransport(str(place)))
     assert not [p for p in place.iterdir() if p.name.startswith(KEY)]
 
 
@@ -202,7 +203,7 @@ def test_a_partial_sample_is_told_at_once(place: Path) -> None:
     writer.submit(KEY, ids, aux[:2], last)
     start = time.monotonic()
     with pytest.raises(LostSample, match="FAILED"):
-        take(TmpfsHandoff(str(place)), timeout_s=10)
+        take(TmpfsTransport(str(place)), timeout_s=10)
     assert time.monotonic() - start < 2
 
 
@@ -271,4 +272,4 @@ def test_bad_mooncake_addresses_are_refused(text: str | None) -> None:
 
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(EngineError, match="expected tmpfs:DIRECTORY"):
-        open_handoff("nfs:/x")
+        open_transport("nfs:/x")

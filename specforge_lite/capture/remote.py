@@ -1,4 +1,4 @@
-"""The TargetEngine that talks to SGLang or vLLM servers; what differs between the two is a `Dialect`.
+"""The TargetEngine that talks to SGLang or vLLM servers; what differs between the two is a `CaptureDialect`.
 
 prefetch worker -> capture(batch) -> one task per sample on the HTTP loop -> server -> plugin -> tmpfs / Mooncake
                                      at most `requests_in_flight` at once   <- reply names the key <-+
@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 import torch
 
-from specforge_lite.capture import transport as handoff
+from specforge_lite.capture import transport
 from specforge_lite.capture.base import TargetInfo, check_capture
-from specforge_lite.capture.transport import Blob, Handoff, LostSample, NoSpace, open_handoff
+from specforge_lite.capture.transport import Blob, LostSample, NoSpace, Transport, open_transport
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone
 from specforge_lite.core.log import format_seconds, warn
-from specforge_lite.serving.environment import PLUGIN_VERSION
-from specforge_lite.serving.process import LaunchedServer, RunDirectory
 from specforge_lite.types import CapturedStates, TokenizedSample
 
+# Of the capture plugin (serving/plugins): what it writes and replies may change with it.
+PLUGIN_VERSION = "0.1.0"
 MAX_ATTEMPTS = 6
 # Connections of one sample that may break while the server's health path answers.
 MAX_BREAKS = 20
@@ -36,14 +36,14 @@ RETRY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class ServerFacts:
-    """What a server says about itself. max_input_length: tokens of the longest prompt it accepts."""
+class ServerInfo:
+    """What a server reports about itself. max_input_length: tokens of the longest prompt it accepts."""
 
     version: str
     max_input_length: int
 
 
-class Dialect(Protocol):
+class CaptureDialect(Protocol):
     """How to ask one kind of server for hidden states."""
 
     name: str
@@ -54,15 +54,27 @@ class Dialect(Protocol):
         ...
 
     def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
-        """The plugin's facts in the reply, or None if the plugin was not at work."""
+        """The plugin's part of the reply, or None if the plugin was not at work."""
         ...
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         """The engine's layer ids in our convention (layer outputs)."""
         ...
 
-    async def read_facts(self, http: HttpLoop, url: str) -> ServerFacts:
+    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
         """Ask the server; raises EngineError for a setting that makes capture impossible."""
+        ...
+
+
+class Server(Protocol):
+    """A server that this process launched: its owner restarts it and deletes what it leaves behind."""
+
+    restarts: int
+    failure: str | None
+    """Set when it will not come back: what happened, in one line."""
+
+    def stop(self) -> None:
+        """End it and delete its files; may be called twice."""
         ...
 
 
@@ -75,14 +87,13 @@ class RemoteEngine:
 
     def __init__(
         self,
-        dialect: Dialect,
+        dialect: CaptureDialect,
         info: TargetInfo,
         urls: Sequence[str],
         place: str | None,
         requests_in_flight: int,
         wait_minutes: float,
-        server: LaunchedServer | None = None,
-        run_dir: RunDirectory | None = None,
+        server: Server | None = None,
     ) -> None:
         self.info = info
         self.max_concurrency = requests_in_flight
@@ -91,24 +102,23 @@ class RemoteEngine:
         self._next_url = itertools.cycle(self._urls)
         self._wait_minutes = wait_minutes
         self._server = server
-        self._run_dir = run_dir
         self._place = place
-        self._handoffs: dict[str, Handoff] = {}
-        self._told: set[str] = set()
+        self._transports: dict[str, Transport] = {}
+        self._warned: set[str] = set()
         self._closed = False
         self._http = HttpLoop(requests_in_flight + 2)
         self._slots = asyncio.Semaphore(requests_in_flight)
 
     def probe(self) -> None:
-        """Ask every server for its facts and for one sample; raises EngineError or CaptureError if it will not do.
+        """Ask every server about itself and for one sample; raises EngineError or CaptureError if it will not do.
 
         Sets `info.max_length` to what all servers accept.
         """
         limits = [self.info.max_length]
         for url in self._urls:
-            facts = self._http.run(self._ask_facts(url))
-            limits.append(facts.max_input_length)
-            length = min(PROBE_TOKENS, facts.max_input_length)
+            server = self._http.run(self._ask_info(url))
+            limits.append(server.max_input_length)
+            length = min(PROBE_TOKENS, server.max_input_length)
             ids = torch.arange(length, dtype=torch.int64) % self.info.vocab_size
             sample = TokenizedSample("probe", ids, torch.ones(length, dtype=torch.bool))
             states = self._http.run(self._capture_one(sample, url))
@@ -147,10 +157,8 @@ class RemoteEngine:
         self._http.close()
         if self._server is not None:
             self._server.stop()
-        for opened in self._handoffs.values():
+        for opened in self._transports.values():
             opened.close()
-        if self._run_dir is not None:
-            self._run_dir.close()
 
     def _check_sample(self, sample: TokenizedSample) -> None:
         name, length = sample.sample_id, len(sample)
@@ -189,7 +197,7 @@ class RemoteEngine:
                             f"{self.info.engine}: sample {sample.sample_id}: asked {attempt} times, {error}"
                             f"{self._space_hint(error)}{'' if url in str(error) else f' ({url})'}"
                         ) from None
-                    self._tell(f"sample {sample.sample_id}: {error}; asking again")
+                    self._warn_once(f"sample {sample.sample_id}: {error}; asking again")
                     await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
         return CapturedStates(
             sample_id=sample.sample_id,
@@ -222,31 +230,31 @@ class RemoteEngine:
             raise CaptureError(f"{url}: {facts['error']}")
         if facts.get("plugin") != PLUGIN_VERSION:
             raise CaptureError(f"{url}: capture plugin {facts.get('plugin')}, expected {PLUGIN_VERSION}")
-        return await self._handoff(str(facts.get("place")), url).take(key, handoff.TAKE_SECONDS)
+        return await self._transport(str(facts.get("place")), url).take(key, transport.TAKE_SECONDS)
 
-    def _handoff(self, place: str, url: str) -> Handoff:
+    def _transport(self, place: str, url: str) -> Transport:
         if self._place is not None and not place.startswith(self._place):
             kind = place.partition(":")[0]
-            hint = f"; add --handoff {kind}" if not self._place.startswith(kind) else f", expected {self._place}"
+            hint = f"; add --transport {kind}" if not self._place.startswith(kind) else f", expected {self._place}"
             raise CaptureError(f"{url}: the server stores to {place}{hint}")
-        if place not in self._handoffs:
-            self._handoffs[place] = open_handoff(place)
-        return self._handoffs[place]
+        if place not in self._transports:
+            self._transports[place] = open_transport(place)
+        return self._transports[place]
 
-    async def _ask_facts(self, url: str) -> ServerFacts:
+    async def _ask_info(self, url: str) -> ServerInfo:
         try:
-            return await self._dialect.read_facts(self._http, url)
+            return await self._dialect.read_info(self._http, url)
         except (ServerGone, HttpStatus, BadReply) as error:
             raise EngineError(f"{url}: not a {self._dialect.name} server that answers ({error})") from None
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise EngineError(f"{url}: what the server says of itself is not understood ({error!r})") from None
+            raise EngineError(f"{url}: its report about itself is not understood ({error!r})") from None
 
     async def _wait_until_back(self, url: str, reason: str) -> None:
         """Return when the server answers its health path again, or another of several does."""
         start = time.monotonic()
         limit = 60 * self._wait_minutes
         if self._server is None:
-            self._tell(f"{reason}; waiting up to {format_seconds(limit)} (--dist-timeout)")
+            self._warn_once(f"{reason}; waiting up to {format_seconds(limit)} (--dist-timeout)")
         while True:
             await asyncio.sleep(POLL_SECONDS)
             if self._server is not None and self._server.failure is not None:
@@ -257,14 +265,14 @@ class RemoteEngine:
             if time.monotonic() - start > limit:
                 raise EngineError(f"{url}: no answer for {format_seconds(limit)} (--dist-timeout)")
 
-    def _tell(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         """Warn, but not once per request in flight for the same trouble."""
         kind = message.rpartition(": ")[2][:40]
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             warn(f"{self.info.engine}: {message}")
 
     def _space_hint(self, error: Exception) -> str:
         if isinstance(error, NoSpace):
-            return "; lower --requests-in-flight or --max-length, or enlarge the handoff's memory"
+            return "; lower --requests-in-flight or --max-length, or enlarge the transport's memory"
         return ""

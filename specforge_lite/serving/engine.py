@@ -1,0 +1,261 @@
+"""What this project must know about a serving engine; sglang.py and vllm.py hold all of it, one file per engine.
+
+Layer ids are ours (0-based layer OUTPUTS) everywhere but inside those two files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from specforge_lite.capture.base import TargetInfo
+from specforge_lite.capture.remote import ServerInfo
+from specforge_lite.core.errors import ConfigError, EngineError, suggest
+from specforge_lite.core.http import HttpLoop
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is about to be started. context_length: tokens of prompt and answer. num_requests: at a time.
+    devices: its CUDA_VISIBLE_DEVICES, None: ours."""
+
+    python: str
+    model_path: str
+    host: str
+    port: int
+    gpu: bool
+    context_length: int
+    num_requests: int
+    tp_size: int = 1
+    dtype: str = "auto"
+    mem_frac: float | None = None
+    trust_remote_code: bool = False
+    engine_args: tuple[str, ...] = ()
+    devices: str | None = None
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """What to serve. num_steps 0 or no draft_path: plain decoding.
+
+    num_steps: tokens a chain drafts; topk: branches per step; num_draft_tokens: nodes verified at once, the last
+    accepted token included (SGLang's words). max_length: tokens of prompt plus answer. concurrency: requests at a time.
+    """
+
+    backend: str
+    model_path: str
+    draft_path: str | None = None
+    num_steps: int = 3
+    topk: int = 1
+    num_draft_tokens: int = 4
+    tp_size: int = 1
+    dtype: str = "auto"
+    mem_frac: float | None = None
+    max_length: int = 2048
+    concurrency: int = 16
+    port: int | None = None
+    engine_python: str | None = None
+    engine_args: tuple[str, ...] = ()
+    engine_devices: str | None = None
+    log_dir: Path | None = None
+    startup_minutes: float = 20.0
+    trust_remote_code: bool = False
+
+    @property
+    def speculative(self) -> bool:
+        return self.draft_path is not None and self.num_steps > 0
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """num_passes: verifications, forward passes of the target that checked a draft. accepted_at[k]: those that accepted
+    at least k + 1 drafted tokens. `length` = 1 + accepted / passes, the tokens gained by a pass."""
+
+    num_passes: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> float:
+        return 1.0 + sum(self.accepted_at) / self.num_passes if self.num_passes else 1.0
+
+    def __add__(self, other: Acceptance) -> Acceptance:
+        pairs = zip_longest(self.accepted_at, other.accepted_at, fillvalue=0)
+        return Acceptance(self.num_passes + other.num_passes, tuple(a + b for a, b in pairs))
+
+    def __sub__(self, other: Acceptance) -> Acceptance:
+        return self + Acceptance(-other.num_passes, tuple(-n for n in other.accepted_at))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. acceptance: None where the engine does not report it per request. num_first_tokens: tokens of the
+    first chunk of a stream."""
+
+    token_ids: tuple[int, ...]
+    acceptance: Acceptance | None
+    finish_reason: str
+    num_first_tokens: int
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an engine captures the right states of a target family. `run`: compared with transformers by a live
+    test; `read`: in the engine's model file; `refused`: it does not. note: why, or under what condition."""
+
+    status: Literal["run", "read", "refused"]
+    note: str = ""
+
+
+class Engine(ABC):
+    """One serving engine: a `CaptureDialect`, and how its server is started, asked and measured.
+
+    distributions: names of its packages. versions: (first supported, first unsupported); what is used of the engine was
+    read in the first. identify_path: a GET that only this engine answers. registry_query: Python code that prints, in
+    the engine's environment, `{"known": bool, "eagle3": bool}` for the architecture in argv[1].
+    support: target family (see families.py) -> `Support`. draft_algorithms: class name in a draft's config -> the
+    engine's word. cumulative_stream: a chunk of a stream repeats the answer so far. metrics_path: Prometheus page of an
+    engine that counts acceptance over the whole server only.
+    """
+
+    name: str
+    distributions: ClassVar[tuple[str, ...]]
+    versions: ClassVar[tuple[str, str]]
+    identify_path: ClassVar[str]
+    registry_query: ClassVar[str]
+    support: ClassVar[dict[str, Support]]
+    draft_algorithms: ClassVar[dict[str, str]]
+    cumulative_stream: ClassVar[bool] = False
+    metrics_path: ClassVar[str | None] = None
+    health_path: str = "/health"
+
+    # ------------------------------------------------------------------------------------------------------- starting
+    @abstractmethod
+    def capture_command(self, launch: Launch, info: TargetInfo) -> list[str]:
+        """Command line of a server that captures `info.aux_layer_ids` and the last hidden state."""
+
+    @abstractmethod
+    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
+        """Command line of a server that decodes, with a draft if `options` name one. Raises ConfigError."""
+
+    @abstractmethod
+    def environment(self, launch: Launch) -> dict[str, str]:
+        """Environment of the server, over ours."""
+
+    def check_version(self, version: str) -> None:
+        """Raise ConfigError for a version outside `versions`."""
+        lowest, below = self.versions
+        if not _release(lowest) <= _release(version) < _release(below):
+            raise ConfigError(
+                f"{self.name} {version}: supported are versions from {lowest} up to, not including, {below}"
+            )
+
+    def draft_algorithm(self, draft_path: str) -> str:
+        """What the engine calls the algorithm of an exported draft; raises ConfigError."""
+        path = Path(draft_path) / "config.json"
+        try:
+            architecture = json.loads(path.read_text())["architectures"][0]
+        except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ConfigError(f"{path}: not an exported draft ({type(error).__name__})") from None
+        if architecture not in self.draft_algorithms:
+            hint = suggest(str(architecture), self.draft_algorithms)
+            raise ConfigError(f"{path}: architectures ['{architecture}']{hint}")
+        return self.draft_algorithms[architecture]
+
+    # -------------------------------------------------------------------------------------------------------- capture
+    @abstractmethod
+    def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]: ...
+
+    @abstractmethod
+    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None: ...
+
+    @abstractmethod
+    def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo: ...
+
+    # ------------------------------------------------------------------------------------------------------- decoding
+    @abstractmethod
+    def generate_request(
+        self, token_ids: Sequence[int], max_tokens: int, temperature: float, ignore_eos: bool = False
+    ) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body; `"stream": true` may be added to the body."""
+
+    @abstractmethod
+    def read_generation(self, chunks: Sequence[dict[str, Any]], speculative: bool) -> Generation:
+        """The answer of a stream, or of its only reply. Raises EngineError for an error the server reports, ValueError,
+        KeyError, TypeError or IndexError for anything else that is no answer."""
+
+    def flush_request(self) -> tuple[str, str] | None:
+        """(method, path) that makes the server forget prefixes it computed; None where it keeps none."""
+        return None
+
+    def read_metrics(self, text: str) -> Acceptance:
+        """The page at `metrics_path` -> counts since the server's start, summed over its engines."""
+        raise NotImplementedError
+
+
+def refuse_reported_error(engine: str, chunk: dict[str, Any]) -> None:
+    """Raise EngineError if a chunk of an answer holds the server's error."""
+    if "error" in chunk:
+        error = chunk["error"]
+        text = error.get("message") if isinstance(error, dict) else error
+        raise EngineError(f"{engine}: {' '.join(str(text or error).split())[:300]}")
+
+
+def engine_arg_words(items: Sequence[str]) -> list[str]:
+    """`--engine-arg key=value` as flags of the server; a key alone is a switch. They come last, so they win."""
+    words: list[str] = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not key.strip("-"):
+            raise ConfigError(f"engine_arg '{item}': expected key=value, e.g. --engine-arg max-running-requests=32")
+        words.append("--" + key.lstrip("-").replace("_", "-"))
+        if equals:
+            words.append(value)
+    return words
+
+
+def engine_arg(items: Sequence[str], name: str) -> str | None:
+    """The value that `--engine-arg` gives to the server's flag `name`, with dashes; "" for a switch, None if absent."""
+    words = engine_arg_words(items)
+    found = [place for place, word in enumerate(words) if word == f"--{name}"]
+    if not found:
+        return None
+    rest = words[found[-1] + 1 : found[-1] + 2]
+    return rest[0] if rest and not rest[0].startswith("--") else ""
+
+
+def cpu_thread_binding(tp_size: int) -> tuple[int, str]:
+    """(threads per rank, binding `0-1|2-3`) that spread the usable cores over tensor-parallel ranks on CPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    if tp_size > len(cores):
+        raise ConfigError(f"tp_size {tp_size}: only {len(cores)} CPU cores here, one rank needs one")
+    share = len(cores) // tp_size
+    threads = max(1, share // 2 if tp_size == 1 else share)
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    threads = int(wanted) if wanted and wanted.isdigit() else threads
+    groups = [cores[rank * share : rank * share + min(threads, share)] for rank in range(tp_size)]
+    return threads, "|".join(",".join(str(core) for core in group) for group in groups)
+
+
+def without_compiler() -> dict[str, str]:
+    """For a server on CPU: torch.compile off, unless the user has it on. It needs a C++ compiler, and builds the small
+    functions around drafting for longer than they take."""
+    return {"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`0.5.23.post1+cpu` -> (0, 5, 23)."""
+    numbers: list[int] = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

@@ -153,7 +153,7 @@ class ServingSession:
             try:
                 found = self.engine.read_generation([reply], self.options.speculative)
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise BadReply(f"{self.url}: a reply that is not understood ({error!r})") from None
+                raise BadReply("wrong-form", f"a reply that is not understood ({error!r})", self.url) from None
             if found.acceptance is not None and self.engine.metrics_path is None:
                 self._seen += found.acceptance
             if bar is not None:

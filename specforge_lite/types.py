@@ -71,6 +71,7 @@ class DraftBatch:
     aux_NG: Tensor
     last_NH: Tensor
     sample_ids: list[str] = field(default_factory=list)
+    epoch: int = 0  # of its samples; block drafts draw other anchors in every epoch
     host_mask_N: Tensor | None = None  # loss_mask_N on the CPU, so that planning a step never waits for a GPU
 
     def __len__(self) -> int:
@@ -85,6 +86,7 @@ class DraftBatch:
             aux_NG=self.aux_NG.to(device, dtype, non_blocking=True),
             last_NH=self.last_NH.to(device, dtype, non_blocking=True),
             sample_ids=self.sample_ids,
+            epoch=self.epoch,
             host_mask_N=self.loss_mask_N.cpu() if self.host_mask_N is None else self.host_mask_N,
         )
 
@@ -115,6 +117,7 @@ class StepOutput:
     loss), supervised_K (counted plus out-of-vocabulary teachers), correct_K (argmax equals the teacher's full argmax),
     alpha_sum_K (sum over supervised positions of sum_v min(p, q), p over the full vocabulary).
     run_sum / run_rows: sum over rows supervised at step 0 of the run of correct steps from step 0, and their number.
+    weight_sum: what `loss` is divided by once it is added up over ranks and accumulation; None: counted_K[0].
     """
 
     loss: Tensor
@@ -127,3 +130,4 @@ class StepOutput:
     alpha_sum_K: Tensor | None = None
     correct_NK: Tensor | None = None  # bool, evaluation only: row t, step k was right
     supervised_NK: Tensor | None = None  # bool, evaluation only
+    weight_sum: Tensor | None = None

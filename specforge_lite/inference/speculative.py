@@ -16,12 +16,14 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
 from specforge_lite.inference.target import Target
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.inference.verify import Sampling
+from specforge_lite.model.block import BlockDraft
 from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import family_scales
 
@@ -85,12 +87,16 @@ class SpeculativeModel:
         is_eagle1 = draft is not None and draft.config.algorithm == "eagle1"
         aux_layer_ids = None if draft is None else draft.config.aux_layer_ids
         self.target = Target(model, aux_layer_ids, last_state=is_eagle1)
-        self.drafter: Drafter | None = None
+        self.drafter: Drafter | BlockDrafter | None = None
         if draft is not None:
             check_match(draft, self.target)
             placed = draft.to(device=self.target.device, dtype=self.target.dtype)
-            head = target_head_of(model) if is_eagle1 else None
-            self.drafter = Drafter(placed, self.target.embedding_VH, head)
+            if isinstance(placed, BlockDraft):
+                self.drafter = BlockDrafter(placed, self.target.embedding_VH, target_head_of(model))
+                self.shape = shape if shape is not None and shape.is_chain else TreeShape.chain(placed.num_predictions)
+            else:
+                head = target_head_of(model) if is_eagle1 else None
+                self.drafter = Drafter(placed, self.target.embedding_VH, head)
 
     @classmethod
     def from_pretrained(

@@ -68,6 +68,7 @@ class TokenTree:
     depths_BQ: Tensor
     ancestors_BQQ: Tensor
     is_chain: bool = False
+    draft_probs_BKV: Tensor | None = None  # of a chain whose tokens were drawn: what each was drawn from
 
     @property
     def num_nodes(self) -> int:

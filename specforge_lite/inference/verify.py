@@ -95,10 +95,40 @@ def _unpack(packed: list[list[int]], num_nodes: int) -> Verdict:
 def accept_sampled(
     tree: TokenTree, logits_BQV: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Verdict:
-    """Walk every row's tree by draws from the target's distribution; one level of all rows at a time."""
+    """Walk every row's tree by draws from the target's distribution; one level of all rows at a time. A chain whose
+    tokens were drawn from the draft's distribution is accepted by the rule of speculative sampling."""
+    if tree.draft_probs_BKV is not None:
+        return accept_drawn_chain(tree, tree.draft_probs_BKV, logits_BQV, sampling, generator)
     _, bonus_B, on_path_BQ = sample_walk(tree, logits_BQV, sampling, generator)
     packed = torch.cat([on_path_BQ, bonus_B[:, None], tree.tokens_BQ], 1).tolist()
     return _unpack(packed, tree.num_nodes)
+
+
+def accept_drawn_chain(
+    tree: TokenTree,
+    draft_probs_BKV: Tensor,
+    logits_BQV: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Verdict:
+    """Token x_k ~ q_k is kept with probability min(1, p_k(x_k) / q_k(x_k)); behind the first that is not, the next
+    token is drawn from max(p_k - q_k, 0), renormalised; behind the last one from p. (Leviathan et al.
+    2023, algorithm 1.)"""
+    num_drafted = draft_probs_BKV.shape[1]
+    p_BQV = sampling.probabilities(logits_BQV)
+    tokens_BK1 = tree.tokens_BQ[:, 1:, None]
+    p_BK, q_BK = (probs.gather(2, tokens_BK1)[..., 0] for probs in (p_BQV[:, :num_drafted], draft_probs_BKV))
+    uniform_BK = torch.rand(p_BK.shape, generator=generator, device=p_BK.device)
+    kept_B = (uniform_BK * q_BK < p_BK).long().cumprod(1).sum(1)
+    rows_B = torch.arange(len(kept_B), device=kept_B.device)
+    rest_BV = p_BQV[rows_B, kept_B]
+    refused_B = kept_B < num_drafted
+    drafted_BV = draft_probs_BKV[rows_B, kept_B.clamp(max=num_drafted - 1)]
+    residual_BV = torch.where(refused_B[:, None], (rest_BV - drafted_BV).clamp(min=0), rest_BV)
+    empty_B1 = residual_BV.sum(1, keepdim=True) <= 0  # p = q up to rounding: the draw is from p
+    bonus_B = torch.multinomial(torch.where(empty_B1, rest_BV, residual_BV), 1, generator=generator)[:, 0]
+    on_path_BQ = torch.arange(tree.num_nodes, device=kept_B.device) <= kept_B[:, None]
+    return _unpack(torch.cat([on_path_BQ, bonus_B[:, None], tree.tokens_BQ], 1).tolist(), tree.num_nodes)
 
 
 def sample_walk(

@@ -23,7 +23,14 @@ from specforge_lite.types import DraftBatch, StepOutput
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LOSSES = ("ce", *LK_LOSSES)
-ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle1": "LlamaForCausalLMEagle"}
+ARCHITECTURES = {
+    "eagle3": "LlamaForCausalLMEagle3",
+    "eagle1": "LlamaForCausalLMEagle",
+    "dflash": "DFlashDraftModel",
+    "dspark": "Qwen3DSparkModel",
+}
+# Kinds that draft a block in one pass (`model/block.py`).
+BLOCK_KINDS = ("dflash", "dspark")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class DraftConfig:
 
     aux_layer_ids: 0-based target layers whose OUTPUT feeds `fc` (our convention everywhere; `export` converts).
     norm_output, fc_norm: the two changes of EAGLE-3.1.
+    DFlash and DSpark: num_hidden_layers layers fill blocks of block_size slots, whose empty ones read the row
+    mask_token_id of the target's embedding; prediction k weighs exp(-k / loss_gamma). DSpark: rank of the Markov head,
+    and whether there is a confidence head.
     """
 
     hidden_size: int
@@ -52,6 +62,12 @@ class DraftConfig:
     num_aux_layers: int = 3
     norm_output: bool = False
     fc_norm: bool = False
+    num_hidden_layers: int = 1
+    block_size: int = 0
+    mask_token_id: int | None = None
+    markov_rank: int = 0
+    confidence_head: bool = False
+    loss_gamma: float = 4.0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -264,6 +280,7 @@ class TTTSettings:
     collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
     sequence: the processes that share each batch (EAGLE-3 only); sums and counts are then those of the own rows.
     EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
+    DFlash and DSpark only: at most num_anchors blocks of a document, drawn anew every epoch from anchor_seed.
     """
 
     num_steps: int = 7
@@ -279,6 +296,8 @@ class TTTSettings:
     v_weight: float = 1.0
     p_weight: float = 0.1
     noise: float = 0.2
+    num_anchors: int = 512
+    anchor_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from specforge_lite.model.block import BlockDraft
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.eagle1 import Eagle1Draft
 from specforge_lite.model.eagle3 import Eagle3Draft
@@ -11,6 +12,8 @@ from specforge_lite.model.eagle3 import Eagle3Draft
 DRAFTS: dict[str, type[Draft]] = {
     "eagle3": Eagle3Draft,
     "eagle1": Eagle1Draft,
+    "dflash": BlockDraft,
+    "dspark": BlockDraft,
 }
 
 

@@ -182,5 +182,5 @@ def test_wall_time_is_read_in_three_places_only() -> None:
         if re.search(r"\btime\.time\(|datetime\.now\(|datetime\.utcnow\(", path.read_text()):
             users.add(str(path.relative_to(package)))
     assert {name for name in users if "plugins" not in name} == {
-        "provenance.py", "regenerate/client.py", "training/run_dir.py",
+        "core/provenance.py", "regenerate/client.py", "training/run_dir.py",
     }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.drafter import Drafter
 from specforge_lite.inference.output import Answer, Chunk, DecodeStats, StopRules
 from specforge_lite.inference.target import ExactReplay, Target
@@ -63,14 +64,18 @@ class Decoding:
             yield [self._add(row, [token], [False]) for row, token in enumerate(tokens)]
             self._drop_finished(None)
 
-    def speculative(self, drafter: Drafter, shape: TreeShape) -> Iterator[list[Chunk]]:
-        """Decode with a draft; yields what each step added."""
+    def speculative(
+        self, drafter: Drafter | BlockDrafter, shape: TreeShape, draw: bool = False
+    ) -> Iterator[list[Chunk]]:
+        """Decode with a draft; yields what each step added. draw: chains are drawn from the draft's own distribution,
+        where the text is sampled, and accepted by the rule for that; else they are its most probable tokens."""
+        sampling = self.sampling if draw and shape.is_chain and not self.sampling.is_greedy else None
         drafter.start(len(self.active), self.capacity)
         yield [self._read_prompt(row, drafter) for row in range(len(self.active))]
         self._drop_finished(drafter)
         while self.active:
             root_B = torch.tensor([self.answers[i].tokens[-1] for i in self.active], device=self.target.device)
-            tree = drafter.propose(root_B, shape)
+            tree = drafter.propose(root_B, shape, sampling, self.generator)
             logits_BQV, features_BQG = self.target.verify(self.cache, tree)
             if self.sampling.is_greedy:
                 verdict = accept_greedy(tree, logits_BQV)
@@ -89,7 +94,7 @@ class Decoding:
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
-    def _read_prompt(self, row: int, drafter: Drafter | None) -> Chunk:
+    def _read_prompt(self, row: int, drafter: Drafter | BlockDrafter | None) -> Chunk:
         answer = self.answers[self.active[row]]
         prompt_T = torch.tensor(answer.prompt, device=self.target.device)
         logits_V, features_TG = self.target.prefill(self.cache, row, prompt_T)
@@ -114,7 +119,7 @@ class Decoding:
         self.stats.count_pass(sum(chunk.drafted), shape.longest_path)
         return chunk
 
-    def _drop_finished(self, drafter: Drafter | None) -> None:
+    def _drop_finished(self, drafter: Drafter | BlockDrafter | None) -> None:
         left = [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
         if len(left) == len(self.active):
             return
@@ -159,7 +164,7 @@ def _within(rules: StopRules, room: int) -> StopRules:
     return StopRules(room, rules.eos_token_ids, rules.stop_strings)
 
 
-def _read_verdict(drafter: Drafter, verdict: Verdict, features_BQG: Tensor, rows: list[int]) -> None:
+def _read_verdict(drafter: Drafter | BlockDrafter, verdict: Verdict, features_BQG: Tensor, rows: list[int]) -> None:
     """Give the draft the true features of every row's accepted nodes, each with the token that follows it."""
     counts = [len(verdict.paths[row]) for row in rows]
     width = max(counts)
@@ -178,7 +183,7 @@ def _read_verdict(drafter: Drafter, verdict: Verdict, features_BQG: Tensor, rows
 class Meter:
     """Adds what the networks counted since it was made to a call's statistics."""
 
-    def __init__(self, target: Target, drafter: Drafter | None) -> None:
+    def __init__(self, target: Target, drafter: Drafter | BlockDrafter | None) -> None:
         self.target, self.drafter = target, drafter
         self.began = self.target.clock()
         self.before = self._read()

@@ -23,6 +23,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import Candidates, TokenTree, TreeShape, best_tree, chain_tree
+from specforge_lite.inference.verify import Sampling
 from specforge_lite.model.draft import Draft
 
 Head = Callable[[Tensor], Tensor]
@@ -92,22 +93,46 @@ class Drafter:
         index = torch.tensor(list(rows), device=self.device)
         self.state_B1D, self.logits_BVd = self.state_B1D[index], self.logits_BVd[index]
 
-    def propose(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
-        """A tree of continuations of every text; root_B [B]: its last token."""
-        return self._propose_chain(root_B, shape) if shape.is_chain else self._propose_tree(root_B, shape)
+    def propose(
+        self,
+        root_B: Tensor,
+        shape: TreeShape,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenTree:
+        """A tree of continuations of every text; root_B [B]: its last token.
+
+        sampling: a chain is drawn from the draft's own distribution, which the tree then carries; None: its argmax.
+        """
+        if shape.is_chain:
+            return self._propose_chain(root_B, shape, sampling, generator)
+        return self._propose_tree(root_B, shape)
 
     # ------------------------------------------------------------------------------------------------------- proposals
 
-    def _propose_chain(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
-        drafted = [self._to_target(self.logits_BVd.argmax(-1))]
+    def _propose_chain(
+        self, root_B: Tensor, shape: TreeShape, sampling: Sampling | None, generator: torch.Generator | None
+    ) -> TokenTree:
+        probabilities: list[Tensor] = []
+
+        def choose(logits_BVd: Tensor) -> Tensor:
+            if sampling is None or sampling.is_greedy:
+                return self._to_target(logits_BVd.argmax(-1))
+            probs_BVd = sampling.probabilities(logits_BVd)
+            probabilities.append(self._over_target_vocab(probs_BVd))
+            return self._to_target(torch.multinomial(probs_BVd, 1, generator=generator)[:, 0])
+
+        drafted = [choose(self.logits_BVd)]
         state = self.state_B1D
         ones = torch.ones(len(root_B), 1, shape.longest_path, dtype=torch.bool, device=self.device)
         for level in range(shape.longest_path - 1):
             self.cache.begin(1, offset=level)
             mask = self._mask(ones[:, :, : level + 1]) if self.cache.plan.start is None else None
             state, head_in = self._step(state, drafted[-1][:, None], mask, offset=level, speculative=True)
-            drafted.append(self._to_target(self._logits(head_in)[:, -1].argmax(-1)))
-        return chain_tree(root_B, drafted)
+            drafted.append(choose(self._logits(head_in)[:, -1]))
+        tree = chain_tree(root_B, drafted)
+        tree.draft_probs_BKV = torch.stack(probabilities, 1) if probabilities else None
+        return tree
 
     def _propose_tree(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
         """EAGLE-2: expand the `top_k` best nodes of each level, then keep the best of all (see `best_tree`)."""
@@ -201,6 +226,13 @@ class Drafter:
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1).clamp_(max=0)
+
+    def _over_target_vocab(self, probs_BVd: Tensor) -> Tensor:
+        """Probabilities of draft ids as those of target ids [B, V]."""
+        missing = len(self.table_VD) - probs_BVd.shape[1]
+        if self.target_ids_Vd is None:  # the draft ids are the first target ids
+            return torch.nn.functional.pad(probs_BVd, (0, missing)) if missing else probs_BVd
+        return probs_BVd.new_zeros(len(probs_BVd), len(self.table_VD)).index_copy_(1, self.target_ids_Vd, probs_BVd)
 
     def _to_target(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self.target_ids_Vd is None else self.target_ids_Vd[draft_ids]

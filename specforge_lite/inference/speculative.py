@@ -16,6 +16,7 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
@@ -30,6 +31,7 @@ from specforge_lite.model.target_head import family_scales
 # Leads below this many units in the last place are decided by the target's own one-token passes. Seen in fp32 between
 # tree passes and `generate`: at most 30 units (tests/inference/test_speculative.py measures it again).
 TIE_UNITS = 256.0
+DRAFT_SAMPLING = ("auto", "greedy", "sampled")
 
 Prompts = Tensor | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Sequence[Tensor]
 
@@ -40,7 +42,9 @@ class GenerationSettings:
 
     max_length: prompt and answer together. top_p (0 or 1: off) and top_k (0: off) are of the sampling, not of the tree.
     eos_token_id: None for the model's own, an empty list for none. seed: makes sampling repeatable. shape: another
-    tree than the model's.
+    tree than the model's. draft_sampling: where text is sampled, chains are the draft's most probable tokens (`greedy`,
+    what engines do by default) or drawn from its distribution (`sampled`, what DSpark is trained for); `auto`: sampled
+    for a dspark draft. The text has the target's distribution either way.
     """
 
     max_new_tokens: int = 512
@@ -52,10 +56,19 @@ class GenerationSettings:
     stop_strings: str | Sequence[str] = ()
     seed: int | None = None
     shape: TreeShape | None = None
+    draft_sampling: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.draft_sampling not in DRAFT_SAMPLING:
+            hint = suggest(self.draft_sampling, DRAFT_SAMPLING)
+            raise ConfigError(f"draft_sampling: unknown value '{self.draft_sampling}'{hint}")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+
+    def draw_drafts(self, draft: Draft) -> bool:
+        """Whether chains are drawn rather than the most probable tokens."""
+        is_auto = self.draft_sampling == "auto"
+        return draft.config.algorithm == "dspark" if is_auto else self.draft_sampling == "sampled"
 
     @property
     def sampling(self) -> Sampling:
@@ -213,7 +226,9 @@ class SpeculativeModel:
         )  # fmt: skip
         if not speculative or self.drafter is None:
             return decoding, decoding.plain()
-        return decoding, decoding.speculative(self.drafter, settings.shape or self.shape)
+        return decoding, decoding.speculative(
+            self.drafter, settings.shape or self.shape, settings.draw_drafts(self.drafter.draft)
+        )
 
     def token_ids(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form -> token ids of each."""

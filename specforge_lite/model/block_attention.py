@@ -61,8 +61,8 @@ def masked_attention(
     """One call of torch's attention for the blocks of each `plan.calls`; exact, memory O(R + C)."""
     dtype = q_RHd.dtype
     if dtype in (torch.bfloat16, torch.float16) and q_RHd.device.type == "cpu":  # slower and less precise in 16 bits
-        wide = (x.float() for x in (q_RHd, k_CGd, v_CGd, k_SGd, v_SGd))
-        return masked_attention(*wide, rows, plan).to(dtype)
+        q, k, v, k_own, v_own = (x.float() for x in (q_RHd, k_CGd, v_CGd, k_SGd, v_SGd))
+        return masked_attention(q, k, v, k_own, v_own, rows, plan).to(dtype)
     if not len(q_RHd):
         return q_RHd + 0 * (k_CGd.sum() + v_CGd.sum() + k_SGd.sum() + v_SGd.sum())
     size = plan.block_size

@@ -4,6 +4,7 @@ equal to the target's, sampling with the target's law."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from specforge_lite.inference.speculative import GenerationSettings, Speculative
 from specforge_lite.inference.tree import TokenTree, TreeShape, chain_tree
 from specforge_lite.inference.verify import Sampling, accept_drawn_chain
 from specforge_lite.model.block import BlockDraft
+from tests.inference_drafts import random_draft
 from tests.model.test_block_oracle import DATA, draft_config
 
 CASES = json.loads((DATA / "decode.json").read_text())["runs"]
@@ -116,6 +118,36 @@ def test_drawn_chains_keep_the_targets_law(top_p: float) -> None:
     accepted_first = sum(len(tokens) > 1 for tokens in verdict.tokens) / num
     assert abs(accepted_first - alpha) < 0.012
     assert kept > 0
+
+
+@pytest.mark.parametrize("mode", ["sampled", "greedy"])
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_sampled_text_follows_the_targets_law_with_drawn_and_with_greedy_drafts(
+    model: SpeculativeModel, kind: str, mode: str
+) -> None:
+    """768 continuations: the second and third token after a prompt, given the first, against the target."""
+    if kind == "eagle3":
+        draft = random_draft(64, 200, 60, aux_layer_ids=(0, 1, 2))
+        sampler = SpeculativeModel(model.target.model, draft.eval())
+    else:
+        sampler = model
+    prompt = CASES[0]["prompt"]
+    settings = GenerationSettings(
+        max_new_tokens=3, temperature=0.7, top_k=3, seed=5, shape=TreeShape.chain(2), draft_sampling=mode
+    )
+    texts: list[tuple[int, ...]] = []
+    for repeat in range(24):
+        output = sampler.run([prompt] * 32, replace(settings, seed=repeat))
+        texts += [tuple(answer.tokens) for answer in output.answers]
+    sampling = settings.sampling
+    for length in (1, 2):
+        for start in {text[:length] for text in texts}:
+            following = torch.tensor([text[length] for text in texts if text[:length] == start])
+            if len(following) < 200:
+                continue
+            with torch.inference_mode():
+                logits = model.target.model(torch.tensor([[*prompt, *start]])).logits[0, -1]
+            assert chi_square(following, sampling.probabilities(logits[None])[0]) < 16  # 2 degrees: p = 0.0003
 
 
 def chi_square(tokens: torch.Tensor, p: torch.Tensor) -> float:

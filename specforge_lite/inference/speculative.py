@@ -14,9 +14,8 @@ from torch import Tensor
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
-from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head

@@ -1,16 +1,20 @@
-"""Config sections as frozen pydantic models; every key of a YAML file is also a flag, and all mistakes are told
-at once.
+"""Config sections as frozen pydantic models; every key of a YAML file is also a flag, and all mistakes are reported
+together.
 
-A script's config is a `Section` whose fields are `Section`s (YAML sections) or plain values. Leaf names are unique
+A command's config is a `Section` whose fields are `Section`s (YAML sections) or plain values. Leaf names are unique
 over all sections, so `--learning-rate` needs no prefix and YAML may also give leaves at the top level.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import types
 import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +24,10 @@ from pydantic.fields import FieldInfo
 
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
+from specforge_lite.core.peer_flags import PEER_FLAGS
+
+# Stands for a required text that is missing while the rest is checked; no message that names it is shown.
+MISSING = "<missing>"
 
 
 class Section(BaseModel):
@@ -31,6 +39,7 @@ class Section(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+Leaves = dict[str, tuple[tuple[str, ...], FieldInfo]]
 
 
 def parse_config(
@@ -40,54 +49,27 @@ def parse_config(
     `positional`. Under torchrun only rank 0 raises; the others exit.
 
     Dashes and underscores are the same in flag names; abbreviations are refused. Field metadata
-    `json_schema_extra={"flags": ["--mem-fraction-static"]}` adds synonyms.
+    `json_schema_extra={"flags": ["--mem-fraction-static"]}` adds synonyms, which are YAML keys as well.
 
-    Raises ConfigError naming every unknown flag, unknown key and bad value at once.
+    Raises ConfigError naming every unknown flag, unknown key and bad value at once, each as the user gave it.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if positional and words and not words[0].startswith("-"):
+        words.insert(0, positional)
     try:
-        return _parse(config_class, list(sys.argv[1:] if argv is None else argv), description, positional)
+        return _Parse(config_class, description).run(words)
     except ConfigError:
         if is_main_rank():
             raise
         sys.exit(USER_ERROR_EXIT_CODE)
 
 
-def _parse(config_class: type[ConfigT], argv: list[str], description: str, positional: str) -> ConfigT:
-    if positional and argv and not argv[0].startswith("-"):
-        argv.insert(0, positional)
-    leaves = leaf_fields(config_class)
-    parser = build_parser(config_class, leaves, description)
-    argv = [_dashed(word) for word in argv]
-    problems: list[str] = []
-    namespace = _parse_flags(parser, argv, problems)
-    values: dict[str, Any] = {}
-    config_path = namespace.pop("__config__", None)
-    if config_path:
-        _merge_yaml(config_class, leaves, Path(config_path), values, problems)
-    for name, raw in namespace.items():
-        _assign(values, leaves[name][0], name, raw)
-    for name, info in config_class.model_fields.items():  # a missing section is told by the keys it requires
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            values.setdefault(name, {})
-    config: ConfigT | None = None
-    try:
-        config = config_class.model_validate(values)
-    except ValidationError as error:
-        problems += [_describe(config_class, leaves, item) for item in error.errors()]
-    if problems:
-        raise ConfigError(
-            problems[0] if len(problems) == 1 else f"{len(problems)} mistakes:\n  " + "\n  ".join(problems)
-        )
-    assert config is not None
-    return config
-
-
-def leaf_fields(config_class: type[Section]) -> dict[str, tuple[tuple[str, ...], FieldInfo]]:
+def leaf_fields(config_class: type[Section]) -> Leaves:
     """Map leaf name -> (section path, field). Two sections must not share a leaf name."""
-    leaves: dict[str, tuple[tuple[str, ...], FieldInfo]] = {}
+    leaves: Leaves = {}
     for name, info in config_class.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            for leaf, (path, leaf_info) in leaf_fields(info.annotation).items():
+        if _is_section(info):
+            for leaf, (path, leaf_info) in leaf_fields(typing.cast(type[Section], info.annotation)).items():
                 assert leaf not in leaves, f"{leaf} is in two sections of {config_class.__name__}"
                 leaves[leaf] = ((name, *path), leaf_info)
         else:
@@ -96,9 +78,7 @@ def leaf_fields(config_class: type[Section]) -> dict[str, tuple[tuple[str, ...],
     return leaves
 
 
-def build_parser(
-    config_class: type[Section], leaves: dict[str, tuple[tuple[str, ...], FieldInfo]], description: str
-) -> argparse.ArgumentParser:
+def build_parser(config_class: type[Section], leaves: Leaves, description: str) -> argparse.ArgumentParser:
     """One flag per leaf; values stay strings, pydantic converts them and words the errors."""
     parser = argparse.ArgumentParser(
         description=description or config_class.__doc__,
@@ -111,8 +91,7 @@ def build_parser(
     groups: dict[tuple[str, ...], Any] = {}
     for name, (path, info) in leaves.items():
         group = groups.setdefault(path, parser.add_argument_group(".".join(path) or "options"))
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        flags = [_dashed("--" + name), *typing.cast(list[str], extra.get("flags", []))]
+        flags = [_dashed("--" + name), *_synonyms(info)]
         help_text = (info.description or "").replace("%", "%%")
         if not info.is_required() and info.default not in (None, "", ()):
             help_text += f" (default: {info.default})"
@@ -128,30 +107,139 @@ def build_parser(
     return parser
 
 
-def _parse_flags(parser: argparse.ArgumentParser, argv: list[str], problems: list[str]) -> dict[str, Any]:
-    try:
-        namespace, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    for word in unknown:
-        if word.startswith("--"):
-            flag = word.split("=", 1)[0]
-            problems.append(
-                f"{flag}: unknown flag{suggest(flag, known) if suggest(flag, known).startswith('; did') else ''}"
-            )
-        elif not any(p.endswith("flag") or "unknown flag" in p for p in problems):
-            problems.append(f"unexpected argument '{word}'")
-    return dict(vars(namespace))
+@dataclass
+class _Parse:
+    """One reading of a command line. typed: leaf -> the flag as the user wrote it. source: the YAML file, for its
+    mistakes."""
+
+    config_class: type[Section]
+    description: str
+    typed: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    source: str = ""
+
+    def run(self, argv: list[str]) -> Any:
+        self.leaves = leaf_fields(self.config_class)
+        self.keys = {_bare(flag): name for name, (_, info) in self.leaves.items() for flag in _synonyms(info)}
+        self.keys |= {name: name for name in self.leaves}
+        values: dict[str, Any] = {}
+        given = self._parse_flags(argv)
+        if path := given.pop("__config__", None):
+            self._merge_yaml(Path(path), values)
+        for name, raw in given.items():
+            _assign(values, self.leaves[name][0], name, raw)
+        for name, info in self.config_class.model_fields.items():  # reported by the keys that the section requires
+            if _is_section(info):
+                values.setdefault(name, {})
+        config = self._validate(values)
+        if self.problems:
+            listed = list(dict.fromkeys(self.problems))
+            raise ConfigError(
+                listed[0] if len(listed) == 1 else f"{len(listed)} mistakes:\n  " + "\n  ".join(listed)
+            ) from None
+        return config
+
+    def _parse_flags(self, argv: list[str]) -> dict[str, Any]:
+        parser = build_parser(self.config_class, self.leaves, self.description)
+        try:
+            namespace, unknown = parser.parse_known_args([_dashed(word) for word in argv])
+        except argparse.ArgumentError as error:
+            raise ConfigError(str(error)) from None
+        actions = parser._option_string_actions
+        as_typed = {_dashed(flag): flag for flag in (word.partition("=")[0] for word in argv)}
+        self.typed = {actions[flag].dest: typed for flag, typed in as_typed.items() if flag in actions}
+        for word in unknown:
+            if word.startswith("--"):
+                flag = as_typed[word.partition("=")[0]]
+                self.problems.append(f"{flag}: unknown flag{self._nearest(flag, [_bare(known) for known in actions])}")
+            elif not any("unknown flag" in problem for problem in self.problems):  # else it may be that flag's value
+                self.problems.append(f"unexpected argument '{word}'")
+        return dict(vars(namespace))
+
+    def _merge_yaml(self, path: Path, values: dict[str, Any]) -> None:
+        self.source = f"{path}: "
+        loaded = _read_yaml(path)
+        for key, value in loaded.items():
+            section = self.config_class.model_fields.get(key) if isinstance(key, str) else None
+            leaf = self.keys.get(key) if isinstance(key, str) else None
+            if section is not None and _is_section(section) and not isinstance(value, dict):
+                self.problems.append(f"{path}: {key}: expected a mapping of keys to values, found {value!r}")
+            elif leaf is not None and (section is None or not _is_section(section)):
+                _assign(values, self.leaves[leaf][0], leaf, value)
+            elif isinstance(value, dict) and section is not None:
+                target = values.setdefault(key, {})
+                target.update({self._leaf_of(key, inner): item for inner, item in value.items()})
+            else:
+                values[str(key)] = value
+
+    def _leaf_of(self, section: str, key: Any) -> Any:
+        """The field that a YAML key inside a section means."""
+        leaf = self.keys.get(key) if isinstance(key, str) else None
+        return leaf if leaf is not None and self.leaves[leaf][0] == (section,) else key
+
+    def _validate(self, values: dict[str, Any]) -> Section | None:
+        """The config; None where there are problems. Checks of combinations run only on values that are right by
+        themselves, so the wrong ones are taken out and the rest is checked again."""
+        for _ in range(4):
+            try:
+                return self.config_class.model_validate(values)
+            except ConfigError as error:  # of a validator that reads a file
+                self.problems.append(str(error))
+                break
+            except ValidationError as error:
+                mistakes = error.errors()
+            for item in mistakes:
+                self.problems += [text for text in self._describe(item) if MISSING not in text]
+            removed = [_take_out(values, item, self.leaves) for item in mistakes]
+            if False in removed:
+                break
+        return None
+
+    def _describe(self, item: Any) -> Iterator[str]:
+        location = [str(part) for part in item["loc"]]
+        leaf = next((part for part in location if part in self.leaves), "")
+        typed = self.typed.get(leaf)
+        key = typed or ".".join(location)
+        place = key if typed or not self.source or not location else self.source + key
+        if item["type"] == "extra_forbidden":
+            yield f"{place}: unknown key{self._nearest(location[-1], [*self.keys, *self.config_class.model_fields])}"
+        elif item["type"] == "missing":
+            yield f"{key}: required (flag {_dashed('--' + location[-1])})"
+        elif item["type"] == "literal_error":
+            expected = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            hint = suggest(str(item["input"]), expected)
+            known = f"; known: {', '.join(expected)}"
+            yield f"{place}: unknown value '{item['input']}'{hint if hint != known else ''}{known}"
+        elif item["type"] in ("value_error", "assertion_error"):
+            for line in item["msg"].removeprefix("Value error, ").split("\n"):
+                message = self._as_typed(line.strip())
+                yield f"{place}: {message}" if place and not message.startswith(place) else message
+        else:
+            yield f"{place}: {item['msg']} (found {item['input']!r})"
+
+    def _as_typed(self, message: str) -> str:
+        """Field names before the first colon become the flags that the user typed."""
+        head, colon, rest = message.partition(":")
+        for leaf, flag in self.typed.items():
+            head = re.sub(rf"^{leaf}\b" if "_" not in leaf else rf"\b{leaf}\b", flag, head)
+        return head + colon + rest
+
+    def _nearest(self, name: str, known: Iterable[str]) -> str:
+        """What an unknown name probably means: a name of another project, or one of ours mistyped or cut short."""
+        bare, dashes = _bare(name), "--" if name.startswith("--") else ""
+        names = {_bare(word) for word in known}
+        if not dashes and bare in self.keys:  # a key in the wrong section
+            return f"; did you mean '{'.'.join((*self.leaves[self.keys[bare]][0], self.keys[bare]))}'?"
+        peer = PEER_FLAGS.get(bare.replace("_", "-"), ())
+        if isinstance(peer, str):
+            return f";{peer}"
+        found = [word for word in map(_bare, peer) if word in names][:1]
+        found = found or difflib.get_close_matches(bare, sorted(names), n=1, cutoff=0.8)
+        found = found or sorted((word for word in names if word.startswith(bare + "_")), key=len)[:1]
+        return f"; did you mean '{_dashed(dashes + found[0]) if dashes else found[0]}'?" if found else ""
 
 
-def _merge_yaml(
-    config_class: type[Section],
-    leaves: dict[str, tuple[tuple[str, ...], FieldInfo]],
-    path: Path,
-    values: dict[str, Any],
-    problems: list[str],
-) -> None:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,20 +250,28 @@ def _merge_yaml(
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if loaded is None:
-        return
-    if not isinstance(loaded, dict):
+    if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
-    for key, value in loaded.items():
-        section = config_class.model_fields.get(key) if isinstance(key, str) else None
-        if section is not None and _is_section(section) and not isinstance(value, dict):
-            problems.append(f"{key}: expected a mapping of keys to values, found {value!r}")
-        elif key in leaves and leaves[key][0]:
-            _assign(values, leaves[key][0], key, value)
-        elif isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key].update(value)
-        else:
-            values[str(key)] = dict(value) if isinstance(value, dict) else value
+    return loaded or {}
+
+
+def _take_out(values: dict[str, Any], item: Any, leaves: Leaves) -> bool:
+    """Remove the value of a mistake, or put MISSING for what is missing; False where there is nothing to remove."""
+    *path, name = [str(part) for part in item["loc"]] or [""]
+    for depth, part in enumerate(item["loc"]):  # an item of a list: take the list out
+        if part in leaves:
+            path, name = [str(word) for word in item["loc"][:depth]], str(part)
+    inner: Any = values
+    for part in path:
+        inner = inner.get(part) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        return False
+    if item["type"] == "missing":
+        inner[name] = MISSING
+        return True
+    found = name in inner
+    inner.pop(name, None)
+    return found
 
 
 def _is_section(info: FieldInfo) -> bool:
@@ -185,28 +281,19 @@ def _is_section(info: FieldInfo) -> bool:
 def _assign(values: dict[str, Any], path: tuple[str, ...], name: str, raw: Any) -> None:
     for part in path:
         values = values.setdefault(part, {})
-        if not isinstance(values, dict):  # the YAML gave a scalar for a section; pydantic will say so
+        if not isinstance(values, dict):  # the YAML gave a scalar for a section, which is reported
             return
     values[name] = None if isinstance(raw, str) and raw.lower() in ("none", "null") else raw
 
 
-def _describe(config_class: type[Section], leaves: dict[str, tuple[tuple[str, ...], FieldInfo]], item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        names = list(leaves) + list(config_class.model_fields)
-        hint = suggest(location[-1], names)
-        return f"{key}: unknown key{hint if hint.startswith('; did') else ''}"
-    if item["type"] == "missing":
-        return f"{key}: required (flag {_dashed('--' + location[-1])})"
-    if item["type"] == "literal_error":
-        expected = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        hint = suggest(str(item["input"]), expected)
-        known = f"; known: {', '.join(expected)}"
-        return f"{key}: unknown value '{item['input']}'{hint if hint != known else ''}{known}"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = f" (found {item['input']!r})" if item["type"] not in ("value_error", "assertion_error") else ""
-    return f"{key}: {message}{shown}" if key else message
+def _synonyms(info: FieldInfo) -> list[str]:
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    return typing.cast(list[str], extra.get("flags", []))
+
+
+def _bare(flag: str) -> str:
+    """`--ttt-length` -> `ttt_length`."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _dashed(word: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,21 @@ import pytest
 from specforge_lite import __version__
 from specforge_lite.cli import COMMANDS, main
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.peer_flags import PEER_FLAGS
 from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.core.settings import Section, build_parser, leaf_fields, parse_config
+from specforge_lite.training.eagle1 import Eagle1Config
+from specforge_lite.training.settings import TrainConfig
 from tests.script_runner import ROOT, load_script
+
+
+def config_classes() -> Iterator[type[Section]]:
+    """The config of every command."""
+    for place, _ in COMMANDS.values():
+        module = importlib.import_module(f"specforge_lite.cli.{place.split(':')[0]}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Section) and value.__name__.endswith("Config"):
+                yield value
 
 
 class Example(Section):
@@ -40,10 +54,83 @@ def test_all_mistakes_at_once_with_suggestions() -> None:
     text = str(caught.value)
     assert "--max-lenght: unknown flag; did you mean '--max-length'?" in text
     assert "target.target_model_path: required (flag --target-model-path)" in text
-    assert "target.target_backend: unknown value 'sglan'; did you mean 'sglang'?" in text
-    assert "target.tp_size" in text
-    assert "(found '0')" in text
-    assert "target.mem_frac" in text
+    assert "  --target-backend: unknown value 'sglan'; did you mean 'sglang'?" in text
+    assert "  --tp-size: Input should be greater than or equal to 1 (found '0')" in text
+    assert "  --mem-frac: " in text
+
+
+def test_a_mistake_is_named_as_it_was_typed_and_all_kinds_are_in_one_report(tmp_path: Path) -> None:
+    """Wrong values, impossible combinations and missing files together, with the synonyms that were used."""
+    argv = ["--lr", "fast", "--bs=0", "--warmup_steps", "3", "--warmup-ratio", "0.1", "--testpath", "/no/where"]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, [*argv, "--cpu-offload", "--output-dir", str(tmp_path)])
+    lines = [line.strip() for line in str(caught.value).split("\n")]
+    assert lines[0] == f"{len(lines) - 1} mistakes:"
+    assert len(set(lines)) == len(lines)
+    for start in (
+        "--lr: Input should be a valid number",
+        "--bs: Input should be greater than or equal to 1 (found '0')",
+        "--warmup_steps and --warmup-ratio: give one",
+        "--testpath: no such file: /no/where",
+        "--cpu-offload: only with --sharding fsdp2",
+        "target.target_model_path: required (flag --target-model-path)",
+        "train_data_path: required (flag --train-data-path)",
+    ):
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert "learning_rate" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        (
+            "--gradient_checkpointing",
+            "--gradient_checkpointing: unknown flag; did you mean '--activation-checkpointing'?",
+        ),
+        ("--per_device_train_batch_size", "did you mean '--batch-size'?"),
+        ("--verifier-name-or-path", "did you mean '--target-model-path'?"),
+        ("--epochs", "did you mean '--num-epochs'?"),
+        ("--save_steps", "did you mean '--save-interval'?"),
+        ("--num-warmup-steps", "did you mean '--warmup-steps'?"),
+        ("--sglang-mem-fraction-static", "did you mean '--mem-frac'?"),
+        ("--draft-global-batch-size", "unknown flag; global batch = --batch-size x"),
+        ("--batch", "did you mean '--batch-size'?"),
+        ("--lerning-rate", "did you mean '--learning-rate'?"),
+    ],
+)
+def test_suggestions_go_by_meaning(flag: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, [flag, "3"])
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--num-workers", "--frobnicate", "--order", "--seeds-of-doubt"])
+def test_no_suggestion_goes_by_spelling_alone(flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, [flag, "3"])
+    (line,) = [line for line in str(caught.value).split("\n") if flag in line]
+    assert "did you mean" not in line
+
+
+def test_every_flag_that_is_suggested_exists() -> None:
+    known = {
+        flag.removeprefix("--")
+        for config in (*config_classes(), Eagle1Config)
+        for flag in build_parser(config, leaf_fields(config), "")._option_string_actions
+    }
+    missing = {name for names in PEER_FLAGS.values() if not isinstance(names, str) for name in names} - known
+    assert missing == set()
+
+
+def test_yaml_takes_synonyms_and_names_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base_model_path: m\ntarget: {mem_fraction_static: 0.25}\n")
+    assert parse_config(Example, ["--config", str(file)]).target.mem_frac == 0.25
+    file.write_text("target: {target_model_path: m, max_length: 7, tp_size: 0}\n")
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Example, ["--config", str(file)])
+    assert f"{file}: target.max_length: unknown key; did you mean 'data.max_length'?" in str(caught.value)
+    assert f"{file}: target.tp_size: Input should be greater than or equal to 1 (found 0)" in str(caught.value)
 
 
 def test_abbreviations_are_refused() -> None:

@@ -190,9 +190,9 @@ def test_flag_and_its_mistakes(tmp_path: Path) -> None:
     data.write_text("{}\n")
     common = ["--target-model-path", "m", "--train-data-path", str(data), "--output-dir", str(tmp_path / "run")]
     assert parse_config(TrainConfig, [*common, "--loss", "lk"]).training.loss == "lk"
-    with pytest.raises(ConfigError, match=r"training.loss: unknown value 'kl'.*known: ce, lk, lk_alpha"):
+    with pytest.raises(ConfigError, match=r"--loss: unknown value 'kl'.*known: ce, lk, lk_alpha"):
         parse_config(TrainConfig, [*common, "--loss", "kl"])
-    with pytest.raises(ConfigError, match="loss lk: EAGLE-1 has its own two losses"):
+    with pytest.raises(ConfigError, match="--loss lk: EAGLE-1 has its own two losses"):
         parse_config(Eagle1Config, [*common, "--loss", "lk"])
     with pytest.raises(ConfigError, match="loss: unknown value 'lk_alfa'; did you mean 'lk_alpha'"):
         TTTSettings(loss="lk_alfa")

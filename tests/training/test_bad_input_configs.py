@@ -60,23 +60,23 @@ CASES: dict[str, Case] = {
     "text for a number": yaml(
         "training:\n  batch_size: many\n", "training.batch_size: Input should be a valid integer"
     ),
-    "a fraction of a sample": flags("training.batch_size: Input should be a valid integer", "--batch-size", "1.5"),
+    "a fraction of a sample": flags("--batch-size: Input should be a valid integer", "--batch-size", "1.5"),
     "a list for a number": yaml("training:\n  seed: [1]\n", "training.seed: Input should be a valid integer"),
     "a mapping for a number": yaml("training:\n  seed: {a: 1}\n", "training.seed: Input should be a valid integer"),
     "a scalar for a section": yaml("training: 7\n", "training: expected a mapping of keys to values, found 7"),
     "perhaps for yes": yaml("training:\n  compile: perhaps\n", "training.compile: Input should be a valid boolean"),
-    "a choice nobody offers": flags("training.precision: unknown value 'fp61'; did you mean", "--precision", "fp61"),
-    "a list of words for layers": flags("target.aux_layer_ids.0: Input should be", "--aux-layer-ids", "one", "two"),
+    "a choice nobody offers": flags("--precision: unknown value 'fp61'; did you mean", "--precision", "fp61"),
+    "a list of words for layers": flags("--aux-layer-ids: Input should be", "--aux-layer-ids", "one", "two"),
     # values
-    "no batch": flags("training.batch_size: Input should be greater than or equal to 1", "--batch-size", "0"),
-    "a negative rate": flags("optimizer.learning_rate: Input should be greater than 0", "--learning-rate", "-1"),
-    "a rate that is no number": flags("optimizer.learning_rate: Input should be", "--learning-rate", "nan"),
-    "an infinite rate": flags("optimizer.learning_rate: Input should be", "--learning-rate", "inf"),
-    "a warm-up longer than the run": flags("optimizer.warmup_ratio: Input should be less", "--warmup-ratio", "1.5"),
-    "33 draft steps": flags("training.ttt_length: Input should be less than or equal to 32", "--ttt-length", "33"),
-    "no time": flags("distributed.dist_timeout: Input should be greater", "--dist-timeout", "0"),
-    "a huge number": flags("training.seed: ", "--seed", "9" * 400),
-    "a key on the command line": flags("logging.wandb_key: keys on a command line", "--wandb-key", "s3cret"),
+    "no batch": flags("--batch-size: Input should be greater than or equal to 1", "--batch-size", "0"),
+    "a negative rate": flags("--learning-rate: Input should be greater than 0", "--learning-rate", "-1"),
+    "a rate that is no number": flags("--learning-rate: Input should be", "--learning-rate", "nan"),
+    "an infinite rate": flags("--learning-rate: Input should be", "--learning-rate", "inf"),
+    "a warm-up longer than the run": flags("--warmup-ratio: Input should be less", "--warmup-ratio", "1.5"),
+    "33 draft steps": flags("--ttt-length: Input should be less than or equal to 32", "--ttt-length", "33"),
+    "no time": flags("--dist-timeout: Input should be greater", "--dist-timeout", "0"),
+    "a huge number": flags("--seed: ", "--seed", "9" * 400),
+    "a key on the command line": flags("--wandb-key: keys on a command line", "--wandb-key", "s3cret"),
     # YAML
     "no yaml": yaml("a: [1\n", "FILE:2: not valid YAML"),
     "two documents": yaml("a: 1\n---\nb: 2\n", "FILE:2: not valid YAML"),
@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
         json.dumps({"a": "é"}, ensure_ascii=False).encode("latin-1"),
     ),
     "a draft config that is missing": flags(
-        "draft_model_config: no such file: OUT/none.json", "--draft-model-config", "OUT/none.json"
+        "--draft-model-config: no such file: OUT/none.json", "--draft-model-config", "OUT/none.json"
     ),
     # what the target cannot do
     "a layer the target has not": flags("aux_layer_ids", "--aux-layer-ids", "1", "3", "40"),
@@ -159,9 +159,9 @@ CASES: dict[str, Case] = {
     ),
     # the other scripts
     "eagle-1, a flag of eagle-3": flags(
-        "draft_vocab_size: an EAGLE-1 draft has no such option", "--draft-vocab-size", "9", script="train_eagle1"
+        "--draft-vocab-size: an EAGLE-1 draft has no such option", "--draft-vocab-size", "9", script="train_eagle1"
     ),
-    "eagle-1, weight as text": flags("v_weight: Input should be", "--v-weight", "x", script="train_eagle1"),
+    "eagle-1, weight as text": flags("--v-weight: Input should be", "--v-weight", "x", script="train_eagle1"),
 }
 
 

@@ -166,9 +166,9 @@ def test_what_is_given_replaces_a_default_that_contradicts_it(workshop: Path) ->
     assert config.optimizer.warmup_steps is None
     assert config.optimizer.max_grad_value == 0.0
     assert config.training.num_epochs is None
-    with pytest.raises(ConfigError, match="max_grad_norm and max_grad_value: give one"):
+    with pytest.raises(ConfigError, match="--max-grad-norm and --max-grad-value: give one"):
         eagle_config(workshop, "--max-grad-norm", "1.0", "--max-grad-value", "0.5")
-    with pytest.raises(ConfigError, match="draft_vocab_size: an EAGLE-1 draft has no such option"):
+    with pytest.raises(ConfigError, match="--draft-vocab-size: an EAGLE-1 draft has no such option"):
         eagle_config(workshop, "--draft-vocab-size", "100")
 
 

@@ -56,10 +56,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         )
     message = str(caught.value)
     for part in (
-        "training.batch_size",
+        "--batch-size: ",
         "--ttt-lenght: unknown flag; did you mean '--ttt-length'?",
         "unknown value 'fp64'",
-        "optimizer.learning_rate",
+        "--learning-rate: ",
     ):
         assert part in message
 
@@ -74,7 +74,7 @@ def test_impossible_combinations_are_told_at_once(tmp_path: Path) -> None:
             ),
         )  # fmt: skip
     message = str(caught.value)
-    for part in ("warmup_steps and warmup_ratio", "cpu_offload", "max_tokens_per_batch 100", "absent.jsonl"):
+    for part in ("--warmup-steps and --warmup-ratio", "--cpu-offload", "--max-tokens-per-batch 100", "absent.jsonl"):
         assert part in message
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.reference_block import reference_pass
 from specforge_lite.model.block import BlockDraft, _query_rows
 from specforge_lite.model.block_attention import visible_keys
 from specforge_lite.model.block_plan import plan_blocks
@@ -128,3 +129,20 @@ def test_statistics_equal_the_authors() -> None:
         total, count = facts["metrics"][f"train/accept_rate@{k}"]
         assert float(output.alpha_sum_K[k]) == pytest.approx(total, rel=1e-5)
         assert float(output.counted_K[k]) == count
+
+
+@pytest.mark.parametrize("name", ["plain", "two_turns", "mask_hole", "block_at_end"])
+def test_the_plain_reference_of_the_benchmark_equals_the_authors(name: str) -> None:
+    draft, head, batch, anchors_n, facts, tensors = load_case(name)
+    weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
+    config = draft.config
+    loss, weight = reference_pass(
+        weights, head.embed_VH, head.lm_head_VH, batch.input_ids_N, batch.loss_mask_N, batch.aux_NG, batch.last_NH,
+        anchors_n, 6, config.block_size, int(config.mask_token_id or 0),
+        (config.num_attention_heads, config.num_key_value_heads, config.head_dim),
+    )  # fmt: skip
+    (loss / (weight + 1e-6)).backward()
+    assert float(loss.detach() / weight) == pytest.approx(facts["loss"], rel=1e-5)
+    for parameter_name, parameter in weights.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, tensors[f"grad.{parameter_name}"], rtol=1e-4, atol=1e-5)

@@ -39,8 +39,7 @@ from specforge_lite.training.distributed import open_world
 from specforge_lite.training.reporting import open_reporter
 from specforge_lite.training.run_dir import catch_signals
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.setup import build_trainer
-from specforge_lite.training.wiring import load_data, load_models, open_dataset, open_target
+from specforge_lite.training.wiring import build_trainer, load_data, load_models, open_dataset, open_target
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

@@ -34,11 +34,10 @@ from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
-from specforge_lite.training.reporting import Reporter, open_reporter
-from specforge_lite.training.run_dir import ExitSummary, StopRequest, catch_signals
+from specforge_lite.training.reporting import ExitSummary, Reporter, open_reporter
+from specforge_lite.training.run_dir import StopRequest, catch_signals
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.setup import build_trainer
-from specforge_lite.training.wiring import RunData, RunModels
+from specforge_lite.training.wiring import RunData, RunModels, build_trainer
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
 INFO = TargetInfo(

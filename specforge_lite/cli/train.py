@@ -35,16 +35,6 @@ def eagle1() -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from specforge_lite.training.distributed import open_world, report_failure
-    from specforge_lite.training.reporting import open_reporter
-    from specforge_lite.training.run_dir import catch_signals
-    from specforge_lite.training.setup import build_trainer
-    from specforge_lite.training.wiring import load_data, load_models, open_target
+    from specforge_lite.training.wiring import run_training
 
-    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
-        data = load_data(config)
-        with open_target(config, world) as engine, report_failure(world):
-            models = load_models(config, engine.info, data, world)
-            trainer = build_trainer(config, world, data, engine, models, reporter, stop)
-            trainer.train()
-    return stop.exit_code
+    return run_training(config)

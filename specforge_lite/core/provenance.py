@@ -68,7 +68,7 @@ def collect_provenance(config: dict[str, Any] | None = None) -> dict[str, Any]:
     """JSON-ready facts about this process: what was run, with what, on what. Never a secret, never a host name."""
     return {
         "command": redact_argv([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": wall_time(),
         "specforge_lite": specforge_lite.__version__,
         "git": git_state(Path(specforge_lite.__file__).parent),
         "python": platform.python_version(),
@@ -76,6 +76,11 @@ def collect_provenance(config: dict[str, Any] | None = None) -> dict[str, Any]:
         "machine": machine(),
         "config": redact(config) if config is not None else None,
     }
+
+
+def wall_time() -> str:
+    """Date and time for people, in UTC: `2026-11-27T18:05:00+00:00`. Never used to measure anything."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def package_versions() -> dict[str, str]:

@@ -168,6 +168,15 @@ class BatchPlan:
             return num_epochs * self.num_steps(0)
         return sum(self.num_steps(epoch) for epoch in range(num_epochs))
 
+    def remaining_steps(self, num_epochs: int) -> int:
+        """Global steps from the current position to the end of the first `num_epochs` epochs."""
+        if self.epoch >= num_epochs:
+            return 0
+        groups = self._groups(self.epoch)
+        left = len(groups) - self._first_group(groups, self.consumed)
+        later = sum(self.num_steps(epoch) for epoch in range(self.epoch + 1, num_epochs))
+        return -(-left // self._groups_per_step) + later
+
     @property
     def _groups_per_step(self) -> int:
         per_micro = 1 if self.max_tokens_per_batch is not None else self.batch_size

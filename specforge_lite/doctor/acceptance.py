@@ -17,7 +17,7 @@ from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.inference.speculative import SpeculativeModel
-from specforge_lite.training.trackers import METRICS_FILE, read_metrics
+from specforge_lite.training.reporting import METRICS_FILE, read_metrics
 from specforge_lite.training.wiring import open_dataset
 
 Problem = tuple[str, str]  # (level, message)

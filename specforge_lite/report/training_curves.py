@@ -19,7 +19,7 @@ from typing import Any
 from specforge_lite.core.errors import DataError
 from specforge_lite.report.figures import new_figure, save_figure, step_colours
 from specforge_lite.report.sources import read_jsonl
-from specforge_lite.training.trackers import METRICS_FILE
+from specforge_lite.training.run_dir import METRICS_FILE
 
 PANELS = {
     "step_loss": "loss by position",

@@ -1,10 +1,16 @@
-"""From dataset indices to batches on the device: plan -> samples -> captured states (ahead of time) -> DraftBatch."""
+"""From dataset indices to batches on the device: plan -> samples -> captured states (ahead of time) -> DraftBatch.
+
+With `--sp-size` neighbouring ranks share each batch; the first rank of such a group captures, the others receive:
+
+    rank 0   plan -> samples -> captured states -> batch --.        the target runs once per batch,
+    rank 1   plan ---------------------------------------- batch    whatever the size of the group
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,11 +21,12 @@ from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import CLOSE_SECONDS, SkipBudget, prefetch
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.target_head import TargetHead
+from specforge_lite.training.distributed import World
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
 
 
 class Dataset(Protocol):
-    """What training needs of `data.cache.TokenizedDataset` or `training.offline.OfflineDataset`."""
+    """What training needs of `data.store.TokenizedDataset`."""
 
     fingerprint: str
 
@@ -36,7 +43,7 @@ class StepBatches:
     planned: PlannedStep
 
 
-class Feed:
+class Dataloader:
     """Iterate over the steps of this rank. Captures run ahead; what an engine raises is raised here, in order.
 
     num_skipped: samples of this rank left out of the steps handed out so far. wait_seconds: time spent waiting.
@@ -49,22 +56,22 @@ class Feed:
         engine: TargetEngine,
         to_batch: Callable[[Sequence[TokenizedSample], Sequence[CapturedStates]], DraftBatch],
         skips: SkipBudget,
-        depth: int = 2,
+        samples_per_batch: float = 1,
     ) -> None:
+        """samples_per_batch: of a micro batch on average, to keep the engine's request slots full."""
         self._steps, self._dataset, self._to_batch = steps, dataset, to_batch
         self._planned: deque[PlannedStep] = deque()
-        self._num_skipped = 0
+        self.num_skipped = 0
+        depth = max(2, -(-engine.max_concurrency // max(1, int(samples_per_batch))))
+        if torch.cuda.is_available():
+            engine = _PinningEngine(engine)
         self._prefetcher = prefetch(engine, self._micro_batches(), depth, skips)
-
-    @property
-    def num_skipped(self) -> int:
-        return self._num_skipped
 
     @property
     def wait_seconds(self) -> float:
         return self._prefetcher.wait_seconds
 
-    def __iter__(self) -> Feed:
+    def __iter__(self) -> Dataloader:
         return self
 
     def __next__(self) -> StepBatches:
@@ -87,13 +94,22 @@ class Feed:
     ) -> Iterator[DraftBatch]:
         for number, indices in enumerate(step.micro_batches):
             samples, states = first if number == 0 else next(self._prefetcher)
-            self._num_skipped += len(indices) - len(samples)
+            self.num_skipped += len(indices) - len(samples)
             yield self._to_batch(samples, states)
 
 
-def prefetch_depth(engine: TargetEngine, batch_size: int) -> int:
-    """Micro batches to capture ahead: enough to keep the engine's request slots full, and never fewer than two."""
-    return max(2, -(-engine.max_concurrency // batch_size))
+class _PinningEngine:
+    """An engine whose states are copied to pinned memory by the thread that captures, not by the one that trains: from
+    there they travel to the GPU while it computes."""
+
+    def __init__(self, engine: TargetEngine) -> None:
+        self._engine = engine
+        self.info, self.max_concurrency, self.close = engine.info, engine.max_concurrency, engine.close
+
+    def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
+        pin = lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory()  # noqa: E731
+        states = self._engine.capture(samples)
+        return [replace(state, aux_LAH=pin(state.aux_LAH), last_LH=pin(state.last_LH)) for state in states]
 
 
 class BatchMaker:
@@ -123,10 +139,10 @@ class BatchMaker:
             return batch
 
     def _make(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
-        last = [self._move(s.last_LH) for s in states]
-        normed = [x if s.last_is_normed else self._head.norm(x) for x, s in zip(last, states)]
-        batch = collate(list(samples), normed, [self._move(s.aux_LAH) for s in states])
-        return batch.to(self._device, self._dtype)
+        last = [state.last_LH.to(self._device, non_blocking=True) for state in states]
+        aux = [state.aux_LAH.to(self._device, non_blocking=True) for state in states]
+        normed = [x if state.last_is_normed else self._head.norm(x) for x, state in zip(last, states)]
+        return collate(list(samples), normed, aux).to(self._device, self._dtype)
 
     def idle_batch(self) -> DraftBatch:
         """Two tokens with nothing to learn: keeps a rank without samples in step; its gradient is exactly zero."""
@@ -135,11 +151,6 @@ class BatchMaker:
         zeros = torch.zeros(2, (self._num_aux_layers + 1) * hidden)
         batch = DraftBatch(ids, ids.bool(), [0, 2], zeros[:, hidden:], zeros[:, :hidden], [])
         return batch.to(self._device, self._dtype)
-
-    def _move(self, states: Tensor) -> Tensor:
-        if self._device.type == "cuda" and states.device.type == "cpu":
-            states = states.pin_memory()  # so that the host does not wait for the copy
-        return states.to(self._device, non_blocking=True)
 
 
 def bad_documents(batch: DraftBatch) -> Tensor:
@@ -150,3 +161,58 @@ def bad_documents(batch: DraftBatch) -> Tensor:
     doc_of_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(finite_N.device, non_blocking=True)
     bad_S = torch.zeros(len(lengths), device=finite_N.device)
     return bad_S.index_add_(0, doc_of_N, (~finite_N).float()) > 0
+
+
+# ------------------------------------------------------------------------------------------------ sequence parallelism
+
+
+class FollowerDataloader(Dataloader):
+    """That of a group's other ranks: the same plan, no captures of their own, nothing skipped, nothing waited for."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, steps: Iterator[PlannedStep], world: World, dtype: torch.dtype) -> None:
+        self._steps, self._world, self._dtype = steps, world, dtype
+        self.num_skipped = 0
+
+    def __next__(self) -> StepBatches:
+        step = next(self._steps)
+        return StepBatches((receive_batch(self._world, self._dtype) for _ in step.micro_batches), step)
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Nothing runs ahead."""
+
+
+def share_batch(batch: DraftBatch, world: World) -> DraftBatch:
+    """Send a batch to the other ranks of the group; they call `receive_batch`."""
+    ids = "\n".join(batch.sample_ids).encode()
+    offsets = torch.tensor(batch.doc_offsets)
+    sizes = [len(ids), len(offsets), batch.aux_NG.shape[1], batch.last_NH.shape[1]]
+    mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
+    world.share_in_group_(torch.tensor(sizes))
+    world.share_in_group_(torch.frombuffer(bytearray(ids or b"-"), dtype=torch.uint8))
+    for tensor in (offsets, batch.input_ids_N, mask_N.byte(), batch.aux_NG, batch.last_NH):
+        world.share_in_group_(tensor)
+    return batch
+
+
+def receive_batch(world: World, dtype: torch.dtype) -> DraftBatch:
+    """The batch that the group's first rank shares, on this rank's device. dtype: of its hidden states."""
+    num_bytes, num_offsets, aux_width, width = world.share_in_group_(torch.zeros(4, dtype=torch.int64)).tolist()
+    ids = world.share_in_group_(torch.zeros(max(1, num_bytes), dtype=torch.uint8))
+    offsets = world.share_in_group_(torch.zeros(num_offsets, dtype=torch.int64)).tolist()
+    num_tokens, device = offsets[-1], world.device
+    input_ids_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.int64, device=device))
+    mask_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.uint8)).bool()
+    aux_NG = world.share_in_group_(torch.empty(num_tokens, aux_width, dtype=dtype, device=device))
+    last_NH = world.share_in_group_(torch.empty(num_tokens, width, dtype=dtype, device=device))
+    names = bytes(ids.numpy())[:num_bytes].decode()
+    return DraftBatch(
+        input_ids_N=input_ids_N,
+        loss_mask_N=mask_N.to(device, non_blocking=True),
+        doc_offsets=offsets,
+        aux_NG=aux_NG,
+        last_NH=last_NH,
+        sample_ids=names.split("\n") if names else [],
+        host_mask_N=mask_N,
+    )

@@ -78,7 +78,7 @@ class World:
         return self.rank // self.sp_size
 
     def agree(self, step: int, stopping: bool, out_of_data: bool, num_skipped: int) -> Verdict:
-        """Meet before `step`. Host only. Raises RuntimeError when another rank is gone or does not come in time."""
+        """Meet before `step`. Host only. Raises RuntimeError when another rank is dead or does not come in time."""
         if not self.distributed:
             return Verdict(int(stopping), int(out_of_data), num_skipped)
         self.place(f"waiting for the other ranks before step {step}", step)
@@ -88,7 +88,7 @@ class World:
         return Verdict(*(int(x) for x in self._buffer.tolist()))
 
     def place(self, where: str, step: int) -> None:
-        """Tell the other ranks where this one is, for their message should it hang."""
+        """Publish where this rank is, for the message of the others should it hang."""
         if self.board is not None:
             self.board.place(where, step)
 
@@ -156,7 +156,7 @@ def open_world(config: DistributedSection) -> Iterator[World]:
     device = _own_device(int(os.environ.get("LOCAL_RANK", "0")))
     world = World(rank, world_size, device, timeout_s=60 * config.dist_timeout)
     if world_size % config.sp_size:
-        if not world.is_main:  # one rank tells it
+        if not world.is_main:  # one rank reports it
             sys.exit(USER_ERROR_EXIT_CODE)
         raise ConfigError(
             f"sp_size {config.sp_size}: does not divide the {world_size} torchrun rank(s); start a multiple of it, as"
@@ -177,13 +177,13 @@ def open_world(config: DistributedSection) -> Iterator[World]:
     finally:
         if world.board is not None:
             world.board.close()
-    if needs_group:  # not after an error: nccl would wait for the ranks that are gone
+    if needs_group:  # not after an error: nccl would wait for dead ranks
         dist.destroy_process_group()
 
 
 @contextmanager
 def report_failure(world: World) -> Iterator[None]:
-    """Show an error, and tell the other ranks, at once: before engines are stopped and files are closed."""
+    """Report an error to the user and the other ranks at once: before engines are stopped and files are closed."""
     try:
         yield
     except Exception as error:

@@ -46,6 +46,9 @@ class Eagle1TrainingSection(TrainingSection):
     eval_interval: int = Field(0, ge=0, description="evaluate every so many steps, and at the end; 0: see eval_epochs")
     eval_epochs: int | None = Field(1, ge=1, description="evaluate after every so many epochs")
 
+    def loss_settings(self) -> dict[str, Any]:
+        return {"v_weight": self.v_weight, "p_weight": self.p_weight, "noise": self.noise}
+
     @model_validator(mode="before")
     @classmethod
     def _steps_replace_epochs(cls, values: Any) -> Any:

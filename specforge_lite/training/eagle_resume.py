@@ -125,9 +125,9 @@ def _set_tensors(draft: Draft, tensors: dict[str, Tensor], shapes: dict[str, lis
 
 
 def resume_from_state(
-    start: EagleStart, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World, total: int
+    start: EagleStart, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
 ) -> Progress:
-    """AdamW's moments, and the beginning of epoch N + 1. Raises ConfigError where the run would be over."""
+    """AdamW's moments, and the beginning of epoch N + 1."""
     states = optimizer.state_tensors()
     steps = {name: float(values["step"]) for name, values in start.moments.items()}
     steps = json.loads(world.broadcast_text(json.dumps(steps)))
@@ -140,10 +140,5 @@ def resume_from_state(
         optimizer.load_steps(steps)
     plan.load_state_dict({**plan.state_dict(), "epoch": start.epoch + 1, "consumed": 0})
     done = plan.total_steps(start.epoch + 1)
-    if done >= total:
-        raise ConfigError(
-            f"{start.path}: {start.epoch + 1} epochs are done ({done} steps), the run ends after {total} steps; give"
-            f" --num-epochs above {start.epoch + 1}, or another --output-dir to start anew"
-        )
     info(f"resumed from {start.path}: epoch {start.epoch + 1} begins" + ("" if start.names else ", optimizer fresh"))
     return Progress(step=done, data=plan.state_dict())

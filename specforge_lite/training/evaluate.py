@@ -23,7 +23,7 @@ from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.sampler import PlannedStep
-from specforge_lite.training.dataloader import BatchMaker, Dataset, Feed, prefetch_depth
+from specforge_lite.training.dataloader import BatchMaker, Dataloader, Dataset
 from specforge_lite.training.distributed import World
 from specforge_lite.types import DraftBatch, StepOutput
 
@@ -219,12 +219,12 @@ def evaluate(
     plan = evaluation_batches(count, batch_size, world.rank, world.world_size)
     skips = skips or SkipBudget(num_samples=count)
     steps = (PlannedStep([indices], {}) for indices in plan)
-    feed = Feed(steps, dataset, engine, to_batch, skips, prefetch_depth(engine, batch_size))
+    loader = Dataloader(steps, dataset, engine, to_batch, skips, batch_size)
     try:
-        rows = list(_rows(forward, (batch for step in feed for batch in step.batches), chain_length, on_batch))
+        rows = list(_rows(forward, (batch for step in loader for batch in step.batches), chain_length, on_batch))
     finally:
-        feed.close()
-    rows_of_ranks, num_skipped = _gather_rows(rows, feed.num_skipped, world)
+        loader.close()
+    rows_of_ranks, num_skipped = _gather_rows(rows, loader.num_skipped, world)
     return result_of(rows_of_ranks, num_steps, chain_length, num_skipped)
 
 

@@ -1,11 +1,14 @@
-"""How ranks learn that one of them failed, died or hangs, and say whose fault it was.
+"""How ranks learn that one of them failed, died or hangs, and name the rank at fault.
 
 Each rank has a thread that writes a counter and the rank's place into the rendezvous store once a second and looks
-for a report of another rank. The rank that reports first prints its own error before the others say anything.
+for a report of another rank. The rank that reports first prints its own error before the others print anything.
 
     rank 1 raises       -> report, prints its traceback          others: stopped, because rank 1 failed
     rank 1 is killed    -> its counter stands still              others: rank 1 died without an error message
     rank 1 hangs        -> its counter runs, its place does not  others, after --dist-timeout: rank 1 hangs in step 12
+
+torch's `@record` was tried in its place: it writes one rank's exception into a file that torchrun's closing traceback
+quotes, but knows nothing of a killed or hanging rank, and the quote is not the last line either.
 """
 
 from __future__ import annotations
@@ -20,23 +23,17 @@ import traceback
 import torch.distributed as dist
 
 from specforge_lite.core.errors import SpecforgeError
+from specforge_lite.core.log import print_last
 
 BEAT_SECONDS = 0.5
 # Time that a rank has to leave on its own (through the error of its collective) before its watcher ends the process.
 GRACE_SECONDS = 10.0
 PEER_FAILED_EXIT_CODE = 1
-# What gloo and nccl say when a peer is gone or late; they raise RuntimeError for everything.
+# What gloo and nccl report when a peer is dead or late; they raise RuntimeError for everything.
 BROKEN_COLLECTIVE_MARKS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "socket closed",
-    "timed out waiting",
-    "application timeout",
-    "remote process exited",
-    "communicator was aborted",
-)
+    "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed",
+    "timed out waiting", "application timeout", "remote process exited", "communicator was aborted",
+)  # fmt: skip
 
 
 class FailureBoard:
@@ -46,8 +43,7 @@ class FailureBoard:
         self._store = dist.PrefixStore("ranks", store)
         self._rank, self._world_size = rank, world_size
         self._where, self._step, self._beat = "starting", 0, 0
-        self._closed = threading.Event()
-        self._leaving = threading.Event()
+        self._closed, self._leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failure-board", daemon=True)
         self._thread.start()
 
@@ -56,33 +52,35 @@ class FailureBoard:
         self._where, self._step = where, step
 
     def report(self, error: BaseException) -> None:
-        """Show `error` of this rank, unless another rank failed before; then say which. Later calls do nothing.
+        """Show `error` of this rank, unless another rank failed before; then name that one. Later calls do nothing.
 
         A collective that broke because a peer went away is never shown as this rank's own error.
         """
         if self._leaving.is_set():
             return
         self._leaving.set()
-        line = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if _is_broken_collective(error):
-            self._say(self._who_failed(line))
+        text = str(error).strip()
+        line = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+        if isinstance(error, RuntimeError) and any(mark in text.lower() for mark in BROKEN_COLLECTIVE_MARKS):
+            self._print(self._who_failed(line))
             return
         try:
             first = int(self._store.compare_set("first", "", str(self._rank)).decode())
-        except RuntimeError:  # the store's host is gone; our own error is what we know
+        except RuntimeError:  # the store's host is dead; our own error is what we know
             first = self._rank
         if first != self._rank:
-            self._say(self._describe(first))
+            self._print(self._describe(first))
             return
         if isinstance(error, SpecforgeError):
-            self._say(f"error: {error}")
+            print_last(f"rank {self._rank}: error: {error}")
         else:
-            self._say("".join(traceback.format_exception(error)))
+            self._print("".join(traceback.format_exception(error)))
+            print_last(f"rank {self._rank}: {line}", only_after_launcher=True)
         with contextlib.suppress(RuntimeError):
             self._store.set("error", line)
 
     def close(self) -> None:
-        """Say that this rank is done and stop the thread."""
+        """This rank is done: stop the thread."""
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join(2 * BEAT_SECONDS)
@@ -96,23 +94,18 @@ class FailureBoard:
                 self._beat += 1
                 self._store.set(f"beat/{self._rank}", f"{self._beat}|{self._step}|{self._where}")
                 failed = self._store.check(["first"])
-            except RuntimeError:  # no store, no torchrun: the collective of the main thread will say so
+            except RuntimeError:  # no store, no torchrun: the collective of the main thread will raise
                 continue
             if failed and not self._leaving.is_set():
                 seen_at = seen_at or time.monotonic()
-                if time.monotonic() - seen_at > GRACE_SECONDS:
-                    self._end_process()
+                if time.monotonic() - seen_at > GRACE_SECONDS:  # the main thread sits in a call that will not return
+                    message = "another rank failed"
+                    with contextlib.suppress(RuntimeError):
+                        message = self._describe(int(self._store.get("first").decode()))
+                    self._print(message)
+                    os._exit(PEER_FAILED_EXIT_CODE)
 
-    def _end_process(self) -> None:
-        """The main thread sits in a collective or a device call that will not return; leave without it."""
-        try:
-            message = self._describe(int(self._store.get("first").decode()))
-        except RuntimeError:
-            message = "another rank failed"
-        self._say(message)
-        os._exit(PEER_FAILED_EXIT_CODE)
-
-    def _say(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
 
     def _describe(self, rank: int) -> str:
@@ -151,15 +144,7 @@ class FailureBoard:
         found = []
         for rank in range(self._world_size):
             key = f"beat/{rank}"
-            if not self._store.check([key]):
-                found.append((0, 0, "starting"))
-                continue
-            beat, step, where = self._store.get(key).decode().split("|", 2)
+            text = self._store.get(key).decode() if self._store.check([key]) else "0|0|starting"
+            beat, step, where = text.split("|", 2)
             found.append((int(beat), int(step), where))
         return found
-
-
-def _is_broken_collective(error: BaseException) -> bool:
-    """True for what torch.distributed raises when a peer is gone or late (it has one exception type for all)."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(mark in text for mark in BROKEN_COLLECTIVE_MARKS)

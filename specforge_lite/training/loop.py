@@ -5,6 +5,7 @@ Nothing in `train_step` waits for the device. Every `--log-interval` steps the s
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,17 +18,16 @@ from torch.profiler import record_function
 
 from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.core.errors import CaptureError, EngineError, TrainingError
-from specforge_lite.core.log import info
-from specforge_lite.data.sampler import PlannedStep
+from specforge_lite.core.log import info, progress
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.checkpoint import save_checkpoint
-from specforge_lite.training.dataloader import Feed, StepBatches, bad_documents
+from specforge_lite.training.dataloader import Dataloader, StepBatches, bad_documents
 from specforge_lite.training.distributed import World
 from specforge_lite.training.evaluate import EvalResult
 from specforge_lite.training.metrics import (
     Clock,
-    Fetched,
+    MeanOver,
     MetricBuffer,
     SpikeDetector,
     StepRecord,
@@ -38,11 +38,10 @@ from specforge_lite.training.metrics import (
     step_line,
     summarize_sums,
 )
-from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
+from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft
-from specforge_lite.training.profiling import StepProfiler
-from specforge_lite.training.reporting import Reporter
-from specforge_lite.training.run_dir import ExitSummary, StopRequest
+from specforge_lite.training.reporting import ExitSummary, Reporter
+from specforge_lite.training.run_dir import StopRequest
 from specforge_lite.training.settings import TrainConfig
 
 
@@ -60,7 +59,7 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """One run. All parts are made by `training.setup`; `train` is the whole story."""
+    """One run. All parts are made by `training.wiring`; `train` is the whole story."""
 
     config: TrainConfig
     world: World
@@ -68,7 +67,7 @@ class Trainer:
     optimizer: DraftOptimizer
     target_head: TargetHead
     ttt: TTTSettings
-    feed: Feed
+    dataloader: Dataloader
     reporter: Reporter
     stop: StopRequest
     progress: Progress
@@ -78,52 +77,61 @@ class Trainer:
     engine_health: Callable[[], str] = str  # what is out of order with the engine, for the step line
 
     def __post_init__(self) -> None:
-        self._metrics = MetricBuffer(self.ttt.num_steps)
-        self._spikes = SpikeDetector()
-        self._clock = Clock()
+        self._buffer = MetricBuffer(self.ttt.num_steps)
+        self._interval, self._epoch_mean = MeanOver(self.ttt.num_steps), MeanOver(self.ttt.num_steps)
+        self._spikes, self._clock = SpikeDetector(), Clock()
         self._started = time.perf_counter()
         self._first_step = self._saved_step = self.progress.step
-        self._interval, self._slots, self._epoch_ended = _Interval(), _Slots(), False
+        self._packed_tokens = self._packed_slots = 0
+        self._epoch_ended = False
         self._num_skipped = self.progress.skipped_before
+        self._latest: dict[str, Any] = {}
         self.reporter.watch(self.summary)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> ExitSummary:
-        """Train until `total_steps`, a signal, or the end of the data on any rank; save; say why it ended."""
+        """Train until `total_steps`, a signal, or the end of the data on any rank; save; report why it ended."""
         self.stop.in_loop = True
         try:
-            summary = self._finish(self._run_steps())
+            reason = self._run_steps()
+            self._report()
+            if self.progress.step > self._saved_step:
+                self.save()
+            summary = self.summary(reason)
+            self.reporter.finish(summary)
         except BaseException:
-            self.feed.close(timeout_s=1.0)  # no thread stays behind, and the error is told at once
+            self.dataloader.close(timeout_s=1.0)  # no thread stays behind, and the error is reported at once
             raise
-        self.feed.close()
+        self.dataloader.close()
         return summary
 
     def _run_steps(self) -> str:
         """Steps until the last one, a signal, or the end of the data; -> which of them it was."""
-        with StepProfiler(self.config.training, self.config.checkpoint.output_dir, self.world) as profiler:
+        bar = progress(self.total_steps, "training", "step", initial=self.progress.step, disable=not _on_terminal())
+        with bar, _step_profiler(self.config, self.world, self.progress.step) as profiler:
             while self.progress.step < self.total_steps:
-                batches = None if self.stop else self._next_batches()
+                with self._naming_the_checkpoint():
+                    batches = None if self.stop else next(self.dataloader, None)
                 out_of_data = batches is None and not self.stop
-                verdict = self.world.agree(self.progress.step, bool(self.stop), out_of_data, self.feed.num_skipped)
+                verdict = self.world.agree(
+                    self.progress.step, bool(self.stop), out_of_data, self.dataloader.num_skipped
+                )
                 self._num_skipped = self.progress.skipped_before + verdict.num_skipped_samples
                 if verdict.num_stopping or verdict.num_out_of_data:
                     return f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
                 assert batches is not None
                 with self._naming_the_checkpoint(), record_function("training step"):
                     self.train_step(batches)
-                profiler.step(self.progress.step)
+                bar.update()
+                if profiler is not None:
+                    profiler.step()
                 self._after_step()
         return "finished"
 
-    def _next_batches(self) -> StepBatches | None:
-        with self._naming_the_checkpoint():
-            return next(self.feed, None)
-
     @contextmanager
     def _naming_the_checkpoint(self) -> Iterator[None]:
-        """What the engine raises ends the run; say where it can go on."""
+        """What the engine raises ends the run; name the checkpoint from which it can go on."""
         try:
             yield
         except (EngineError, CaptureError) as error:
@@ -157,55 +165,42 @@ class Trainer:
         self.progress.step += 1
         self._epoch_ended = planned.state_after["epoch"] > self.progress.data["epoch"]
         self.progress.data = planned.state_after
-        self._slots.add(planned)
-        self._metrics.add(self.progress.step, row, local_row, update, flags, sample_ids)
+        self._packed_tokens += planned.num_tokens
+        self._packed_slots += planned.num_slots
+        self._buffer.add(self.progress.step, row, local_row, update, flags, sample_ids)
 
     def _after_step(self) -> None:
-        settings, step = self.config, self.progress.step
+        training, checkpoint = self.config.training, self.config.checkpoint
+        step, epoch = self.progress.step, self.progress.data["epoch"]
         last = step == self.total_steps
-        if last or step % settings.logging.log_interval == 0:
-            self._drain()
+        due = lambda interval, epochs: (  # noqa: E731
+            (interval > 0 and step % interval == 0) or bool(epochs and self._epoch_ended and epoch % epochs == 0)
+        )
+        if last or due(self.config.logging.log_interval, None):
             self._report()
+        if self._epoch_ended:
+            self._report_epoch(epoch - 1)
         self.reporter.beat(step, self.total_steps, "training")
-        by_epoch = self._epochs_are_due(settings.training.eval_epochs)
-        if self.evaluator is not None and (last or by_epoch or _is_due(step, settings.training.eval_interval)):
+        if self.evaluator is not None and (last or due(training.eval_interval, training.eval_epochs)):
             self.evaluate()
-        if not last and self._save_is_due(step):
+        if not last and due(checkpoint.save_interval, checkpoint.save_epochs):
             self.save()
-
-    def _save_is_due(self, step: int) -> bool:
-        by_epoch = self._epochs_are_due(self.config.checkpoint.save_epochs)
-        return by_epoch or _is_due(step, self.config.checkpoint.save_interval)
-
-    def _epochs_are_due(self, every: int | None) -> bool:
-        """True at the end of every `every`-th epoch."""
-        return every is not None and self._epoch_ended and self.progress.data["epoch"] % every == 0
-
-    def _finish(self, reason: str) -> ExitSummary:
-        if len(self._metrics):
-            self._drain()
-            self._report()
-        if self.progress.step > self._saved_step:
-            self.save()
-        summary = self.summary(reason)
-        self.reporter.finish(summary)
-        return summary
 
     # --------------------------------------------------------------------------------------------------- now and then
 
     def _drain(self) -> None:
         """Fetch the sums of the steps since the last time (waits for the device), judge losses, count bad steps."""
-        if not len(self._metrics):
-            return
-        fetched = self._metrics.fetch()
-        for index, record in enumerate(fetched.records):
+        for record in self._buffer.fetch():
+            self._interval.add(record)
+            self._epoch_mean.add(record, keep=False)
             if record.overflow:
                 info(f"step {record.step}: gradient overflow in fp16, step skipped while the loss scale is searched")
             elif record.skipped:
-                self._note_skipped(fetched, index, record)
+                self.progress.nonfinite_steps += 1
+                self._note("nonfinite_step", record, "loss or gradient not finite; step skipped", record.blame())
             elif self._spikes.is_spike(record.loss):
-                self._note_spike(fetched, index, record)
-        self._interval.add(fetched)
+                own = record.local_loss >= record.loss or not self.world.distributed
+                self._note("loss_spike", record, f"loss spike {record.loss:.4g}", record.sample_ids if own else [])
         budget = self.config.training.nonfinite_budget
         if self.progress.nonfinite_steps > budget:
             raise TrainingError(
@@ -214,38 +209,26 @@ class Trainer:
                 f" Last checkpoint: {self.progress.last_checkpoint or 'none'}"
             )
 
-    def _note_skipped(self, fetched: Fetched, index: int, record: StepRecord) -> None:
-        self.progress.nonfinite_steps += 1
-        ids = self._collect_ids(fetched.blame(index))
-        self.reporter.problem(
-            "nonfinite_step", record.step, f"step {record.step}: loss or gradient not finite; step skipped", ids
-        )
-
-    def _note_spike(self, fetched: Fetched, index: int, record: StepRecord) -> None:
-        local = fetched.local_loss(index)
-        ids = self._collect_ids(fetched.sample_ids[index] if local >= record.loss or not self.world.distributed else [])
-        self.reporter.problem("loss_spike", record.step, f"step {record.step}: loss spike {record.loss:.4g}", ids)
-
-    def _collect_ids(self, own: list[str]) -> list[str]:
-        """Sample ids of all ranks. Collective: every rank sees the same records, so all call it together."""
-        names = [name for text in self.world.gather_texts("\n".join(own)) for name in text.split("\n") if name]
-        return list(dict.fromkeys(names))  # ranks that share a batch name the same
+    def _note(self, event: str, record: StepRecord, message: str, own_ids: list[str]) -> None:
+        """Report a bad step with the sample ids of all ranks. Collective: every rank sees the same records."""
+        names = [name for text in self.world.gather_texts("\n".join(own_ids)) for name in text.split("\n") if name]
+        unique = list(dict.fromkeys(names))  # ranks that share a batch name the same
+        self.reporter.problem(event, record.step, f"step {record.step}: {message}", unique)
 
     def _report(self) -> None:
-        interval, self._interval = self._interval, _Interval()
+        """The step line and its metrics; nothing when no step was done since the last one."""
+        self._drain()
+        interval, self._interval = self._interval, MeanOver(self.ttt.num_steps)
         step = self.progress.step
-        if not interval.losses:
+        if not interval.good:
             if interval.num_steps:
                 info(f"step {step}/{self.total_steps}: every step since the last line was skipped")
             return
-        seconds, wait_share = self._clock.interval(self.feed.wait_seconds)
-        done = step - self._first_step
-        per_step = (time.perf_counter() - self._started) / max(1, done)
+        seconds, wait_share = self._clock.interval(self.dataloader.wait_seconds)
+        per_step = (time.perf_counter() - self._started) / max(1, step - self._first_step)
         metrics = {
-            "loss": interval.mean_loss,
-            **summarize_sums(interval.sums, self.ttt.num_steps),
-            "grad_norm": interval.mean_grad_norm,
-            "learning_rate": learning_rate_at(self.config.optimizer, step - 1, self.total_steps),
+            **interval.metrics(),
+            "learning_rate": self.optimizer.learning_rate(step - 1),
             "epoch": self.progress.data["epoch"] + self.progress.data["consumed"] / self.progress.data["num_samples"],
             "tokens_per_second": interval.tokens / max(seconds, 1e-9),
             "wait_share": wait_share,
@@ -254,12 +237,27 @@ class Trainer:
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": self.progress.nonfinite_steps,
             "engine": self.engine_health(),
-            **self.optimizer.scaler_state(),
+            **(self.optimizer.scaler.state() if self.optimizer.scaler is not None else {}),
         }
-        if self._slots.slots:
-            metrics["packing_efficiency"] = self._slots.take()
+        if self._packed_slots:
+            metrics["packing_efficiency"] = self._packed_tokens / self._packed_slots
+        self._packed_tokens = self._packed_slots = 0
         info(step_line(step, self.total_steps, metrics))
-        self.reporter.metrics(step, metrics)
+        self._send(metrics)
+
+    def _report_epoch(self, epoch: int) -> None:
+        """Accuracy and loss by position, averaged over the epoch (over the part of it since a resume)."""
+        self._drain()
+        mean, self._epoch_mean = self._epoch_mean, MeanOver(self.ttt.num_steps)
+        summary = summarize_sums(mean.sums, self.ttt.num_steps)
+        accuracies, losses = summary["accuracies"], summary["step_losses"]
+        shown = " ".join(f"{value:.3f}" for value in accuracies), " ".join(f"{value:.3f}" for value in losses)
+        info(f"epoch {epoch + 1} ended at step {self.progress.step}: acc {shown[0]} | loss {shown[1]}")
+        self._send({"epoch_accuracies": accuracies, "epoch_losses": losses, "epochs_done": epoch + 1})
+
+    def _send(self, metrics: dict[str, Any]) -> None:
+        self._latest |= metrics
+        self.reporter.metrics(self.progress.step, metrics)
 
     def evaluate(self) -> None:
         """Evaluate on the held-out samples; all ranks share the work."""
@@ -269,31 +267,28 @@ class Trainer:
         start = time.perf_counter()
         result = self.evaluator()
         info(f"step {self.progress.step}/{self.total_steps} {result.line()}")
-        self.reporter.metrics(self.progress.step, {**result.metrics(), "eval/seconds": time.perf_counter() - start})
-        self._clock.interval(self.feed.wait_seconds)  # evaluation is not training time
+        self._send({**result.metrics(), "eval/seconds": time.perf_counter() - start})
+        self._clock.interval(self.dataloader.wait_seconds)  # evaluation is not training time
 
     def save(self) -> None:
         """Write a checkpoint of this moment; all ranks call it."""
         self._drain()
-        self.world.place("saving", self.progress.step)
-        self.reporter.beat(self.progress.step, self.total_steps, "saving")
-        progress = self.progress
-        state = SavedState(
-            step=progress.step,
-            data=progress.data,
-            counters={
-                "skipped_samples": self._num_skipped,
-                "nonfinite_steps": progress.nonfinite_steps,
-                "seconds": self._seconds,
-                **self.optimizer.scaler_state(),
-            },
-            world_size=self.world.world_size,
-        )
-        config = self.config.checkpoint
+        progress, config = self.progress, self.config.checkpoint
+        self.world.place("saving", progress.step)
+        self.reporter.beat(progress.step, self.total_steps, "saving")
+        counters = {
+            "skipped_samples": self._num_skipped,
+            "nonfinite_steps": progress.nonfinite_steps,
+            "seconds": self._seconds,
+            **(self.optimizer.scaler.state() if self.optimizer.scaler is not None else {}),
+        }
+        state = SavedState(progress.step, progress.data, counters, self.world.world_size)
+        documents = self.documents | {"metrics.json": {"step": progress.step, **self._latest}}
         progress.last_checkpoint = save_checkpoint(
-            config.output_dir, state, self.parallel, self.optimizer, self.world, self.documents, config.save_total_limit
+            config.output_dir, state, self.parallel, self.optimizer, self.world, documents, config.save_total_limit
         )
         self._saved_step = progress.step
+        info(f"saved {progress.last_checkpoint}")
         self.reporter.event("checkpoint", {"step": progress.step, "path": str(progress.last_checkpoint)})
 
     @property
@@ -315,49 +310,36 @@ class Trainer:
         )
 
 
-@dataclass
-class _Interval:
-    """Host sums between two step lines (a save in between fetches early)."""
-
-    sums: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    tokens: float = 0.0
-    num_steps: int = 0
-
-    def add(self, fetched: Fetched) -> None:
-        good = fetched.sums()
-        self.sums = [a + b for a, b in zip(self.sums, good.values)] if self.sums else good.values
-        self.losses += [record.loss for record in good.records if not record.skipped]
-        self.grad_norms += [record.grad_norm for record in good.records if not record.skipped]
-        self.tokens += fetched.tokens()
-        self.num_steps += len(fetched.steps)
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self.losses) / max(1, len(self.losses))
-
-    @property
-    def mean_grad_norm(self) -> float:
-        return sum(self.grad_norms) / max(1, len(self.grad_norms))
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
-@dataclass
-class _Slots:
-    """Tokens and token slots of this rank's packed batches since the last step line."""
+@contextmanager
+def _step_profiler(config: TrainConfig, world: World, done: int) -> Iterator[torch.profiler.profile | None]:
+    """A chrome trace of the steps `--profile-start-step` .. + `--profile-num-steps`: host, device, capture threads.
 
-    tokens: int = 0
-    slots: int = 0
+    Its ranges: `capture` (a thread of the prefetcher waits for the engine), `copy to device`, `training step`.
+    """
+    first = config.training.profile_start_step
+    skipped = None if first is None else first - 1 - done
+    if skipped is None or skipped + config.training.profile_num_steps <= 0:
+        yield None
+        return
+    path = config.checkpoint.output_dir / f"trace_rank{world.rank}.json"
 
-    def add(self, planned: PlannedStep) -> None:
-        self.tokens, self.slots = self.tokens + planned.num_tokens, self.slots + planned.num_slots
+    def write(profiler: torch.profiler.profile) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)  # on hosts other than rank 0's
+        profiler.export_chrome_trace(str(path))
+        info(f"trace: {path} (open in chrome://tracing or ui.perfetto.dev)")
 
-    def take(self) -> float:
-        """Share of the slots that held a token; starts anew."""
-        share = self.tokens / max(1, self.slots)
-        self.tokens = self.slots = 0
-        return share
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    num_steps = config.training.profile_num_steps + min(0, skipped)
+    with torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=max(0, skipped), warmup=0, active=num_steps, repeat=1),
+        on_trace_ready=write,
+        experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),  # captures have their own
+    ) as profiler:
+        yield profiler

@@ -2,7 +2,7 @@
 
 A row is one optimizer step, a float64 vector, already summed over micro batches and ranks:
 
-    [ loss | tokens | run_sum | run_rows | loss_sum K | counted K | supervised K | correct K | grad_norm | skipped ]
+    [ loss | tokens | run_sum | run_rows | loss_sum K | counted K | supervised K | correct K ]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ SPIKE_FACTOR = 1.5
 
 
 def output_row(output: StepOutput, batch: DraftBatch) -> Tensor:
-    """Sums of one micro batch as a float64 vector on its device, without the two values of the update."""
+    """Sums of one micro batch as a row on its device."""
     device = output.loss.device
     scalars = [
         output.loss.detach().double().view(1),
@@ -55,32 +55,101 @@ def counted_in(row: Tensor, num_steps: int) -> Tensor:
 
 @dataclass
 class StepRecord:
-    """One optimizer step after it was fetched. `loss` is the mean over counted positions; NaN where skipped."""
+    """One optimizer step after it was fetched: its row, the same on every rank, and this rank's own part of it.
+
+    loss: mean over counted positions; NaN where skipped. verdict: `UpdateResult.skipped`.
+    bad_docs: one flag per sample, True where its hidden states were not finite.
+    """
 
     step: int
+    row: list[float]
     loss: float
     grad_norm: float
-    skipped: bool
-    overflow: bool = False  # skipped while the fp16 loss scale is searched
+    verdict: float
+    local_loss: float
+    sample_ids: list[str]
+    bad_docs: list[bool]
+
+    @property
+    def skipped(self) -> bool:
+        return self.verdict != 0
+
+    @property
+    def overflow(self) -> bool:
+        """Skipped while the fp16 loss scale is searched."""
+        return self.verdict == OVERFLOW
+
+    def blame(self) -> list[str]:
+        """This rank's samples behind a bad step: those whose hidden states were not finite, else, if this rank's own
+        loss was not finite, all of its samples; else none."""
+        broken = [sample_id for sample_id, bad in zip(self.sample_ids, self.bad_docs) if bad]
+        return broken or ([] if self.local_loss - self.local_loss == 0 else self.sample_ids)
 
 
-@dataclass
-class IntervalSums:
-    """Sums over the steps of one log interval, without skipped ones."""
+class MetricBuffer:
+    """Rows of the steps since the last fetch, on the device, and the sample ids they were made from, on the host."""
 
-    values: list[float]
-    num_steps: int
-    records: list[StepRecord]
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._pending: list[tuple[int, Tensor, list[Tensor], list[str]]] = []
 
-    def vector(self, index: int) -> list[float]:
-        start = NUM_SCALARS + index * self.num_steps
-        return self.values[start : start + self.num_steps]
+    def add(
+        self, step: int, row: Tensor, local_row: Tensor, update: UpdateResult, bad_docs: list[Tensor], ids: list[str]
+    ) -> None:
+        """Remember one step. `row`: over all ranks; `local_row`: of this rank; `bad_docs`: a flag per sample."""
+        device = row.device
+        local = torch.stack([local_row[0], counted_in(local_row, self._num_steps)])
+        tail = torch.stack([update.grad_norm.to(device).double(), update.skipped.to(device).double()])
+        self._pending.append((step, torch.cat([row, local, tail]), bad_docs, ids))
+
+    def fetch(self) -> list[StepRecord]:
+        """Copy everything to the host (this waits for the device) and start anew."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        rows = torch.stack([row for _, row, _, _ in pending]).cpu()
+        flags = [flag for _, _, bad_docs, _ in pending for flag in bad_docs]
+        bad = iter(torch.cat(flags).tolist() if flags else [])
+        records = []
+        for (step, _, _, ids), values in zip(pending, rows):
+            *row, local_loss, local_count, grad_norm, verdict = values.tolist()
+            loss = float("nan") if verdict else row[0] / max(1.0, float(counted_in(values, self._num_steps)))
+            own_loss = local_loss / max(1.0, local_count)
+            records.append(StepRecord(step, row, loss, grad_norm, verdict, own_loss, ids, [next(bad) for _ in ids]))
+        return records
+
+
+class MeanOver:
+    """Host sums over the steps of a log interval or an epoch, without skipped ones."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self.good: list[StepRecord] = []
+        self.sums = [0.0] * (NUM_SCALARS + 4 * num_steps)
+        self.tokens, self.num_steps = 0.0, 0
+
+    def add(self, record: StepRecord, keep: bool = True) -> None:
+        """keep: remember its loss and gradient norm as well (an epoch is too long for that)."""
+        self.num_steps += 1
+        self.tokens += record.row[1]
+        if not record.skipped:
+            self.sums = [a + b for a, b in zip(self.sums, record.row)]
+            if keep:
+                self.good.append(record)
+
+    def metrics(self) -> dict[str, Any]:
+        """Mean loss and gradient norm of the steps, and `summarize_sums` of their rows."""
+        return {
+            "loss": statistics.fmean(record.loss for record in self.good),
+            **summarize_sums(self.sums, self._num_steps),
+            "grad_norm": statistics.fmean(record.grad_norm for record in self.good),
+        }
 
 
 def summarize_sums(values: list[float], num_steps: int) -> dict[str, Any]:
     """Means from sums: per-step loss and accuracy lists, `acc0`, `tau` (1 + mean run of correct steps from step 0)."""
-    part = IntervalSums(values, num_steps, [])
-    loss_sum, counted, supervised, correct = (part.vector(i) for i in range(4))
+    vectors = [values[NUM_SCALARS + i * num_steps : NUM_SCALARS + (i + 1) * num_steps] for i in range(4)]
+    loss_sum, counted, supervised, correct = vectors
     accuracy = [c / max(s, 1) for c, s in zip(correct, supervised)]
     return {
         "step_losses": [total / max(count, 1) for total, count in zip(loss_sum, counted)],
@@ -91,89 +160,6 @@ def summarize_sums(values: list[float], num_steps: int) -> dict[str, Any]:
     }
 
 
-class MetricBuffer:
-    """Rows of the steps since the last fetch, on the device, and the sample ids they were made from, on the host."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self._rows: list[Tensor] = []
-        self._local: list[Tensor] = []
-        self._bad_docs: list[list[Tensor]] = []
-        self._sample_ids: list[list[str]] = []
-        self._steps: list[int] = []
-
-    def add(
-        self, step: int, row: Tensor, local_row: Tensor, update: UpdateResult, bad_docs: list[Tensor], ids: list[str]
-    ) -> None:
-        """Remember one step. `row`: over all ranks; `local_row`: of this rank; `bad_docs`: a flag per sample."""
-        device = row.device
-        tail = torch.stack([update.grad_norm.to(device).double(), update.skipped.to(device).double()])
-        self._rows.append(torch.cat([row, tail]))
-        self._local.append(torch.stack([local_row[0], counted_in(local_row, self.num_steps)]))
-        self._bad_docs.append(bad_docs)
-        self._sample_ids.append(ids)
-        self._steps.append(step)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def fetch(self) -> Fetched:
-        """Copy everything to the host (this waits for the device) and start anew."""
-        rows = torch.stack(self._rows).cpu()
-        local = torch.stack(self._local).cpu()
-        flags = [flag for docs in self._bad_docs for flag in docs]
-        bad = iter(torch.cat(flags).tolist() if flags else [])
-        bad_docs = [[next(bad) for _ in ids] for ids in self._sample_ids]
-        fetched = Fetched(self.num_steps, self._steps, rows, local, self._sample_ids, bad_docs)
-        self.__init__(self.num_steps)  # type: ignore[misc]
-        return fetched
-
-
-@dataclass
-class Fetched:
-    """Host copies of a log interval. rows [steps, 4+4K+2], local [steps, 2] (loss and counted of this rank)."""
-
-    num_steps: int
-    steps: list[int]
-    rows: Tensor
-    local: Tensor
-    sample_ids: list[list[str]]
-    bad_docs: list[list[bool]]
-
-    @property
-    def records(self) -> list[StepRecord]:
-        """One per step, the same on every rank."""
-        found = []
-        for step, row in zip(self.steps, self.rows):
-            skipped = bool(row[-1])
-            count = max(1.0, float(counted_in(row, self.num_steps)))
-            loss, overflow = float("nan") if skipped else float(row[0]) / count, float(row[-1]) == OVERFLOW
-            found.append(StepRecord(step, loss, float(row[-2]), skipped, overflow))
-        return found
-
-    def sums(self) -> IntervalSums:
-        """Add up the steps that were not skipped."""
-        good = self.rows[self.rows[:, -1] == 0][:, :-2]
-        return IntervalSums(good.sum(0).tolist(), self.num_steps, self.records)
-
-    def tokens(self) -> float:
-        """Tokens of all steps, skipped ones included."""
-        return float(self.rows[:, 1].nan_to_num().sum())
-
-    def blame(self, index: int) -> list[str]:
-        """This rank's samples behind a bad step: those whose hidden states were not finite, else, if this rank's own
-        loss was not finite, all of its samples; else none."""
-        ids, flags = self.sample_ids[index], self.bad_docs[index]
-        guilty = [sample_id for sample_id, bad in zip(ids, flags) if bad]
-        if guilty:
-            return guilty
-        return [] if bool(torch.isfinite(self.local[index, 0])) else ids
-
-    def local_loss(self, index: int) -> float:
-        """Mean loss of this rank's own samples in a step."""
-        return float(self.local[index, 0]) / max(1.0, float(self.local[index, 1]))
-
-
 class SpikeDetector:
     """Robust outlier test on the losses of the last steps."""
 
@@ -181,34 +167,27 @@ class SpikeDetector:
         self._history: deque[float] = deque(maxlen=SPIKE_HISTORY)
 
     def is_spike(self, loss: float) -> bool:
-        """Judge one loss and remember it."""
-        spike = loss > self.threshold()
+        """Judge one loss and remember it; nothing is a spike until enough steps were seen."""
+        threshold = float("inf")
+        if len(self._history) >= SPIKE_MIN_HISTORY:
+            middle = statistics.median(self._history)
+            deviation = statistics.median(abs(x - middle) for x in self._history)
+            threshold = max(SPIKE_FACTOR * middle, middle + SPIKE_DEVIATIONS * deviation)
         self._history.append(loss)
-        return spike
-
-    def threshold(self) -> float:
-        """Losses above this are spikes; infinite until enough steps were seen."""
-        if len(self._history) < SPIKE_MIN_HISTORY:
-            return float("inf")
-        middle = statistics.median(self._history)
-        deviation = statistics.median(abs(x - middle) for x in self._history)
-        return max(SPIKE_FACTOR * middle, middle + SPIKE_DEVIATIONS * deviation)
+        return loss > threshold
 
 
-@dataclass
 class Clock:
     """Wall time of an interval, and how much of it was spent waiting for hidden states."""
 
-    started: float = field(default_factory=time.perf_counter)
-    waited_before: float = 0.0
+    def __init__(self) -> None:
+        self._started, self._waited_before = time.perf_counter(), 0.0
 
     def interval(self, waited: float) -> tuple[float, float]:
         """(seconds, share of them waited) since the last call; `waited`: the prefetcher's running total."""
-        now = time.perf_counter()
-        seconds, share = now - self.started, 0.0
-        if seconds > 0:
-            share = min(1.0, (waited - self.waited_before) / seconds)
-        self.started, self.waited_before = now, waited
+        seconds = time.perf_counter() - self._started
+        share = min(1.0, (waited - self._waited_before) / seconds) if seconds > 0 else 0.0
+        self._started, self._waited_before = self._started + seconds, waited
         return seconds, share
 
 

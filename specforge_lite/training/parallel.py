@@ -5,15 +5,14 @@
 Why no DistributedDataParallel: a draft is unrolled K times on the same weights, so every gradient is complete only at
 the very end of backward and there is nothing to overlap with. One sum over one flat buffer is as fast, adds up in the
 same order in every process life (DDP reorders its buckets after the first step, which would break exact resume), and
-ranks need not run the same number of micro batches.
+ranks need not run the same number of micro batches. Gradient compression (torch's PowerSGD hook) hangs on those
+buckets; a draft's gradient is 1.6 GB once a step for an 8B target, which NVLink sums in 10 ms, so it is not offered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.model.draft import Draft, TTTSettings
@@ -39,7 +38,7 @@ class ParallelDraft:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro batch; `last` marks the last one of the step."""
-        raise NotImplementedError
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce_gradients(self) -> Tensor:
         """Sum gradients over ranks; returns the squared norm of the summed gradient (scalar, same on every rank)."""
@@ -47,7 +46,7 @@ class ParallelDraft:
 
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor shaped like this rank's part of parameter `name` -> the whole one on the CPU. All ranks call it."""
-        raise NotImplementedError
+        return tensor.detach().cpu()
 
     def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
         """Copy this rank's part of the whole tensor `full` into `tensor`. Raises CheckpointError on a wrong shape."""
@@ -55,7 +54,7 @@ class ParallelDraft:
 
     def frozen(self) -> dict[str, Tensor]:
         """Buffers that belong into a checkpoint (the vocabulary map), and parameters that are not trained."""
-        raise NotImplementedError
+        return frozen_tensors(self.draft)
 
     def checksum(self) -> int | None:
         """A fingerprint of replicated weights, equal on all ranks as long as they agree; None where sharded."""
@@ -68,53 +67,108 @@ class ReplicatedDraft(ParallelDraft):
     def __init__(self, draft: Draft, world: World) -> None:
         self.draft = draft.to(world.device)
         self._world = world
-        trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-        self.parameters = dict(trained)
-        self._flat = torch.zeros(sum(p.numel() for p in trained.values()), device=world.device)
+        self.parameters = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+        self._flat = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=world.device)
         start = 0
-        for parameter in trained.values():  # autograd adds into an existing .grad in place
+        for parameter in self.parameters.values():  # autograd adds into an existing .grad in place
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
     def begin_step(self) -> None:
         self._flat.zero_()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
     def reduce_gradients(self) -> Tensor:
         self._world.sum_(self._flat)
         return self._flat.square().sum() if self._flat.device.type == "cuda" else torch.dot(self._flat, self._flat)
-
-    def full(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu()
 
     @torch.no_grad()
     def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
         check_shape(name, tensor.shape, full)
         tensor.copy_(full)
 
-    def frozen(self) -> dict[str, Tensor]:
-        return frozen_tensors(self.draft)
-
     def checksum(self) -> int | None:
         return sum(int(p.detach().view(torch.int32).long().sum()) for p in self.parameters.values())
 
 
+class ShardedDraft(ParallelDraft):
+    """FSDP2: parameters, gradients and optimizer state of the draft are sharded over all ranks.
+
+    torch's FSDP and DTensor are imported inside: that takes as long as importing torch.
+    """
+
+    def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.tensor import DTensor
+
+        self._world, self.draft = world, draft
+        self._mesh = init_device_mesh(world.device.type, (world.world_size,))
+        if not config.cpu_offload:
+            draft.to(world.device)
+        precision = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+        fully_shard(draft, mesh=self._mesh, mp_policy=precision, offload_policy=offload)
+        for name, buffer in draft.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            owner = draft.get_submodule(path)
+            persistent = leaf not in owner._non_persistent_buffers_set
+            owner.register_buffer(leaf, buffer.to(world.device), persistent=persistent)
+        draft.set_gradient_divide_factor(1.0)  # type: ignore[operator]  # sums, not means
+        draft.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no pre-multiplied sum
+        self._dtensors = {n: p for n, p in draft.named_parameters() if p.requires_grad and isinstance(p, DTensor)}
+        # The optimizer sees plain local tensors: the update is element-wise, and DTensor dispatch costs host time.
+        with torch.no_grad():
+            self.parameters = {n: nn.Parameter(p.to_local()) for n, p in self._dtensors.items()}
+
+    def begin_step(self) -> None:
+        for parameter in self._dtensors.values():
+            parameter.grad = None
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.draft.set_requires_gradient_sync(last)  # type: ignore[operator]
+        super().backward(loss, last)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> Tensor:
+        squares = []
+        for name, parameter in self._dtensors.items():
+            assert parameter.grad is not None, f"{name} got no gradient"
+            local: Tensor = parameter.grad.to_local()  # type: ignore[attr-defined]
+            self.parameters[name].grad = local
+            squares.append(local.square().sum())
+        return self._world.sum_(torch.stack(squares).sum())
+
+    @torch.no_grad()
+    def full(self, name: str, tensor: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        like, local = self._dtensors[name], tensor.detach().to(self._world.device)
+        shard = DTensor.from_local(
+            local, self._mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return shard.full_tensor().cpu()
+
+    @torch.no_grad()
+    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        like = self._dtensors[name]
+        check_shape(name, like.shape, full)
+        whole = full.to(self._world.device, tensor.dtype)
+        shard = distribute_tensor(whole, self._mesh, like.placements, src_data_rank=None)
+        tensor.copy_(shard.to_local())
+
+    def frozen(self) -> dict[str, Tensor]:
+        whole = super().frozen()
+        return {n: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t for n, t in whole.items()}
+
+
 def spread_draft(draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> ParallelDraft:
-    """Place a draft (fp32, the same weights on every rank) as `--sharding` says."""
+    """Place a draft (fp32, the same weights on every rank) as `--sharding` asks."""
     draft.float()
     if config.sharding == "ddp":
         return ReplicatedDraft(draft, world)
-    from specforge_lite.training.sharded import ShardedDraft  # torch's FSDP takes a second to import
-
     return ShardedDraft(draft, world, config, compute_dtype)
-
-
-def iter_full(parallel: ParallelDraft, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors on the CPU, one after the other, so that only one is gathered at a time."""
-    for name, tensor in tensors.items():
-        yield name, parallel.full(name, tensor)
 
 
 def frozen_tensors(draft: Draft) -> dict[str, Tensor]:

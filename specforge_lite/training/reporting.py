@@ -1,52 +1,273 @@
-"""Everything a run tells the world: trackers, event log, heartbeat, exit summary. Silent on ranks other than 0."""
+"""What a run reports: metrics to trackers, events to a log file, signs of life, why it ended. On rank 0 only.
+
+A tracker is one class and one line in TRACKERS. Packages are imported when the tracker is opened.
+"""
 
 from __future__ import annotations
 
+import json
+import netrc
+import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
 
+from specforge_lite.core import log
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import write_atomically, write_json
 from specforge_lite.core.log import info, warn
-from specforge_lite.core.provenance import without_secrets
+from specforge_lite.core.provenance import collect_provenance, redact, wall_time, without_secrets
 from specforge_lite.training.distributed import World
-from specforge_lite.training.run_dir import EventLog, ExitSummary, RunDirectory
-from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.trackers import Tracker, open_trackers
+from specforge_lite.training.run_dir import METRICS_FILE, PROVENANCE_FILE, SUMMARY_FILE, RunDirectory
+from specforge_lite.training.settings import LoggingSection, TrainConfig
 
 MAX_NAMED_SAMPLES = 20
 
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+class Tracker(Protocol):
+    """Receives flat metrics of a step."""
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """OUTPUT_DIR/metrics.jsonl: one object per line, `step` first; a line is on the disk when `log` returns to the
+    operating system. On resume, lines after `resume_step` (steps that are trained again) are dropped."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        if path.exists():
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                with suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+            write_atomically(path, b"".join(kept))
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; raises DataError with the line number of a broken one."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+    return rows
+
+
+class WandbTracker:
+    """Weights & Biases; the key comes from WANDB_API_KEY or an earlier `wandb login`. WANDB_MODE=offline writes a run
+    directory that `wandb sync` takes."""
+
+    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
+        import wandb
+
+        offline = os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun")
+        if not offline and not os.environ.get("WANDB_API_KEY") and not _has_netrc_entry("api.wandb.ai"):
+            raise ConfigError("report_to wandb: set WANDB_API_KEY (or WANDB_MODE=offline)")
+        identity = output_dir / "wandb_run_id"  # one run per directory, so that a resumed run continues its curves
+        if not identity.exists():
+            write_atomically(identity, os.urandom(8).hex().encode())
+        self._names = config.metric_names
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or output_dir.name,
+            dir=str(output_dir),
+            config=run_config,
+            resume="allow",
+            id=identity.read_text().strip(),
+        )
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(numbers(metrics, self._names), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardTracker:
+    """Event files in OUTPUT_DIR/tensorboard."""
+
+    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._names = config.metric_names
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in numbers(metrics, self._names).items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class TrackioTracker:
+    """Hugging Face trackio, a local dashboard with wandb's interface."""
+
+    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
+        import trackio
+
+        self._names = config.metric_names
+        self._run = trackio.init(
+            project=config.wandb_project, name=config.wandb_name or output_dir.name, config=run_config
+        )
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(numbers(metrics, self._names), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[LoggingSection, Path, dict[str, Any]], Tracker]] = {
+    "wandb": WandbTracker,
+    "tensorboard": TensorboardTracker,
+    "trackio": TrackioTracker,
+}
+
+# Our name -> the one on EAGLE's dashboards (SafeAILab/EAGLE, eagle/traineagle3/main.py); lists get the position at the
+# end, `train/acc_0`.
+EAGLE_NAMES = {
+    "accuracies": "train/acc",
+    "step_losses": "train/ploss",
+    "learning_rate": "train/lr",
+    "epoch_accuracies": "train/epochacc",
+    "epoch_losses": "train/epochploss",
+    "eval/accuracy": "test/epochacc",
+    "eval/loss": "test/epochploss",
+}
+
+
+def open_trackers(
+    config: LoggingSection, output_dir: Path, run_config: dict[str, Any], resume_step: int
+) -> list[Tracker]:
+    """The JSON-lines file and every tracker of `--report-to`. ConfigError for a package that cannot be loaded."""
+    trackers: list[Tracker] = [JsonlTracker(output_dir / METRICS_FILE, resume_step)]
+    for name in config.trackers:
+        try:
+            trackers.append(TRACKERS[name](config, output_dir, run_config))
+        except ImportError as error:
+            raise ConfigError(f"report_to {name}: {error}; install it with `pip install {name}`") from None
+    return trackers
+
+
+def numbers(metrics: dict[str, Any], metric_names: str = "ours") -> dict[str, float]:
+    """Lists become `name/0`, `name/1`, ... (EAGLE's names: `name_0`); text is left out."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        separator = "/"
+        if metric_names == "eagle" and name in EAGLE_NAMES:
+            name, separator = EAGLE_NAMES[name], "_"
+        if isinstance(value, (int, float)):
+            flat[name] = value
+        elif isinstance(value, list):
+            flat.update({f"{name}{separator}{i}": x for i, x in enumerate(value) if isinstance(x, (int, float))})
+    return flat
+
+
+def _has_netrc_entry(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+# --------------------------------------------------------------------------------------------------- events and the end
+
+
+@dataclass
+class ExitSummary:
+    """Why a run ended and what it leaves. `reason`: finished, stopped by SIGTERM / SIGINT, or an error's line."""
+
+    reason: str
+    step: int
+    total_steps: int
+    last_checkpoint: str | None
+    skipped_samples: int
+    nonfinite_steps: int
+    restarts: int
+    seconds: float
+
+    def line(self) -> str:
+        """For people; of an error its kind only, since its text is printed as the error line."""
+        return (
+            f"ended: {self.reason.split(': ')[0]} at step {self.step}/{self.total_steps} | last checkpoint"
+            f" {self.last_checkpoint or 'none'} | skipped samples {self.skipped_samples} | non-finite steps"
+            f" {self.nonfinite_steps} | restarts {self.restarts}"
+        )
+
+
+class EventLog:
+    """`--log-file`: every event of the run, and every line shown, as one JSON line {"time", "event", ...}."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stream: IO[str] | None = None
+        self._lock = threading.Lock()  # engines warn from threads of their own
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+                log.sinks.append(self._shown)
+            except OSError as error:
+                raise ConfigError(f"log_file {path}: {error.strerror or error}") from None
+
+    def write(self, event: str, facts: dict[str, Any]) -> None:
+        """Append one line, without anything that looks like a secret."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.write(json.dumps({"time": wall_time(), "event": event, **redact(facts)}) + "\n")
+                self._stream.flush()
+
+    def _shown(self, kind: str, message: str) -> None:
+        self.write(kind, {"message": message})
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._stream is not None:
+            log.sinks.remove(self._shown)
+            self._stream.close()
+            self._stream = None
+
 
 class Reporter:
-    """Holds the output directory's lock from the start; trackers are opened once it is known where the run resumes.
-
-    Raises ConfigError when another run holds the directory, or when its content and `--resume` do not go together.
-    """
+    """Holds the output directory from the start; trackers are opened once it is known where the run resumes."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        self._config, self._main = config, world.is_main
+        self._config = config
         self._trackers: list[Tracker] = []
-        self._directory: RunDirectory | None = None
-        self._finished = False
-        self._step = 0
+        self._finished, self._step = False, 0
         self._summarize: Callable[[str], ExitSummary] | None = None
         self._events = EventLog(config.logging.log_file if world.is_main else None)
-        if world.is_main:
-            self._directory = RunDirectory(config.checkpoint)
+        self._directory = RunDirectory(config.checkpoint) if world.is_main else None
+        self.restarts = self._directory.restarts if self._directory is not None else 0
 
-    @property
-    def restarts(self) -> int:
-        """How often this run was started before (rank 0 knows)."""
-        return self._directory.restarts if self._directory is not None else 0
-
-    def start(self, step: int, run_config: dict[str, Any]) -> None:
-        """Open the trackers of a run that begins after `step`."""
+    def start(self, step: int) -> None:
+        """Open the trackers of a run that begins after `step`, and write provenance.json."""
         self._step = step
-        if self._main:
-            self._trackers = open_trackers(self._config.logging, self._config.checkpoint.output_dir, run_config, step)
+        if self._directory is not None:
+            values = redact(self._config.model_dump(mode="json"))
+            write_json(self._directory.path / PROVENANCE_FILE, collect_provenance(values))
+            self._trackers = open_trackers(self._config.logging, self._directory.path, values, step)
         self.event("start", {"step": step})
 
     def watch(self, summarize: Callable[[str], ExitSummary]) -> None:
-        """From now on an end by an error is told by `summarize(reason)`, with the run's counts and last checkpoint."""
+        """From now on an end by an error is summarised by `summarize(reason)`: counts and last checkpoint."""
         self._summarize = summarize
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -62,12 +283,11 @@ class Reporter:
 
     def problem(self, name: str, step: int, message: str, sample_ids: list[str]) -> None:
         """A warning with the samples behind it; all ids go to the event log, the first ones to the terminal."""
-        if not self._main:
-            return
-        shown = ", ".join(sample_ids[:MAX_NAMED_SAMPLES])
-        more = f" and {len(sample_ids) - MAX_NAMED_SAMPLES} more" if len(sample_ids) > MAX_NAMED_SAMPLES else ""
-        warn(f"{message}; samples: {shown or 'not known'}{more}")
-        self.event(name, {"step": step, "message": message, "sample_ids": sample_ids})
+        if self._directory is not None:
+            shown = ", ".join(sample_ids[:MAX_NAMED_SAMPLES])
+            more = f" and {len(sample_ids) - MAX_NAMED_SAMPLES} more" if len(sample_ids) > MAX_NAMED_SAMPLES else ""
+            warn(f"{message}; samples: {shown or 'not known'}{more}")
+            self.event(name, {"step": step, "message": message, "sample_ids": sample_ids})
 
     def beat(self, step: int, total_steps: int, state: str) -> None:
         """Sign of life (at most one a second)."""
@@ -76,23 +296,21 @@ class Reporter:
             self._directory.beat(step, total_steps, state)
 
     def finish(self, summary: ExitSummary) -> None:
-        """Show and store why the run ended."""
+        """Show and store why the run ended. One that ended before its first step has nothing to sum up."""
         self._finished = True
         if self._directory is not None:
-            info(summary.line())
-            summary.write(self._directory.path)
+            if self._summarize is not None:
+                info(summary.line())
+            write_json(self._directory.path / SUMMARY_FILE, {**asdict(summary), "time": wall_time()})
             self._directory.beat(summary.step, summary.total_steps, summary.reason, force=True)
-        self.event("end", {**summary.__dict__})
+        self.event("end", asdict(summary))
 
     def fail(self, reason: str) -> None:
-        """Store the end of a run that died before it could say more itself."""
-        if self._finished:
-            return
-        reason = without_secrets(reason)  # the errors of hubs and trackers quote what they were given
-        if self._summarize is not None:
-            self.finish(self._summarize(reason))
-        else:
-            self.finish(ExitSummary(reason, self._step, 0, None, 0, 0, self.restarts, 0.0))
+        """Store the end of a run that died before it could report more itself."""
+        if not self._finished:
+            reason = without_secrets(reason)  # the errors of hubs and trackers quote what they were given
+            empty = ExitSummary(reason, self._step, 0, None, 0, 0, self.restarts, 0.0)
+            self.finish(self._summarize(reason) if self._summarize is not None else empty)
 
     def close(self) -> None:
         """Close trackers and give the directory back."""

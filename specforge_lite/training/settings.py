@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +45,8 @@ class TrainingSection(Section):
     total_steps: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps; with --num-epochs the smaller one ends the run; default: from --num-epochs",
+        description="optimizer steps, and length of the learning-rate schedule; with --num-epochs the smaller one ends"
+        " the run; default: from --num-epochs",
         json_schema_extra={"flags": ["--max-num-steps"]},
     )
     batch_size: int = Field(
@@ -103,6 +103,10 @@ class TrainingSection(Section):
     profile_start_step: int | None = Field(None, ge=1, description="write a chrome trace from this step on")
     profile_num_steps: int = Field(3, ge=1, description="steps in the trace")
 
+    def loss_settings(self) -> dict[str, Any]:
+        """Weights of losses that only some algorithms have, as `TTTSettings` names them."""
+        return {}
+
     @field_validator("precision", mode="before")
     @classmethod
     def _torch_names(cls, value: Any) -> Any:
@@ -141,6 +145,13 @@ class OptimizerSection(Section):
     )
     min_loss_scale: float = Field(1.0, gt=0, description="with fp16: the loss scale does not fall below this")
 
+    @field_validator("optim")
+    @classmethod
+    def _package_is_installed(cls, value: str) -> str:
+        if value == "adamw_8bit" and find_spec("torchao") is None:
+            raise ValueError(f"adamw_8bit needs torchao, which is not installed: pip install {TORCHAO}")
+        return value
+
 
 class CheckpointSection(Section):
     """Where the run lives and how it is continued."""
@@ -163,6 +174,9 @@ class LoggingSection(Section):
     report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = Field(
         (), description="none, wandb, tensorboard, trackio"
     )
+    metric_names: Literal["ours", "eagle"] = Field(
+        "ours", description="names on trackers; eagle: train/acc_0, train/ploss_0, test/epochacc_0 as on its dashboards"
+    )
     wandb_project: str = Field("specforge-lite", description="project of wandb and trackio")
     wandb_name: str | None = Field(None, description="name of the run; default: name of --output-dir")
     wandb_key: str | None = Field(None, description="refused on the command line: set WANDB_API_KEY")
@@ -172,6 +186,14 @@ class LoggingSection(Section):
     def _key_from_environment_only(cls, value: str | None) -> None:
         if value is not None:
             raise ValueError("keys on a command line are seen by every user of the machine; set WANDB_API_KEY instead")
+
+    @field_validator("report_to")
+    @classmethod
+    def _packages_are_installed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        missing = [name for name in value if name != "none" and find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: not installed; install with `pip install {' '.join(missing)}`")
+        return value
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -260,8 +282,6 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
         )
     if config.algorithm == "eagle1" and training.loss != "ce":
         found.append(f"loss {training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce")
-    if optimizer.optim == "adamw_8bit" and find_spec("torchao") is None:
-        found.append(f"optim adamw_8bit: needs torchao, which is not installed: pip install {TORCHAO}")
     if config.algorithm == "eagle1" and config.distributed.sp_size > 1:
         found.append(f"sp_size {config.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
@@ -276,16 +296,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
     return found
 
 
-def warmup_length(config: OptimizerSection, total_steps: int) -> int:
-    """Steps of linear warm-up of a run of `total_steps`."""
-    if config.warmup_steps is not None:
-        return min(config.warmup_steps, total_steps)
-    ratio = 0.015 if config.warmup_ratio is None else config.warmup_ratio
-    return math.ceil(ratio * total_steps)
-
-
 def run_length(config: TrainingSection, steps_of_epochs: Callable[[int], int]) -> int:
-    """Optimizer steps of the whole run. steps_of_epochs: steps of the first n epochs."""
+    """Optimizer steps of the whole run. steps_of_epochs: step at which the n-th epoch ends."""
     if config.total_steps is None:
         return steps_of_epochs(config.num_epochs or 1)
     if config.num_epochs is None:

@@ -1,10 +1,11 @@
-"""The parts of a run from its config: data, engine, target head, and a fresh draft."""
+"""A run from its config: data, engine, target head, a fresh draft; restored from the newest checkpoint; and the order
+in which all of that is opened and closed (`run_training`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +16,59 @@ import torch
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.context import num_positions
 from specforge_lite.capture.offline import OfflineEngine, OfflinePart
+from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
-from specforge_lite.core.log import info
+from specforge_lite.core.log import info, warn
+from specforge_lite.core.provenance import collect_provenance, redact
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.data.cache import open_or_build_dataset
+from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.data.vocab import VocabMap, open_or_build_vocab_map
+from specforge_lite.data.vocab import open_or_build_vocab_map
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
-from specforge_lite.training.distributed import World
-from specforge_lite.training.eagle1 import Eagle1TrainingSection
-from specforge_lite.training.settings import TrainConfig
+from specforge_lite.training.checkpoint import find_resume, restore_run
+from specforge_lite.training.dataloader import BatchMaker, Dataloader, FollowerDataloader, share_batch
+from specforge_lite.training.distributed import World, open_world, report_failure
+from specforge_lite.training.evaluate import EvalResult, evaluate
+from specforge_lite.training.loop import Progress, Trainer
+from specforge_lite.training.optimizer import DraftOptimizer, LossScaler
+from specforge_lite.training.parallel import ParallelDraft, spread_draft
+from specforge_lite.training.reporting import Reporter, open_reporter
+from specforge_lite.training.run_dir import StopRequest, catch_signals
+from specforge_lite.training.settings import TrainConfig, run_length
+
+
+def run_training(config: TrainConfig) -> int:
+    """Train as the command line asks; the exit code."""
+    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
+        config = fit_to_device(config, world.device)
+        data = load_data(config)
+        with open_target(config, world) as engine, report_failure(world):
+            models = load_models(config, engine.info, data, world)
+            build_trainer(config, world, data, engine, models, reporter, stop).train()
+    return stop.exit_code
+
+
+def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """What this device cannot do, before anything is loaded: replaced with one line, or refused with ConfigError."""
+    if device.type == "cuda":
+        return config
+    if config.distributed.cpu_offload:
+        raise ConfigError("--cpu-offload: there is no GPU here, so nothing to offload from; leave it out")
+    changes = {}
+    if config.training.draft_attention_backend == "flex_attention":
+        info("draft_attention_backend: flex_attention has no backward on a CPU; training with sdpa")
+        changes["draft_attention_backend"] = "sdpa"
+    if config.training.precision == "fp16":
+        info("precision: fp16 is emulated on a CPU, a hundred times slower; training in fp32")
+        changes["precision"] = "fp32"
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)}) if changes else config
+
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -161,7 +200,8 @@ def read_draft_config(path: Path, algorithm: str) -> DraftConfig:
 
 @dataclass
 class RunModels:
-    """What is trained, and what it learns from."""
+    """What is trained, what it learns from, and what must not change between a checkpoint and the run that continues
+    it (`identity`)."""
 
     draft: Draft
     target_head: TargetHead
@@ -185,36 +225,156 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
         if left_random:
             why = "absent in the target, of another shape, or quantised in a form that is not read"
             info(f"warm start: random, because {why}: {', '.join(left_random)}")
-    identity = _identity(config, draft_config, vocab_map, data, head)
+    digest = lambda content: hashlib.sha256(content).hexdigest()[:32]  # noqa: E731
+    rows = head.lm_head_VH[::97].float().contiguous()  # enough to tell targets apart, with the final norm
+    identity = {
+        "draft": draft_config.to_dict(),
+        "target": digest(head.norm_weight_H.float().numpy().tobytes() + rows.numpy().tobytes()),
+        "data": data.train.fingerprint,
+        "vocab_map": digest(vocab_map.d2t.numpy().tobytes()),
+    }
     return RunModels(draft, head.to(world.device, compute_dtype(config, world)), identity)
 
 
-def _identity(
-    config: TrainConfig, draft: DraftConfig, vocab_map: VocabMap, data: RunData, head: TargetHead
-) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that continues it."""
-    return {
-        "draft": draft.to_dict(),
-        "target": _target_fingerprint(head),
-        "data": data.train.fingerprint,
-        "vocab_map": _digest(vocab_map.d2t.numpy().tobytes()),
-    }
+# ------------------------------------------------------------------------------------------------------------- trainer
 
 
-def _target_fingerprint(head: TargetHead) -> str:
-    """Tells targets apart cheaply: final norm and every 97th row of the head."""
-    rows = head.lm_head_VH[::97].float().contiguous()
-    return _digest(head.norm_weight_H.float().numpy().tobytes() + rows.numpy().tobytes())
+def build_trainer(
+    config: TrainConfig,
+    world: World,
+    data: RunData,
+    engine: TargetEngine,
+    models: RunModels,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> Trainer:
+    """Put the parts together; every rank calls it. Raises CheckpointError for a checkpoint of another run."""
+    training = config.training
+    torch.manual_seed(training.seed + world.rank)
+    skips = _check_lengths(config, data, engine, models.draft.config)
+    plan = BatchPlan(
+        data.train.lengths,
+        data.train.supervised_counts,
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps,
+        rank=world.dp_rank,
+        world_size=world.dp_size,
+        seed=training.seed,
+        max_tokens_per_batch=training.max_tokens_per_batch,
+    )
+    dtype = compute_dtype(config, world)
+    parallel, optimizer, progress, total_steps = _restore_or_start(config, world, models, plan, dtype)
+    ttt = _ttt_settings(config, dtype, world)
+    to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
+    if world.sp_rank:
+        dataloader: Dataloader = FollowerDataloader(plan.steps(), world, dtype)
+    else:
+        shared = to_batch if world.sequence is None else lambda *parts: share_batch(to_batch(*parts), world)
+        budget = training.max_tokens_per_batch
+        per_batch = training.batch_size if budget is None else budget / data.train.lengths.mean()
+        dataloader = Dataloader(plan.steps(), data.train, engine, shared, skips, per_batch)
+    trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
+    info(
+        f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {total_steps} steps,"
+        f" {plan.steps_per_epoch} per epoch, {world.world_size} rank(s)"
+        + (f" ({world.sp_size} per batch)" if world.sp_size > 1 else "")
+        + f", {config.distributed.sharding}, "
+        + (f"resumed after step {progress.step}" if progress.step else "from the start")
+    )
+    reporter.start(progress.step)
+    values = config.model_dump(mode="json")
+    return Trainer(
+        config=config,
+        world=world,
+        parallel=parallel,
+        optimizer=optimizer,
+        target_head=models.target_head,
+        ttt=ttt,
+        dataloader=dataloader,
+        reporter=reporter,
+        stop=stop,
+        progress=progress,
+        total_steps=total_steps,
+        documents={
+            "config.json": redact(values),
+            "provenance.json": collect_provenance(values),
+            "draft_config.json": models.draft.config.to_dict(),
+            "identity.json": models.identity,
+        },
+        evaluator=_make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
+        engine_health=getattr(engine, "health", str),  # served engines report restarts
+    )
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+def _restore_or_start(
+    config: TrainConfig, world: World, models: RunModels, plan: BatchPlan, dtype: torch.dtype
+) -> tuple[ParallelDraft, DraftOptimizer, Progress, int]:
+    """(draft on its device, optimizer, position, total steps), from the newest checkpoint where there is one."""
+    resume = find_resume(config, models.draft, models.identity, world)
+    eagle_state = None
+    if resume is None and world.broadcast_text("yes" * any(config.checkpoint.output_dir.glob("state_*"))):
+        from specforge_lite.training.eagle_resume import find_eagle_state, resume_from_state
+
+        eagle_state = find_eagle_state(config, models, world)
+    parallel = spread_draft(models.draft, world, config.distributed, dtype)
+    scaler = LossScaler(config.optimizer, world.device) if dtype == torch.float16 else None
+    optimizer = DraftOptimizer(parallel.parameters, config.optimizer, 1, scaler)
+    progress = Progress(data=plan.state_dict())
+    if resume is not None:
+        path, state = resume
+        restore_run(path, state, parallel, optimizer, plan, world)
+        counters = state.counters
+        progress = Progress(
+            step=state.step,
+            data=plan.state_dict(),
+            skipped_before=int(counters["skipped_samples"]),
+            nonfinite_steps=int(counters["nonfinite_steps"]),
+            seconds_before=counters["seconds"],
+            last_checkpoint=path,
+        )
+    elif eagle_state is not None:
+        progress = resume_from_state(eagle_state, parallel, optimizer, plan, world)
+    training = config.training
+    # Epochs are counted in samples: what is left of them takes more or fewer steps in other batch sizes.
+    total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
+    optimizer.schedule_steps = config.optimizer.schedule_steps or training.total_steps or total
+    if eagle_state is not None and progress.step >= total:
+        raise ConfigError(
+            f"{eagle_state.path}: {eagle_state.epoch + 1} epochs are done ({progress.step} steps), the run ends after"
+            f" {total} steps; give --num-epochs above {eagle_state.epoch + 1}, or another --output-dir to start anew"
+        )
+    if training.total_steps is not None and total < training.total_steps:
+        info(
+            f"--total-steps {training.total_steps} shapes the learning rate; the run ends after {total} steps"
+            f" (--num-epochs {training.num_epochs})"
+        )
+    return parallel, optimizer, progress, total
 
 
-def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
+def _check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draft: DraftConfig) -> SkipBudget:
+    """The budget of samples that a rank may leave out. Raises ConfigError if more are too long for the target; warns
+    of samples that are too long for the draft's positions."""
+    budget, longest = config.training.skip_budget, engine.info.max_length
+    skips = SkipBudget(budget, len(data.train))
+    skips.check_lengths(data.train.lengths.tolist(), longest, "training data")
+    if data.eval is not None:
+        lengths = data.eval.lengths.tolist()[: config.training.eval_max_samples]
+        SkipBudget(budget, len(lengths)).check_lengths(lengths, longest, "evaluation data")
+    positions = draft.max_position_embeddings
+    num_beyond = int((data.train.lengths > positions).sum())
+    if num_beyond:
+        warn(
+            f"{num_beyond} of {len(data.train)} samples are longer than the draft's {positions} positions"
+            f" (max_position_embeddings of its config; the longest has {int(data.train.lengths.max())} tokens): serving"
+            f" engines stop there; raise it in --draft-model-config, or give --max-length {positions}"
+        )
+    return skips
+
+
+def _ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World) -> TTTSettings:
     """The draft's own view of the settings."""
     training = config.training
-    settings = TTTSettings(
+    return TTTSettings(
         num_steps=training.ttt_length,
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
@@ -223,7 +383,42 @@ def ttt_settings(config: TrainConfig, dtype: torch.dtype) -> TTTSettings:
         compute_dtype=dtype,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,
+        sequence=world.sequence,
+        **training.loss_settings(),
     )
-    if isinstance(training, Eagle1TrainingSection):
-        settings = replace(settings, v_weight=training.v_weight, p_weight=training.p_weight, noise=training.noise)
-    return settings
+
+
+def _make_evaluator(
+    config: TrainConfig,
+    data: RunData,
+    engine: TargetEngine,
+    models: RunModels,
+    parallel: ParallelDraft,
+    to_batch: BatchMaker,
+    ttt: TTTSettings,
+    world: World,
+) -> Callable[[], EvalResult] | None:
+    """A function that evaluates the draft as it is now; None without evaluation data."""
+    dataset = data.eval
+    if dataset is None:
+        return None
+    # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
+    chain = config.training.eval_chain_length if config.algorithm == "eagle1" else 1
+    # Every rank evaluates samples of its own: without gradients a long one fits as well.
+    settings = replace(ttt, collect_rows=True, sequence=None, num_steps=max(ttt.num_steps, chain))
+
+    def run() -> EvalResult:
+        return evaluate(
+            lambda batch: parallel.forward(batch, models.target_head, settings),
+            dataset,
+            engine,
+            to_batch,
+            num_steps=settings.num_steps,
+            chain_length=config.training.eval_chain_length,
+            batch_size=config.training.batch_size,
+            max_samples=config.training.eval_max_samples,
+            world=world,
+            skips=SkipBudget(config.training.skip_budget, len(dataset)),
+        )
+
+    return run

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from specforge_lite.capture.fake import FakeEngine, Fault
+from specforge_lite.core import provenance
 from specforge_lite.core.errors import TrainingError
 from specforge_lite.training import run_dir
 from specforge_lite.training.loop import Trainer
@@ -145,7 +146,7 @@ def jumping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         looks[0] += 1
         return real() + (-3e5 if looks[0] % 2 else 4e7)
 
-    monkeypatch.setattr(run_dir, "datetime", JumpingClock)
+    monkeypatch.setattr(provenance, "datetime", JumpingClock)
     monkeypatch.setattr(time, "time", jump)
     yield
     assert JumpingClock.looks > 3
@@ -174,7 +175,7 @@ def test_clock_jumps_change_nothing(tmp_path: Path) -> None:
     assert whole.losses() == longer.losses()
 
 
-def test_wall_time_is_read_in_three_places_only() -> None:
+def test_wall_time_is_read_in_two_places_only() -> None:
     """Dates for people, and a server's Retry-After; everything that is measured uses a clock that cannot jump."""
     package = Path(run_dir.__file__).resolve().parents[1]
     users = set()
@@ -182,5 +183,5 @@ def test_wall_time_is_read_in_three_places_only() -> None:
         if re.search(r"\btime\.time\(|datetime\.now\(|datetime\.utcnow\(", path.read_text()):
             users.add(str(path.relative_to(package)))
     assert {name for name in users if "plugins" not in name} == {
-        "core/provenance.py", "regenerate/client.py", "training/run_dir.py",
+        "core/provenance.py", "regenerate/client.py",
     }  # fmt: skip

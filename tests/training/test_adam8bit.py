@@ -11,7 +11,7 @@ from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
-from specforge_lite.training.checkpoint import restore, save_checkpoint
+from specforge_lite.training.checkpoint import _restore_tensors, save_checkpoint
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft
@@ -28,7 +28,7 @@ def make_pair(optim: str, shape: tuple[int, int] = (64, 128)) -> tuple[dict[str,
     torch.manual_seed(0)
     parameters = {"matrix": torch.nn.Parameter(torch.randn(shape)), "vector": torch.nn.Parameter(torch.randn(8))}
     config = OptimizerSection.model_validate({**SETTINGS, "optim": optim})
-    return dict(parameters), DraftOptimizer(dict(parameters), config, total_steps=50)
+    return dict(parameters), DraftOptimizer(dict(parameters), config, schedule_steps=50)
 
 
 def update(optimizer: DraftOptimizer, step: int, bad: bool = False) -> float:
@@ -96,7 +96,7 @@ def test_checkpoints_move_between_both(tmp_path: Path, other: str) -> None:
     documents = {"draft_config.json": parallel.draft.config.to_dict()}
     path = save_checkpoint(tmp_path, state, parallel, optimizer, ONE, documents, None)
     loaded, reader = make_training(other)
-    restore(path, loaded, reader, ONE)
+    _restore_tensors(path, loaded, reader, ONE)
     saved, found = optimizer.saved_tensors(), reader.saved_tensors()
     for name, moments in saved.items():
         assert torch.equal(loaded.parameters[name], parallel.parameters[name])

@@ -18,7 +18,7 @@ import pytest
 
 from specforge_lite.capture.fake import Fault
 from specforge_lite.checkpoints.training_run import verify_checkpoint
-from specforge_lite.training.dataloader import Feed, StepBatches
+from specforge_lite.training.dataloader import Dataloader, StepBatches
 from specforge_lite.training.failures import BEAT_SECONDS
 from specforge_lite.training.loop import Trainer
 from tests.training_runs import Run, run_ranks, start_ranks, train, wait
@@ -76,10 +76,10 @@ def test_two_ranks_train_as_one_does_whatever_the_sharding(tmp_path: Path) -> No
     assert back.losses()[-2:] == pytest.approx(longer.losses()[-2:], rel=1e-4)
 
 
-class ShortFeed(Feed):
-    """A feed that ends after three steps."""
+class ShortDataloader(Dataloader):
+    """A loader that ends after three steps."""
 
-    def __init__(self, whole: Feed) -> None:
+    def __init__(self, whole: Dataloader) -> None:
         self.__dict__ = whole.__dict__
         self._left = 3
 
@@ -95,7 +95,7 @@ def end_early(run: Run) -> None:
 
     def change(trainer: Trainer) -> None:
         if os.environ["RANK"] == "1":
-            trainer.feed = ShortFeed(trainer.feed)
+            trainer.dataloader = ShortDataloader(trainer.dataloader)
 
     summary = train(run, change)
     assert (summary.reason, summary.step) == ("out of data", 3)

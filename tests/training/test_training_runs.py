@@ -17,7 +17,7 @@ from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import CaptureError, CheckpointError, ConfigError, DataError, TrainingError
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.draft import TTTSettings
-from specforge_lite.training.dataloader import BatchMaker, Feed, bad_documents
+from specforge_lite.training.dataloader import BatchMaker, Dataloader, bad_documents
 from specforge_lite.training.distributed import World
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.metrics import counted_in, empty_row, output_row
@@ -41,15 +41,15 @@ def gradients(root: Path, micro_batches: list[list[int]], faults: dict[str, Faul
     engine = FakeEngine(INFO, faults=faults)
     to_batch = BatchMaker(make_head(), 3, CPU, torch.float32)
     skips = SkipBudget(1.0, len(data))
-    feed = Feed(iter([PlannedStep(micro_batches, {})]), data, engine, to_batch, skips)
+    loader = Dataloader(iter([PlannedStep(micro_batches, {})]), data, engine, to_batch, skips)
     row = empty_row(4, CPU)
     parallel.begin_step()
-    for batch in next(feed).batches:
+    for batch in next(loader).batches:
         output = parallel.forward(batch, models.target_head, ttt)
         parallel.backward(output.loss, last=True)
         if batch.sample_ids:
             row += output_row(output, batch)
-    feed.close()
+    loader.close()
     parallel.reduce_gradients()
     flat = torch.cat([p.grad.flatten() for p in parallel.parameters.values() if p.grad is not None])
     return flat / counted_in(row, 4), row
@@ -279,7 +279,7 @@ def test_refused_samples_are_counted_and_bounded(tmp_path: Path, capsys: pytest.
     run = Run(tmp_path, settings={"training": {"total_steps": 12, "skip_budget": 0.1}}, faults=faults)
     assert train(run).skipped_samples == 2
     assert "sample s3 was refused" in capsys.readouterr().err
-    assert run.metrics()[-2]["skipped_samples"] == 2
+    assert [row["skipped_samples"] for row in run.metrics() if "skipped_samples" in row][-1] == 2
     strict = Run(tmp_path, "strict", {"training": {"total_steps": 12, "skip_budget": 0.05}}, faults)
     with pytest.raises(CaptureError, match="2 skipped, the budget is 1"):
         train(strict)

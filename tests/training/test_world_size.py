@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from specforge_lite.checkpoints.training_run import verify_checkpoint
-from specforge_lite.training.dataloader import Feed, StepBatches
+from specforge_lite.training.dataloader import Dataloader, StepBatches
 from specforge_lite.training.loop import Trainer
 from tests.training_runs import Run, run_ranks, start_ranks, train, wait
 
@@ -56,10 +56,10 @@ def test_a_resume_on_another_world_size_gives_the_same_losses_over_50_steps(tmp_
     assert back.losses()[-4:] == pytest.approx(longer.losses()[-4:], rel=2e-5)
 
 
-class ShortFeed(Feed):
-    """A feed that ends after some steps."""
+class ShortDataloader(Dataloader):
+    """A loader that ends after some steps."""
 
-    def __init__(self, whole: Feed, steps: int) -> None:
+    def __init__(self, whole: Dataloader, steps: int) -> None:
         self.__dict__ = whole.__dict__
         self._left = steps
 
@@ -74,7 +74,7 @@ def uneven(run: Run) -> None:
     """Rank r runs out of data after 9 - 2 r steps."""
 
     def change(trainer: Trainer) -> None:
-        trainer.feed = ShortFeed(trainer.feed, 9 - 2 * int(os.environ["RANK"]))
+        trainer.dataloader = ShortDataloader(trainer.dataloader, 9 - 2 * int(os.environ["RANK"]))
 
     summary = train(run, change)
     assert (summary.reason, summary.step) == ("out of data", 3)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_eagle1
-import test_eagle3
 import torch
 
 from specforge_lite.capture.fake import Fault
@@ -20,6 +18,7 @@ from specforge_lite.core.errors import TrainingError
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.training.optimizer import NOT_FINITE, OVERFLOW, DraftOptimizer, LossScaler
 from specforge_lite.training.settings import OptimizerSection, TrainingSection
+from tests.model import test_eagle1, test_eagle3
 from tests.training.test_training_processes import log_of, several_runs
 from tests.training.test_training_runs import assert_same_checkpoint, stop_after
 from tests.training_runs import Run, run_ranks, train, weights

@@ -1,45 +1,24 @@
-"""One request to one OpenAI-compatible server, and what every broken reply is called.
+"""One request to one OpenAI-compatible server, and what every reply that is no answer is called (core/http.py).
 
-Nothing but the addresses given is contacted: redirects are not followed, proxies of the environment and cookies are
-not used. Replies are read up to a limit and within one deadline, so neither an endless body nor a slow drip holds a
-place for long. The key comes from OPENAI_API_KEY alone and stands in no log line and no file.
+The key comes from OPENAI_API_KEY alone and stands in no log line and no file.
 """
 
 from __future__ import annotations
 
-import asyncio
-import email.utils
 import json
 import os
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.http import BadReply, HttpClient, HttpFailure, HttpStatus, ServerGone
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 # A reply may have this much plus this much per token asked for (escapes, tool calls); more is not an answer.
 BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 64
-CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 5.0
-RETRYABLE_STATUS = (408, 409, 425, 429)
-MAX_DETAIL = 200
-
-
-class ServerGone(Exception):
-    """No connection could be made; says nothing about the row that was to be sent."""
-
-
-class RateLimited(RequestFailed):
-    """429 or 503 with the seconds the server asks to wait (None: it does not say)."""
-
-    def __init__(self, reason: str, detail: str, retry_after: float | None) -> None:
-        super().__init__(reason, detail, retryable=True)
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -69,50 +48,43 @@ def parse_address(text: str) -> ServerAddress:
     return ServerAddress(text, f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}")
 
 
-def open_session() -> aiohttp.ClientSession:
-    """A session without cookies, proxies or compression, with the key of OPENAI_API_KEY if there is one."""
+def open_http() -> HttpClient:
+    """A client with the key of OPENAI_API_KEY, if there is one."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    headers = {"Accept-Encoding": "identity", "Accept": "application/json"}
-    if key:
-        if not key.isascii() or not key.isprintable():
-            raise ConfigError("OPENAI_API_KEY: expected printable ASCII characters")
-        headers["Authorization"] = f"Bearer {key}"
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers=headers,
-        trust_env=False,
-        auto_decompress=False,  # a few compressed bytes must not become gigabytes
-    )
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("OPENAI_API_KEY: expected printable ASCII characters")
+    return HttpClient(key=key or None)
 
 
 class ChatClient:
     """Requests to one server."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, address: ServerAddress, timeout_s: float, extra_body: dict[str, Any]
-    ) -> None:
-        self.session, self.address, self.timeout_s, self.extra_body = session, address, timeout_s, extra_body
+    def __init__(self, http: HttpClient, address: ServerAddress, timeout_s: float, extra_body: dict[str, Any]) -> None:
+        self.http, self.address, self.timeout_s, self.extra_body = http, address, timeout_s, extra_body
 
     async def list_models(self) -> list[str] | None:
         """Names the server lists; None where it answers but lists none. Raises ServerGone, RequestFailed (refused)."""
+        url = f"{self.address.base_url}/models"
         try:
-            status, headers, body = await self._send("GET", "/models", None, PROBE_SECONDS, BODY_BYTES)
-        except RequestFailed as error:
-            raise ServerGone(str(error)) from None
-        if status in (401, 403):
-            raise RequestFailed(f"http-{status}", "the server refuses the key in OPENAI_API_KEY, or wants one")
-        if 300 <= status < 400:
-            check_status(status, headers, body)
-        if status >= 500:
-            raise ServerGone(f"http-{status}")
-        try:
-            return [str(model["id"]) for model in json.loads(body)["data"]]
+            reply = await self.http.request("GET", url, timeout_s=PROBE_SECONDS, max_bytes=BODY_BYTES)
+            return [str(model["id"]) for model in json.loads(reply)["data"]]
+        except HttpStatus as error:
+            if error.status in (401, 403):
+                detail = "the server refuses the key in OPENAI_API_KEY, or wants one"
+                raise RequestFailed(error.reason, detail) from None
+            if error.status < 400:
+                raise RequestFailed(error.reason, error.detail) from None
+            if error.status >= 500:
+                raise ServerGone(error.reason, error.detail) from None
+            return None
+        except BadReply as error:
+            raise ServerGone(error.reason, error.detail) from None
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     async def ask(self, model: str, question: Question) -> Answer:
-        """One chat completion, or text completion of token ids. Raises RequestFailed (RateLimited), ServerGone."""
+        """One chat completion, or text completion of token ids. An answer that would not fit the context gets the room
+        that is left. Raises RequestFailed; ServerGone where no connection could be made."""
         sampling = question.sampling
         is_chat = question.prompt_ids is None
         prompt = {"messages": question.messages} if is_chat else {"prompt": question.prompt_ids}
@@ -130,88 +102,26 @@ class ChatClient:
             body["tools"] = question.tools
         if question.stop_token_ids:
             body["stop_token_ids"] = question.stop_token_ids
-        limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * sampling.max_tokens
         body |= self.extra_body
-        path = "/chat/completions" if is_chat else "/completions"
+        url = self.address.base_url + ("/chat/completions" if is_chat else "/completions")
         while True:
-            status, headers, reply = await self._send("POST", path, body, self.timeout_s, limit)
-            if status not in (400, 413, 422) or (room := room_left(error_text(reply), body["max_tokens"])) is None:
-                break
-            if room < 1:
-                raise RequestFailed("prompt-too-long", error_text(reply))
-            body["max_tokens"] = room
-        check_status(status, headers, reply)
-        return parse_answer(reply, is_chat)
-
-    async def _send(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, max_bytes: int
-    ) -> tuple[int, Any, bytes]:
-        try:
-            async with self.session.request(
-                method,
-                self.address.base_url + path,
-                json=body,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_SECONDS),
-            ) as response:
-                return response.status, response.headers, await read_body(response, max_bytes)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ServerGone(describe(error)) from None
-        except TimeoutError:
-            raise RequestFailed("timeout", f"no complete reply within {timeout_s:g} s", retryable=True) from None
-        except aiohttp.ClientPayloadError as error:
-            raise RequestFailed("half-body", describe(error), retryable=True) from None
-        except aiohttp.ClientResponseError as error:  # not HTTP, or a header without end
-            raise RequestFailed("wrong-http", describe(error), retryable=True) from None
-        except (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError) as error:
-            raise RequestFailed("disconnected", describe(error), retryable=True) from None
-
-
-async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The body, if it has at most `max_bytes`. Raises RequestFailed and drops the connection beyond that."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        response.close()
-        raise RequestFailed("compressed", "the reply is compressed although that was not asked for")
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > max_bytes:
-            response.close()
-            raise RequestFailed("body-too-large", f"the reply is longer than {max_bytes} bytes", True)
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def check_status(status: int, headers: Any, body: bytes) -> None:
-    """Raise RequestFailed or RateLimited for anything but 200."""
-    if status == 200:
-        return
-    if 300 <= status < 400:
-        target = str(headers.get("Location", "nowhere"))[:MAX_DETAIL]
-        raise RequestFailed("redirect", f"HTTP {status} to {target}; redirects are not followed", retryable=True)
-    detail = f"HTTP {status}: {error_text(body)}"
-    if status in (429, 503):
-        raise RateLimited(f"http-{status}", detail, parse_retry_after(headers.get("Retry-After")))
-    raise RequestFailed(f"http-{status}", detail, retryable=status >= 500 or status in RETRYABLE_STATUS)
-
-
-def error_text(body: bytes) -> str:
-    """The server's own words, on one line, without what it may have echoed of the key."""
-    text = body[:2000].decode("utf-8", "replace")
-    try:
-        value = json.loads(body)
-        error = value.get("error", value)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if key:
-        text = text.replace(key, "***")
-    return " ".join(text.split())[:MAX_DETAIL] or "no explanation"
+            limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * body["max_tokens"]
+            try:
+                return parse_answer(await self.http.request("POST", url, body, self.timeout_s, limit), is_chat)
+            except HttpFailure as error:
+                if error.reason == "unreachable":
+                    raise
+                room = room_left(error.detail, body["max_tokens"]) if error.reason in REFUSED_BODY else None
+                if room is None:
+                    after = error.retry_after if isinstance(error, HttpStatus) else None
+                    raise RequestFailed(error.reason, error.detail, error.retryable, after) from None
+                if room < 1:
+                    raise RequestFailed("prompt-too-long", error.detail) from None
+                body["max_tokens"] = room
 
 
 # What vLLM, SGLang, OpenAI and llama.cpp write where prompt and max_tokens do not fit the context together.
+REFUSED_BODY = ("http-400", "http-413", "http-422")
 _TOO_LONG = re.compile(
     r"context (?:length|size|window)|max(?:imum)?_(?:completion_)?tokens|max_model_len|too long", re.I
 )
@@ -231,20 +141,6 @@ def room_left(message: str, max_tokens: int) -> int | None:
     prompt = int(found[1]) if (found := _PROMPT.search(message)) and "at least" not in message else 0
     room = context - prompt
     return room if room < max_tokens else max_tokens // 2
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header (seconds or an HTTP date); None where there is none that makes sense."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None
 
 
 def parse_answer(body: bytes, is_chat: bool = True) -> Answer:
@@ -295,8 +191,3 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         plain = {"name": _text(function["name"]), "arguments": _text(function.get("arguments"))}
         result.append({**extra, "type": "function", "function": plain})
     return result
-
-
-def describe(error: BaseException) -> str:
-    """An exception as one short line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:MAX_DETAIL]

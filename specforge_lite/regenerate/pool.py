@@ -15,8 +15,9 @@ import random
 from dataclasses import dataclass
 
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
+from specforge_lite.core.http import ServerGone, backoff_seconds
 from specforge_lite.core.log import info, warn
-from specforge_lite.regenerate.client import ChatClient, RateLimited, ServerGone
+from specforge_lite.regenerate.client import ChatClient
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 FAILURES_IN_A_ROW = 16
@@ -114,8 +115,7 @@ class ServerPool:
             finally:
                 server.in_flight -= 1
                 self._places.put_nowait(server)
-            pause = self.retry_base_s * 2 ** (attempt - 1) * (1 + 0.25 * self._jitter.random())
-            await asyncio.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+            await asyncio.sleep(backoff_seconds(attempt, self.retry_base_s, LONGEST_PAUSE_SECONDS, self._jitter))
 
     async def close(self) -> None:
         """Stop probing."""
@@ -144,7 +144,7 @@ class ServerPool:
         if error.reason in REFUSALS:
             self._take_down(server, str(error), for_good=True)
             return
-        if isinstance(error, RateLimited) and error.retry_after is not None:
+        if error.retry_after is not None:
             pause = min(error.retry_after, LONGEST_PAUSE_SECONDS)
             server.not_before = max(server.not_before, asyncio.get_running_loop().time() + pause)
         if error.reason != "http-429" and (error.retryable or error.reason in SERVER_FAULTS):
@@ -167,10 +167,10 @@ class ServerPool:
             self._end_timer = asyncio.get_running_loop().call_later(wait_s, self._places.put_nowait, None)
 
     async def _probe_until_back(self, server: Server) -> None:
-        pause = FIRST_PROBE_SECONDS * 2 ** (server.num_times_down - 1)
+        attempt = server.num_times_down
         while True:
-            await asyncio.sleep(min(pause, LONGEST_PROBE_SECONDS))
-            pause *= 2
+            await asyncio.sleep(backoff_seconds(attempt, FIRST_PROBE_SECONDS, LONGEST_PROBE_SECONDS))
+            attempt += 1
             try:
                 await server.client.list_models()
             except ServerGone:

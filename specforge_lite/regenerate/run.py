@@ -20,7 +20,7 @@ from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.client import ChatClient, open_session, parse_address
+from specforge_lite.regenerate.client import ChatClient, open_http, parse_address
 from specforge_lite.regenerate.fim import FimPrompts
 from specforge_lite.regenerate.hf_backend import HfBackend
 from specforge_lite.regenerate.pool import ServerPool
@@ -110,8 +110,8 @@ async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
             await hf.close()
         return
     addresses = [parse_address(text) for text in dict.fromkeys(backend.server_address_port)]
-    async with open_session() as session:
-        clients = [ChatClient(session, a, backend.request_timeout, backend.extra_body) for a in addresses]
+    async with open_http() as http:
+        clients = [ChatClient(http, a, backend.request_timeout, backend.extra_body) for a in addresses]
         pool = ServerPool(
             clients, backend.max_concurrency, backend.max_retries, backend.retry_base_seconds, backend.server_wait
         )

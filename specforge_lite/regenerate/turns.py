@@ -21,11 +21,12 @@ Message = dict[str, Any]
 
 
 class RequestFailed(Exception):
-    """A row could not be answered. `reason` is a short name to count by; `retryable`: another attempt may work."""
+    """A row could not be answered. `reason` is a short name to count by; `retryable`: another attempt may work;
+    retry_after: seconds that the server asks to wait."""
 
-    def __init__(self, reason: str, detail: str, retryable: bool = False) -> None:
+    def __init__(self, reason: str, detail: str, retryable: bool = False, retry_after: float | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.retryable = reason, detail, retryable
+        self.reason, self.detail, self.retryable, self.retry_after = reason, detail, retryable, retry_after
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,23 @@ def test_other_cache_layouts(family: str) -> None:
         assert result.token_ids == plain_greedy(model, prompt, length)
 
 
+def test_the_prompt_runs_once_however_many_segments_follow(
+    target: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values stay between segments, for the rows that go on as well."""
+    monkeypatch.setattr(hf_generate, "SEGMENT_TOKENS", 4)
+    shapes: list[tuple[int, int]] = []
+    hook = target.register_forward_pre_hook(
+        lambda _m, _args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        generate_batch(target, [GenerationRequest(p, n) for p, n in zip(prompts, (12, 3, 9, 12, 6))], [])
+    finally:
+        hook.remove()
+    rows = [5] * 4 + [4] * 4 + [3] * 4  # the request of 3 tokens leaves after the first segment, that of 6 after two
+    assert shapes == [(5, max(map(len, prompts))), *((count, 1) for count in rows[1:])]
+
+
 def test_sampling_depends_on_the_seed_only(target: Any, prompts: list[list[int]]) -> None:
     requests = [GenerationRequest(p, 24, temperature=1.0, top_p=0.9, seed=i) for i, p in enumerate(prompts)]
     together = generate_batch(target, requests, EOS)

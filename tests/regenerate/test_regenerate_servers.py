@@ -16,14 +16,7 @@ from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.data.conversations import to_conversation
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.client import (
-    check_status,
-    error_text,
-    parse_address,
-    parse_answer,
-    parse_retry_after,
-    room_left,
-)
+from specforge_lite.regenerate.client import parse_address, parse_answer, room_left
 from specforge_lite.regenerate.rows import RowSource
 from specforge_lite.regenerate.run import Summary, run_async
 from specforge_lite.regenerate.settings import RegenerateConfig
@@ -418,16 +411,6 @@ def test_a_password_in_an_address_is_refused_without_repeating_it() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_retry_after_forms() -> None:
-    assert parse_retry_after("3") == 3.0
-    assert parse_retry_after("-1") == 0.0
-    assert parse_retry_after(None) is parse_retry_after("soon") is parse_retry_after("inf") is None
-    assert parse_retry_after("nan") is None
-    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    assert 50 < (parse_retry_after(later) or 0) <= 61
-
-
 def test_answers_are_read_strictly() -> None:
     full = {"choices": [{"message": {"content": "hi", "reasoning": "hm"}, "finish_reason": None}], "usage": None}
     answer = parse_answer(json.dumps(full).encode())
@@ -442,12 +425,3 @@ def test_answers_are_read_strictly() -> None:
             parse_answer(body)
         assert caught.value.reason == reason
         assert caught.value.retryable
-
-
-def test_error_texts_are_one_short_line() -> None:
-    assert error_text(b'{"error": {"message": "context\\n too long"}}') == "context too long"
-    assert error_text(b'{"detail": "no"}') == "{'detail': 'no'}"
-    assert error_text(b"<html>\n<body>" + b"x" * 5000) == ("<html> <body>" + "x" * 5000)[:200]
-    assert error_text(b"") == "no explanation"
-    with pytest.raises(RequestFailed, match="redirects are not followed"):
-        check_status(302, {"Location": "http://elsewhere/"}, b"")

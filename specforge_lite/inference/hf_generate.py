@@ -166,7 +166,7 @@ class _Batch:
             return
         index_B = torch.tensor(keep, device=self.tokens_BT.device)
         self.tokens_BT, self.mask_BT = self.tokens_BT[index_B], self.mask_BT[index_B]
-        self.cache.batch_select_indices(index_B)
+        self.cache.reorder_cache(index_B)  # unlike `batch_select_indices`, every kind of layer has it
 
 
 class SeededSampler:

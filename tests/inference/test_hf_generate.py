@@ -80,13 +80,36 @@ def test_end_token_is_kept_and_ends_the_answer(target: Any, prompts: list[list[i
     assert other.token_ids.count(end) <= 1
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "lfm2", "qwen3_next", "jamba"])
 def test_other_cache_layouts(family: str) -> None:
-    """Sliding windows shorter than the answer, and learned positions, with rows leaving the batch."""
+    """Sliding windows shorter than the answer, learned positions, and states of convolutions and linear attention, with
+    rows leaving the batch."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 97, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
     if family == "gpt2":
         config = AutoConfig.for_model("gpt2", vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+    elif family == "lfm2":
+        config = AutoConfig.for_model(family, **shape, num_key_value_heads=2, intermediate_size=48, full_attn_idxs=[1])
+    elif family == "jamba":
+        config = AutoConfig.for_model(
+            family,
+            **shape,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            num_experts=2,
+            mamba_d_state=8,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+            attn_layer_period=3,
+            attn_layer_offset=1,
+        )
+    elif family == "qwen3_next":
+        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        shape |= {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+        config = AutoConfig.for_model(
+            family, **shape, **linear, **experts, linear_value_head_dim=8, shared_expert_intermediate_size=16
+        )
     else:
         shape |= {"head_dim": 8, "intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8}
         config = AutoConfig.for_model(

@@ -1,5 +1,6 @@
 # make quickstart     environment + the whole pipeline on a small target, at most ten minutes on 2 cores
 # make test           the tests             make check         ruff, mypy, layering
+# make test-old-cpu   the draft's step and a training run with the instructions of CPUs without AVX-512, and without AVX
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
 # make test-engines   live tests against both engines    make mooncake  the store that carries states between hosts
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
+.PHONY: quickstart test test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
@@ -17,6 +18,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
 	PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/training/test_adam8bit.py
+
+# bf16 without AVX-512 takes other kernels in torch and oneDNN; some operators exist for AVX-512 only.
+OLD_CPU_TESTS := tests/model/test_eagle3.py tests/model/test_eagle1.py tests/model/test_lk_loss.py tests/training/test_overlap.py tests/training/test_fp16.py
+
+test-old-cpu: $(VENV)/.installed-dev
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) benchmarks/bench_training.py --shape test --variants bf16-75 fp32-75
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

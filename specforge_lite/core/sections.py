@@ -102,7 +102,10 @@ class DataSection(Section):
     train_only_last_turn: bool = Field(False, description="supervise the last assistant turn only")
     system_prompt: str | None = Field(None, description="added to conversations that have none")
     build_num_proc: int = Field(
-        1, ge=1, description="processes that tokenize", json_schema_extra={"flags": ["--num-proc"]}
+        1,
+        ge=1,
+        description="processes that tokenize",
+        json_schema_extra={"flags": ["--num-proc", "--build-dataset-num-proc", "--num-workers"]},
     )
 
 

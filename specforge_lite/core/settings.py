@@ -24,7 +24,6 @@ from pydantic.fields import FieldInfo
 
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
-from specforge_lite.core.peer_flags import PEER_FLAGS
 
 # Stands for a required text that is missing while the rest is checked; no message that names it is shown.
 MISSING = "<missing>"
@@ -230,6 +229,8 @@ class _Parse:
         names = {_bare(word) for word in known}
         if not dashes and bare in self.keys:  # a key in the wrong section
             return f"; did you mean '{'.'.join((*self.leaves[self.keys[bare]][0], self.keys[bare]))}'?"
+        from specforge_lite.core.peer_flags import PEER_FLAGS  # 150 lines that only a mistake needs
+
         peer = PEER_FLAGS.get(bare.replace("_", "-"), ())
         if isinstance(peer, str):
             return f";{peer}"

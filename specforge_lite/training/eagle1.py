@@ -38,10 +38,26 @@ class Eagle1TrainingSection(TrainingSection):
 
     num_epochs: int | None = Field(20, ge=1, description="passes over the data; none if only --total-steps is given")
     ttt_length: int = Field(1, ge=1, le=32, description="K; EAGLE-1 trains one step")
-    v_weight: float = Field(1.0, ge=0, description="weight of SmoothL1 between predicted and true hidden state")
-    p_weight: float = Field(0.1, ge=0, description="weight of the cross-entropy through the target's head")
+    v_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of SmoothL1 between predicted and true hidden state",
+        json_schema_extra={"flags": ["--v-w"]},
+    )
+    p_weight: float = Field(
+        0.1,
+        ge=0,
+        description="weight of the cross-entropy through the target's head",
+        json_schema_extra={"flags": ["--p-w"]},
+    )
     noise: float = Field(
-        0.2, ge=0, description="uniform noise on the states it reads: (u - 0.5) * noise * 512 / tokens"
+        0.2,
+        ge=0,
+        description="uniform noise on the states it reads: (u - 0.5) * noise * 512 / tokens",
+        json_schema_extra={"flags": ["--std"]},
+    )
+    batch_size: int = Field(
+        4, ge=1, description="samples per micro batch and rank", json_schema_extra={"flags": ["--bs"]}
     )
     eval_interval: int = Field(0, ge=0, description="evaluate every so many steps, and at the end; 0: see eval_epochs")
     eval_epochs: int | None = Field(1, ge=1, description="evaluate after every so many epochs")
@@ -60,13 +76,21 @@ class Eagle1OptimizerSection(OptimizerSection):
 
     learning_rate: float = Field(3e-5, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="after the warm-up")
-    warmup_steps: int | None = Field(2000, ge=0, description="steps of linear warm-up; none with --warmup-ratio")
+    warmup_steps: int | None = Field(
+        2000,
+        ge=0,
+        description="steps of linear warm-up; none with --warmup-ratio",
+        json_schema_extra={"flags": ["--num-warmup-steps"]},
+    )
     schedule_steps: int | None = Field(
         800_000, ge=1, description="length of the learning-rate schedule; none: that of the run"
     )
     max_grad_norm: float = Field(0.0, ge=0, description="clip the gradient's norm; 0: do not")
     max_grad_value: float = Field(
-        0.5, ge=0, description="clip each element of the gradient; 0, or --max-grad-norm given: do not"
+        0.5,
+        ge=0,
+        description="clip each element of the gradient; 0, or --max-grad-norm given: do not",
+        json_schema_extra={"flags": ["--grad-clip"]},
     )
 
     @model_validator(mode="before")

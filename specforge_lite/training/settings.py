@@ -1,4 +1,4 @@
-"""All settings of a training run: one frozen section per concern, every key also a flag, mistakes told together."""
+"""All settings of a training run: one frozen section per concern, every key also a flag, all mistakes in one report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specforge_lite.checkpoints.compat.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section
@@ -64,7 +63,9 @@ class TrainingSection(Section):
     ttt_length: int = Field(7, ge=1, le=32, description="K, steps of the training-time test")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is this to the power k")
     draft_attention_backend: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
-        "auto", description="attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere"
+        "auto",
+        description="attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere",
+        json_schema_extra={"flags": ["--attention-backend"]},
     )
     loss: Literal["ce", "lk", "lk_alpha"] = Field(
         "ce",
@@ -80,7 +81,16 @@ class TrainingSection(Section):
         " loss, for GPUs without bf16",
     )
     compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
-    activation_checkpointing: bool = Field(False, description="recompute activations of a step in backward")
+    activation_checkpointing: bool = Field(
+        False,
+        description="recompute activations of a step in backward",
+        json_schema_extra={"flags": ["--gradient-checkpointing"]},
+    )
+    deterministic: bool = Field(
+        False,
+        description="on CUDA: kernels that add in a fixed order, so that a resumed run gives the same bits (they are"
+        " slower; without it a resume is equal within rounding; on a CPU it is exact always)",
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="order of the samples, initial weights, noise")
     deepspeed_config: Path | None = Field(
         None, description="ds_config.json of an EAGLE run: its settings hold where no flag is given"
@@ -98,7 +108,10 @@ class TrainingSection(Section):
     eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
     eval_chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the estimated acceptance length")
     offline_dir: Path | None = Field(
-        None, description="train from hidden states of scripts/capture_hidden_states.py instead of an engine"
+        None,
+        description="train from hidden states of scripts/capture_hidden_states.py instead of an engine; EAGLE-1: also"
+        " from a folder of EAGLE's own samples (data_0.ckpt, ...)",
+        json_schema_extra={"flags": ["--tmpdir"]},
     )
     profile_start_step: int | None = Field(None, ge=1, description="write a chrome trace from this step on")
     profile_num_steps: int = Field(3, ge=1, description="steps in the trace")
@@ -124,12 +137,19 @@ class OptimizerSection(Section):
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     min_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear end")
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="share of the steps (default: 0.015)")
-    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up, instead of --warmup-ratio")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps of linear warm-up, instead of --warmup-ratio",
+        json_schema_extra={"flags": ["--num-warmup-steps"]},
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices only")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, json_schema_extra={"flags": ["--b1"]})
+    adam_beta2: float = Field(0.95, ge=0, lt=1, json_schema_extra={"flags": ["--b2"]})
     adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(0.5, ge=0, description="clip the gradient's norm; 0: do not")
+    max_grad_norm: float = Field(
+        0.5, ge=0, description="clip the gradient's norm; 0: do not", json_schema_extra={"flags": ["--grad-clip"]}
+    )
     max_grad_value: float = Field(0.0, ge=0, description="clip each element of the gradient instead; 0: do not")
     schedule_steps: int | None = Field(
         None, ge=1, description="length of the learning-rate schedule, where it is not that of the run"
@@ -162,7 +182,9 @@ class CheckpointSection(Section):
     resume: bool = Field(True, description="continue the newest complete checkpoint of --output-dir, if there is one")
     overwrite: bool = Field(False, description="delete the checkpoints and metrics of an earlier run first")
     save_interval: int = Field(1000, ge=0, description="save every so many steps, and at the end; 0: at the end only")
-    save_epochs: int | None = Field(None, ge=1, description="also save after every so many epochs")
+    save_epochs: int | None = Field(
+        None, ge=1, description="also save after every so many epochs", json_schema_extra={"flags": ["--save-freq"]}
+    )
     save_total_limit: int | None = Field(None, ge=1, description="keep only so many checkpoints")
 
 
@@ -219,6 +241,10 @@ class DistributedSection(Section):
         20.0, gt=0, description="minutes after which ranks give up waiting for one that died or hangs"
     )
 
+    local_rank: int | None = Field(
+        None, description="as launchers such as DeepSpeed's append it; the environment's LOCAL_RANK is what counts"
+    )
+
 
 class TrainConfig(Section):
     """Train an EAGLE draft online: a frozen target gives hidden states, the draft learns from them."""
@@ -241,12 +267,17 @@ class TrainConfig(Section):
         if not isinstance(values, dict):
             return values
         path = (values.get("training") or {}).get("deepspeed_config")
+        draft = (values.get("draft") or {}).get("draft_model_config")
+        if path is None and draft is None:
+            return values
+        from specforge_lite.checkpoints.compat.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
+
         if path is not None:
             settings, unused = read_deepspeed_config(Path(path))
             if unused:
                 info(f"{path}: no effect here: {', '.join(unused)}")
             values = merge_deepspeed(values, settings)
-        steps = eagle_length((values.get("draft") or {}).get("draft_model_config"))
+        steps = eagle_length(draft)
         if steps is None or cls.algorithm != "eagle3":
             return values
         return merge_deepspeed(values, {"training": {"ttt_length": steps}})
@@ -286,8 +317,11 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
         found.append(f"sp_size {config.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
         found.append("cpu_offload: only with --sharding fsdp2")
-    if training.offline_dir is not None and training.offline_dir.is_file():
-        found.append(f"offline_dir {training.offline_dir}: expected a directory")
+    if training.offline_dir is not None and not training.offline_dir.is_dir():
+        found.append(f"offline_dir {training.offline_dir}: no such directory")
+    target = config.target.target_model_path
+    if target.startswith(("/", "./", "../", "~")) and not Path(target).is_dir():  # a hub name is looked up later
+        found.append(f"target_model_path {target}: no such directory")
     for name, path in (("train_data_path", data.train_data_path), ("eval_data_path", data.eval_data_path)):
         if path is not None and not Path(path).is_file():
             found.append(f"{name}: no such file: {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ import torch
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.context import num_positions
-from specforge_lite.capture.offline import OfflineEngine, OfflinePart
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
@@ -45,6 +45,9 @@ from specforge_lite.training.settings import TrainConfig, run_length
 
 def run_training(config: TrainConfig) -> int:
     """Train as the command line asks; the exit code."""
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
         config = fit_to_device(config, world.device)
         data = load_data(config)
@@ -88,8 +91,8 @@ def load_data(config: TrainConfig) -> RunData:
     """
     check_max_length(config)
     if config.training.offline_dir is not None:
-        parts = open_offline(config.training.offline_dir)
-        return RunData(parts[0].dataset, parts[1].dataset if len(parts) > 1 else None)
+        datasets, _ = _open_offline(config)
+        return RunData(datasets[0], datasets[1] if len(datasets) > 1 else None)
     train = open_dataset(config.data.train_data_path, config.target, config.data)
     evaluation = config.data.eval_data_path
     return RunData(train, open_dataset(evaluation, config.target, config.data) if evaluation is not None else None)
@@ -102,10 +105,23 @@ def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> 
     return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
 
 
-def open_offline(offline_dir: Path) -> list[OfflinePart]:
-    """The `train` and, where it was captured, the `eval` part of an offline directory."""
-    evaluation = offline_dir / "eval"
-    return [OfflinePart(offline_dir / "train"), *([OfflinePart(evaluation)] if evaluation.exists() else [])]
+def _open_offline(config: TrainConfig) -> tuple[list[TokenizedDataset], TargetEngine]:
+    """The `train` and, where it was captured, `eval` dataset of an offline directory, and a reader of its states."""
+    directory = config.training.offline_dir
+    assert directory is not None
+    if config.algorithm == "eagle1" and not (directory / "train").exists():
+        from specforge_lite.checkpoints.compat.eagle_samples import EagleSamples, sample_files
+
+        if sample_files(directory):
+            target = load_config(config.target.target_model_path, config.target.trust_remote_code).get_text_config()
+            samples = EagleSamples(directory, config.data.cache_dir, config.data.max_length, target.vocab_size)
+            return samples.datasets, samples
+    from specforge_lite.capture.offline import OfflineEngine, OfflinePart
+
+    parts = [OfflinePart(directory / "train")]
+    if (directory / "eval").exists():
+        parts.append(OfflinePart(directory / "eval"))
+    return [part.dataset for part in parts], OfflineEngine(parts)
 
 
 # -------------------------------------------------------------------------------------------------------------- target
@@ -115,7 +131,7 @@ def open_offline(offline_dir: Path) -> list[OfflinePart]:
 def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
     """The engine of the run, closed at the end; with `--offline-dir` a reader of captured states."""
     if config.training.offline_dir is not None:
-        engine: TargetEngine = OfflineEngine(open_offline(config.training.offline_dir))
+        engine = _open_offline(config)[1]
     else:
         engine = open_engine(
             config.target,

@@ -25,7 +25,7 @@ from specforge_lite.core.errors import EngineError
 from specforge_lite.core.files import atomic_file
 from specforge_lite.core.log import info, run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.evaluation.compare_generation import read_prompts
+from specforge_lite.data.prompts import encode_prompt_file
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 
@@ -136,11 +136,8 @@ def train_draft(config: CompareConfig, algorithm: str, states: Path, run: Path) 
 def decode(config: CompareConfig, algorithm: str, draft: Path, evaluation: Path) -> Row:
     """Answer the held-out prompts with a draft: a chain, a tree, and a chain at temperature 1."""
     model = SpeculativeModel.from_pretrained(config.target_model_path, draft, dtype="float32")
-    assert model.tokenizer is not None
-    prompts = [
-        list(model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-        for messages in read_prompts(evaluation, config.num_eval)
-    ]
+    encoded = encode_prompt_file(evaluation, config.num_eval, config.target_model_path)
+    prompts = [token_ids for _, token_ids in encoded]
     length = config.max_new_tokens
     plain = model.run(prompts, GenerationSettings(length), speculative=False)
     chain = model.run(prompts, GenerationSettings(length, shape=CHAIN))

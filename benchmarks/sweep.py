@@ -31,7 +31,7 @@ from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.files import atomic_file, lock_directory
 from specforge_lite.core.log import info, progress, run_script
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.evaluation.compare_generation import read_prompts
+from specforge_lite.data.prompts import encode_prompt_file
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.serving.registry import open_engine
@@ -247,11 +247,8 @@ def run_cell(config: SweepConfig, cell: Cell) -> Result:
 
 def decode(config: SweepConfig, model: SpeculativeModel, seed: int) -> tuple[float, float]:
     """Tokens per verification pass with chains of 5: greedy, and at temperature 1."""
-    assert model.tokenizer is not None
-    prompts = [
-        list(model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-        for messages in read_prompts(config.eval_data_path, config.num_prompts)
-    ]
+    encoded = encode_prompt_file(config.eval_data_path, config.num_prompts, config.target_model_path)
+    prompts = [token_ids for _, token_ids in encoded]
     shape, length = TreeShape.chain(CHAIN), config.max_new_tokens
     greedy = model.run(prompts, GenerationSettings(length, shape=shape))
     sampled = model.run(prompts, GenerationSettings(length, temperature=1.0, seed=seed, shape=shape))

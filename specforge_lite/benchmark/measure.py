@@ -8,11 +8,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from specforge_lite.benchmark.chat import Chat
-from specforge_lite.benchmark.prompts import Prompt
 from specforge_lite.benchmark.session import Ask, Counters, Reply, Session
 from specforge_lite.benchmark.statistics import Record
 from specforge_lite.core.errors import DataError
+from specforge_lite.data.prompts import ChatEncoder, Prompt
 
 MIN_NEW_TOKENS = 8  # a turn that has room for fewer is left out, with a note
 WARM_UP_TOKENS = 16
@@ -31,10 +30,10 @@ class Measurement:
 class Conversation:
     """One prompt on its way through its turns."""
 
-    def __init__(self, index: int, prompt: Prompt, chat: Chat, max_new_tokens: int, context_length: int) -> None:
+    def __init__(self, index: int, prompt: Prompt, chat: ChatEncoder, max_new_tokens: int, context_length: int) -> None:
         self.index, self.prompt, self.chat = index, prompt, chat
         self.max_new_tokens, self.context_length = max_new_tokens, context_length
-        self.messages: list[dict[str, Any]] = list(prompt.context)
+        self.messages: list[dict[str, Any]] = []
         self.turn = 0
         self.records: list[Record] = []
         self.num_left_out = 0
@@ -42,14 +41,15 @@ class Conversation:
 
     def next_ask(self) -> Ask | None:
         """The next request, or None at the end."""
-        if self.turn >= len(self.prompt.turns):
+        steps = self.prompt.steps
+        if self.turn >= len(steps):
             return None
-        messages = [*self.messages, {"role": "user", "content": self.prompt.turns[self.turn]}]
-        token_ids = self.chat.encode(messages)
+        messages = [*self.messages, *steps[self.turn]]
+        token_ids = self.chat.encode(messages, self.prompt.tools, self.prompt.place)
         room = self.context_length - len(token_ids)
         if room < MIN_NEW_TOKENS:
-            self.num_left_out = len(self.prompt.turns) - self.turn
-            self.turn = len(self.prompt.turns)
+            self.num_left_out = len(steps) - self.turn
+            self.turn = len(steps)
             return None
         self.messages = messages
         self._asked = Ask(tuple(token_ids), min(self.max_new_tokens, room))
@@ -80,7 +80,7 @@ def measure(
     session: Session,
     prompts: Sequence[Prompt],
     batch_size: int,
-    chat: Chat,
+    chat: ChatEncoder,
     max_new_tokens: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Measurement:

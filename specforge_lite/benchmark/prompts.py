@@ -6,32 +6,19 @@ them; else `datasets`, by name (also with `--from-hub`). Only the last uses the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError, suggest
 from specforge_lite.core.log import info
-from specforge_lite.data.conversations import RowRejected, to_conversation
-from specforge_lite.data.reading import BadRow
-from specforge_lite.data.sources import HubDataset, Source
+from specforge_lite.data.prompts import Prompt, category_of, read_prompt, read_prompts, read_turns
+from specforge_lite.data.sources import FILE_ENDINGS, HubDataset, Source
 
-FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One conversation to answer. turns: what the user says, one after the other, each after the model's answer.
-    context: messages before the first turn."""
-
-    id: str
-    category: str
-    turns: tuple[str, ...]
-    context: tuple[dict[str, Any], ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -76,20 +63,6 @@ class BenchmarkRequest:
 # ------------------------------------------------------------------------------------------------------------ row forms
 
 
-def _category(row: dict[str, Any], default: str) -> str:
-    value = row.get("category", row.get("subject"))
-    return value if isinstance(value, str) and value else default
-
-
-def read_turns(row: dict[str, Any], place: str) -> Prompt:
-    """MT-bench as FastChat (`turns`) or the hub (`prompt`, a list) has it."""
-    turns = row.get("turns", row.get("prompt"))
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise DataError(f"{place}: expected 'turns', a list of texts")
-    number = row.get("question_id", row.get("prompt_id", place))
-    return Prompt(str(number), _category(row, "all"), tuple(turns))
-
-
 def _text_reader(keys: tuple[str, ...], category: str, form: str) -> Callable[[dict[str, Any], str], Prompt]:
     def read(row: dict[str, Any], place: str) -> Prompt:
         if isinstance(row.get("turns"), list):
@@ -98,7 +71,7 @@ def _text_reader(keys: tuple[str, ...], category: str, form: str) -> Callable[[d
         if text is None:
             raise DataError(f"{place}: expected a text under '{keys[0]}', found keys {', '.join(row) or 'none'}")
         number = row.get("unique_id", row.get("task_id", place))
-        return Prompt(str(number), _category(row, category), (form.format(text),))
+        return Prompt(str(number), category_of(row, category), (form.format(text),), place=place)
 
     return read
 
@@ -111,22 +84,7 @@ def read_alpaca(row: dict[str, Any], place: str) -> Prompt:
     if not isinstance(instruction, str) or not instruction.strip():
         raise DataError(f"{place}: expected a text under 'instruction'")
     text = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    return Prompt(place, "all", (text,))
-
-
-def read_any(row: dict[str, Any], place: str) -> Prompt:
-    """A row of any form: `turns`, or what training data may look like; a last answer is left out."""
-    if isinstance(row.get("turns"), list):
-        return read_turns(row, place)
-    try:
-        conversation = to_conversation(row)
-    except RowRejected as error:
-        raise DataError(f"{place}: {error}") from None
-    messages = list(conversation.messages)
-    while messages and messages[-1]["role"] != "user":
-        messages.pop()
-    *context, last = messages  # `to_conversation` refuses rows without a user turn
-    return Prompt(conversation.id, _category(row, "all"), (last["content"],), tuple(context))
+    return Prompt(place, "all", (text,), place=place)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -177,15 +135,13 @@ def load_prompts(
     where the rows cannot be had or read, ConfigError for num_shots.
     """
     bench = BENCHMARKS.get(request.name)
-    source, read = _source(request, bench, data_dir, from_hub), bench.read if bench else read_any
-    prompts = [read(row, place) for place, row in islice(_rows(source), request.num_prompts)]
-    if not prompts:
-        raise DataError(f"{source}: no prompt in it")
+    source = _source(request, bench, data_dir, from_hub)
+    prompts = read_prompts(source, request.num_prompts, bench.read if bench else read_prompt)
     if request.num_prompts is not None and len(prompts) < request.num_prompts:
         info(f"{request.label}: all of its {len(prompts)} prompts ({request.num_prompts} asked for)")
     if request.name == "gsm8k" and num_shots:
         shots = _gsm8k_shots(num_shots)
-        prompts = [Prompt(p.id, p.category, (shots + f"Question: {p.turns[0]}\nAnswer:",), p.context) for p in prompts]
+        prompts = [replace(p, turns=(f"{shots}Question: {p.turns[0]}\nAnswer:",)) for p in prompts]
     return prompts
 
 
@@ -210,17 +166,8 @@ def shipped_file(name: str) -> Path:
     return Path(str(resources.files("specforge_lite.assets") / "prompts" / name))
 
 
-def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    for placed in source.rows():
-        if isinstance(placed.row, BadRow):
-            raise DataError(f"{placed.place}: {placed.row.detail}")
-        if not isinstance(placed.row.value, dict):
-            raise DataError(f"{placed.place}: expected an object, found {type(placed.row.value).__name__}")
-        yield placed.place, placed.row.value
-
-
 def _gsm8k_shots(count: int) -> str:
-    rows = [row for _, row in _rows(Source("gsm8k_shots", path=shipped_file("gsm8k_shots.jsonl")))]
+    rows = [json.loads(line) for line in shipped_file("gsm8k_shots.jsonl").read_text(encoding="utf-8").splitlines()]
     if count > len(rows):
         raise ConfigError(f"num_shots: expected 0..{len(rows)}, found {count}")
     return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows[:count])

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from specforge_lite.benchmark.chat import Chat
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, plan
 from specforge_lite.benchmark.measure import measure
-from specforge_lite.benchmark.prompts import Prompt
 from specforge_lite.benchmark.rows import ResultFile, RowKey, SpeedupRow, make_row
 from specforge_lite.benchmark.session import Session
 from specforge_lite.benchmark.statistics import Record
 from specforge_lite.core.log import info, progress
+from specforge_lite.data.prompts import ChatEncoder, Prompt
 
 OpenSession = Callable[[Speculation, int], Session]
 
@@ -22,7 +21,7 @@ class Workload:
     """What is asked: prompts by benchmark, and how."""
 
     prompts: Mapping[str, Sequence[Prompt]]
-    chat: Chat
+    chat: ChatEncoder
     max_new_tokens: int
     greedy: bool
 

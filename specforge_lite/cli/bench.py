@@ -75,13 +75,13 @@ class BenchmarkConfig(Section):
 
 def main() -> None:
     config = parse_config(BenchmarkConfig, description=__doc__ or "")
-    from specforge_lite.benchmark.chat import Chat
     from specforge_lite.benchmark.configs import BenchConfig, check_backend
     from specforge_lite.benchmark.engines import check_options, session_opener
     from specforge_lite.benchmark.present import print_table, save_chart
     from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
     from specforge_lite.benchmark.rows import ResultFile
     from specforge_lite.benchmark.run import Workload, run_benchmark
+    from specforge_lite.data.prompts import ChatEncoder
     from specforge_lite.report import write_report
 
     configs = [BenchConfig.parse(text) for text in config.work.config_list]
@@ -90,12 +90,13 @@ def main() -> None:
     check_backend(configs, options.backend)
     check_options(options, any(not c.speculation.is_baseline for c in configs))
 
-    chat = Chat.of_model(
+    chat = ChatEncoder.of_model(
         options.model_path,
-        _template_kwargs(config.work.chat_template_kwargs),
-        config.work.system_prompt,
-        config.work.raw_prompts,
         options.trust_remote_code,
+        template_kwargs=_template_kwargs(config.work.chat_template_kwargs),
+        system_prompt=config.work.system_prompt,
+        raw=config.work.raw_prompts,
+        raw_flag="--raw-prompts",
     )
     work = config.work
     prompts = {r.label: load_prompts(r, work.data_dir, work.num_shots, work.from_hub) for r in requests}

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import DraftPathSection, Dtype, EngineFlags, LocalTargetSection, TargetPathSection
 from specforge_lite.core.settings import Section, parse_config
@@ -65,10 +64,11 @@ class CompareServingConfig(PromptsSection, DraftPathSection, EngineFlags, Target
 
 def main() -> None:
     config = parse_config(CompareConfig, description=__doc__ or "")
-    from specforge_lite.evaluation.compare_generation import compare_generation, read_prompts
+    from specforge_lite.data.prompts import encode_prompt_file
+    from specforge_lite.evaluation.compare_generation import compare_generation
     from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 
-    prompts = read_prompts(config.prompts, config.num_prompts)
+    prompts = encode_prompt_file(config.prompts, config.num_prompts, config.target_model_path, config.trust_remote_code)
     model = SpeculativeModel.from_pretrained(
         config.target_model_path,
         config.draft_model_path,
@@ -100,22 +100,19 @@ def _table_of(result: Decoding) -> Table:
 
 def serving() -> None:
     config = parse_config(CompareServingConfig, description=SERVING_HELP)
-    from specforge_lite.core.hub import load_tokenizer
-    from specforge_lite.evaluation.compare_generation import read_prompts
+    from specforge_lite.data.prompts import encode_prompt_file
     from specforge_lite.evaluation.compare_serving import compare_serving
     from specforge_lite.serving.session import ServingOptions
 
-    tokenizer = load_tokenizer(config.target_model_path, config.trust_remote_code)
-    prompts = []
-    for messages in read_prompts(config.prompts, config.num_prompts):
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        prompts.append(list(encoded["input_ids"]))
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if not prompts or longest + config.max_new_tokens >= config.max_length:
-        raise ConfigError(
-            f"prompts {config.prompts}: {len(prompts)} prompts, the longest {longest} tokens, {config.max_new_tokens}"
-            f" new ones; expected some, and together less than max_length {config.max_length}"
-        )
+    encoded = encode_prompt_file(
+        config.prompts,
+        config.num_prompts,
+        config.target_model_path,
+        config.trust_remote_code,
+        config.max_length,
+        config.max_new_tokens + 1,  # the server keeps a position back
+    )
+    prompts = [token_ids for _, token_ids in encoded]
     options = ServingOptions(
         config.backend,
         config.target_model_path,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from specforge_lite.core.errors import DataError
 from specforge_lite.core.log import progress
+from specforge_lite.data.prompts import Prompt
 from specforge_lite.inference.output import DecodeStats, token_texts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 
@@ -51,39 +50,19 @@ class Decoding:
         return asdict(self)
 
 
-def read_prompts(path: Path, limit: int | None) -> list[list[dict[str, Any]]]:
-    """The messages before the last assistant turn of each row of a normal-form jsonl file.
-
-    Raises DataError with file:line for a row without a user turn.
-    """
-    prompts: list[list[dict[str, Any]]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(prompts) == limit:
-                break
-            messages = json.loads(line).get("conversations", [])
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            if not messages:
-                raise DataError(f"{path}:{number}: expected a user turn, found none")
-            prompts.append(messages)
-    return prompts
-
-
 def compare_generation(
-    model: SpeculativeModel, prompts: list[list[dict[str, Any]]], settings: GenerationSettings, num_samples: int = 8
+    model: SpeculativeModel,
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    settings: GenerationSettings,
+    num_samples: int = 8,
 ) -> Decoding:
-    """Decode every prompt twice, one at a time and in turn, so that a machine whose speed drifts favours neither."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise DataError("the target has no tokenizer; prompts of text need one")
+    """Decode every prompt (and its token ids) twice, one at a time and in turn, so that a machine whose speed drifts
+    favours neither."""
     with_draft, without = DecodeStats(), DecodeStats()
     num_identical = 0
     samples: list[Sample] = []
     with progress(len(prompts), "decode with and without the draft", "prompt") as bar:
-        for messages in prompts:
-            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            prompt_ids = list(encoded["input_ids"])
+        for prompt, prompt_ids in prompts:
             plain = model.run(prompt_ids, settings, speculative=False)
             drafted = model.run(prompt_ids, settings, speculative=True)
             without.add(plain.stats)
@@ -91,8 +70,8 @@ def compare_generation(
             num_identical += plain.new_tokens == drafted.new_tokens
             if len(samples) < num_samples:
                 chunks = [len(c.tokens) for c in model.stream(prompt_ids, settings) if c.tokens]
-                texts = token_texts(tokenizer, drafted.new_tokens[0])
-                samples.append(Sample(str(messages[-1]["content"]), tuple(texts), tuple(chunks)))
+                texts = token_texts(model.tokenizer, drafted.new_tokens[0])
+                samples.append(Sample(str(prompt.steps[0][-1]["content"]), tuple(texts), tuple(chunks)))
             bar.update(1)
     return Decoding(
         acceptance_length=with_draft.tokens_per_pass,

@@ -13,7 +13,6 @@ from statistics import median, stdev
 import pytest
 import torch
 
-from specforge_lite.benchmark.chat import Chat
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation
 from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.measure import measure
@@ -21,6 +20,7 @@ from specforge_lite.benchmark.planner import make_plan, measured_tokens_per_pass
 from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
 from specforge_lite.benchmark.rows import RowKey, SpeedupRow, make_row
 from specforge_lite.capture.hf import load_target_model
+from specforge_lite.data.prompts import ChatEncoder
 from specforge_lite.inference import SpeculativeModel
 from specforge_lite.inference.kv_cache import SlotCache
 from specforge_lite.inference.tree import TokenTree
@@ -42,7 +42,7 @@ class Bench:
     """Answers prompts on the shipped target with a draft of known skill, as bench_model_speedup.py does on hf."""
 
     def __init__(self, target: Path) -> None:
-        self.chat = Chat.of_model(str(target), None, None, False, False)
+        self.chat = ChatEncoder.of_model(str(target))
         self.prompts = load_prompts(BenchmarkRequest("gsm8k", BATCH_SIZE))
         model = load_target_model(str(target), "float32", torch.device("cpu"), False)
         ids = [self.chat.encode([{"role": "user", "content": p.turns[0]}]) for p in self.prompts]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.benchmark.chat import Chat
-from specforge_lite.benchmark.prompts import BENCHMARKS, BenchmarkRequest, Prompt, load_prompts
+from specforge_lite.benchmark.prompts import BENCHMARKS, BenchmarkRequest, load_prompts
 from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.data.prompts import ChatEncoder, Prompt
 
 
 def load(text: str, data_dir: Path | None = None, num_shots: int = 0) -> list[Prompt]:
@@ -136,13 +136,13 @@ def tokenizer(tiny_target: Path) -> Any:
 
 
 def test_conversations_are_rendered_by_the_target_s_template(tokenizer: Any) -> None:
-    chat = Chat(tokenizer, system_prompt="Be brief.")
+    chat = ChatEncoder(tokenizer, system_prompt="Be brief.")
     messages = [{"role": "user", "content": "Hi"}]
     text = tokenizer.decode(chat.encode(messages))
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     own = [{"role": "system", "content": "Own."}, *messages]
     assert "Be brief." not in tokenizer.decode(chat.encode(own))
-    assert tokenizer.decode(Chat(tokenizer, raw=True).encode(messages)) == "Hi"
+    assert tokenizer.decode(ChatEncoder(tokenizer, raw=True).encode(messages)) == "Hi"
 
 
 def test_template_kwargs_reach_the_template(tokenizer: Any) -> None:
@@ -151,16 +151,16 @@ def test_template_kwargs_reach_the_template(tokenizer: Any) -> None:
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% if thinking %}T{% else %}N{% endif %}{{ messages[0].content }}"
     messages = [{"role": "user", "content": "Hi"}]
-    assert own.decode(Chat(own, {"thinking": True}).encode(messages)) == "THi"
-    assert own.decode(Chat(own).encode(messages)) == "NHi"
+    assert own.decode(ChatEncoder(own, {"thinking": True}).encode(messages)) == "THi"
+    assert own.decode(ChatEncoder(own).encode(messages)) == "NHi"
     own.chat_template = None
     with pytest.raises(ConfigError, match="no chat template; --raw-prompts"):
-        Chat(own)
+        ChatEncoder(own, raw_flag="--raw-prompts")
 
 
 def test_the_longest_conversation(tokenizer: Any) -> None:
     """Two turns: both prompts as rendered, and twice what may be answered."""
-    chat = Chat(tokenizer)
+    chat = ChatEncoder(tokenizer)
     short, long = Prompt("a", "", ("Hi",)), Prompt("b", "", ("Hello there", "And now?"))
     first = len(chat.encode([{"role": "user", "content": "Hello there"}]))
     second = len(chat.encode([{"role": "user", "content": "And now?"}]))

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.benchmark.chat import Chat
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation
 from specforge_lite.benchmark.measure import measure
-from specforge_lite.benchmark.prompts import Prompt
 from specforge_lite.benchmark.rows import ResultFile
 from specforge_lite.benchmark.run import Workload, run_benchmark
 from specforge_lite.benchmark.session import Ask, Counters, Reply, Session
 from specforge_lite.core.errors import DataError, EngineError
+from specforge_lite.data.prompts import ChatEncoder, Prompt
 
 CHAIN = Speculation(2, 1, 3)
 PROMPTS = [
@@ -90,7 +89,7 @@ class Parrot:
         return Reply(tokens, (len(tokens) - 1) // 2, ((len(tokens) - 1) // 2,), 0.001, 0.006)
 
 
-CHAT = Chat(Words())
+CHAT = ChatEncoder(Words())
 
 
 def test_as_many_requests_in_flight_as_asked_for() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from specforge_lite.core.errors import ConfigError, DataError, EngineError
 from specforge_lite.data.fim import FimRow
+from specforge_lite.data.prompts import ChatEncoder, Prompt
 from specforge_lite.evaluation.compare_generation import compare_generation
 from specforge_lite.evaluation.completions import (
     CompletionSettings,
@@ -57,7 +58,8 @@ def test_the_comparison_of_prompts(tiny_target: Path) -> None:
     """`compare_generation` counts what the calls it makes count."""
     plain = SpeculativeModel.from_pretrained(str(tiny_target), dtype="float32", device="cpu")
     model = SpeculativeModel(plain.target.model, random_draft(128, 4096, 500), plain.tokenizer)
-    prompts = [[{"role": "user", "content": text}] for text in ("How many?", "Tom has 3 apples.")]
+    questions = [Prompt("", "", (text,)) for text in ("How many?", "Tom has 3 apples.")]
+    prompts = ChatEncoder(plain.tokenizer).encode_all(questions, 1024)
     result = compare_generation(model, prompts, GenerationSettings(6, eos_token_id=[], shape=TreeShape.chain(2)))
     assert (result.num_prompts, result.num_tokens, result.num_identical) == (2, 12, 2)
     assert result.num_passes_without == 12

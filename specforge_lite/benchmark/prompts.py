@@ -15,7 +15,7 @@ from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError, suggest
 from specforge_lite.core.log import info
-from specforge_lite.data.prompts import Prompt, category_of, read_prompt, read_prompts, read_turns
+from specforge_lite.data.prompts import Prompt, category_of, read_prompt, read_rows, read_turns
 from specforge_lite.data.sources import FILE_ENDINGS, HubDataset, Source
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -136,7 +136,7 @@ def load_prompts(
     """
     bench = BENCHMARKS.get(request.name)
     source = _source(request, bench, data_dir, from_hub)
-    prompts = read_prompts(source, request.num_prompts, bench.read if bench else read_prompt)
+    prompts = read_rows(source, request.num_prompts, bench.read if bench else read_prompt)
     if request.num_prompts is not None and len(prompts) < request.num_prompts:
         info(f"{request.label}: all of its {len(prompts)} prompts ({request.num_prompts} asked for)")
     if request.name == "gsm8k" and num_shots:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specforge_lite.core.errors import ConfigError, DataError, first_line
 from specforge_lite.core.hub import load_config, load_tokenizer
@@ -23,6 +23,7 @@ from specforge_lite.data.sources import Source
 
 Message = dict[str, Any]
 NUM_NAMED = 5  # of the prompts that are left out
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,11 @@ def read_turns(row: dict[str, Any], place: str) -> Prompt:
     return Prompt(str(number), category_of(row, "all"), tuple(turns), place=place)
 
 
-def read_prompt(row: Any, place: str) -> Prompt:
-    """A row of any form; the last answer is left out. Raises DataError."""
-    if isinstance(row, dict) and isinstance(row.get("turns"), list):
+def read_prompt(row: dict[str, Any], place: str) -> Prompt:
+    """A row of any form; the last answer is left out. Raises DataError, RowRejected."""
+    if isinstance(row.get("turns"), list):
         return read_turns(row, place)
-    try:
-        conversation = to_conversation(row)
-    except RowRejected as error:
-        raise DataError(f"{place}: {error}") from None
+    conversation = to_conversation(row)
     messages = list(conversation.messages)
     while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
@@ -77,28 +75,32 @@ def category_of(row: dict[str, Any], default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def read_prompts(
-    source: Source | Path, limit: int | None = None, read: Callable[[Any, str], Prompt] = read_prompt
-) -> list[Prompt]:
+def read_prompts(source: Source | Path, limit: int | None = None) -> list[Prompt]:
     """The first `limit` prompts of a file, directory or data set. Raises DataError (see the top of this file)."""
+    return read_rows(source, limit, read_prompt)
+
+
+def read_rows(source: Source | Path, limit: int | None, read: Callable[[dict[str, Any], str], RowT]) -> list[RowT]:
+    """`read(row, place)` of the first `limit` rows, at least one. Raises DataError: the first one of `read`, and how
+    many there are."""
     source = source if isinstance(source, Source) else Source(source.name, path=source)
-    prompts: list[Prompt] = []
+    rows: list[RowT] = []
     errors: list[str] = []
-    num_rows = 0
     for placed in islice(source.rows(), limit):
-        num_rows += 1
         try:
             if isinstance(placed.row, BadRow):
-                raise DataError(f"{placed.place}: {placed.row.detail}")
+                raise DataError(f"{placed.place}: {placed.row.reason}: {placed.row.detail}")
             if not isinstance(placed.row.value, dict):
                 raise DataError(f"{placed.place}: expected an object, found {type(placed.row.value).__name__}")
-            prompts.append(read(placed.row.value, placed.place))
+            rows.append(read(placed.row.value, placed.place))
+        except RowRejected as error:
+            errors.append(f"{placed.place}: {error}")
         except DataError as error:
             errors.append(str(error))
-    _raise_counted(errors, num_rows)
-    if not prompts:
-        raise DataError(f"{source}: no prompt in it")
-    return prompts
+    _raise_counted(errors, len(rows) + len(errors))
+    if not rows:
+        raise DataError(f"{source}: no row in it")
+    return rows
 
 
 def _raise_counted(errors: Sequence[str], num_rows: int) -> None:

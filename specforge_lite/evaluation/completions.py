@@ -6,16 +6,15 @@ with and without the draft must be the same; how good they are is the target's d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import progress
-from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.fim import FimRow, to_fim_row
+from specforge_lite.data.prompts import read_rows
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
@@ -70,24 +69,8 @@ class CompletionResult:
 
 
 def read_fim_file(path: Path, limit: int | None = None) -> list[FimRow]:
-    """FIM rows of a jsonl file. Raises DataError with file:line."""
-    rows: list[FimRow] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (limit is not None and len(rows) == limit):
-            continue
-        try:
-            rows.append(to_fim_row(json.loads(line)))
-        except RowRejected as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from None
-    if not rows:
-        raise DataError(f"{path}: no fill-in-the-middle rows")
-    return rows
+    """FIM rows of a file. Raises DataError with file:line of the first row that is none, and their number."""
+    return read_rows(path, limit, lambda row, _: to_fim_row(row))
 
 
 def complete(model: SpeculativeModel, rows: Sequence[FimRow], settings: CompletionSettings) -> CompletionResult:

@@ -58,8 +58,8 @@ def test_a_tool_result_is_answered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{GOOD}\n{{broken\n", r"p\.jsonl:2: column 2: "),
-        (f"{GOOD}\n{{broken\n{GOOD}\n7\n", r"p\.jsonl:2: column 2: .* \(2 of 4 rows cannot be used\)"),
+        (f"{GOOD}\n{{broken\n", r"p\.jsonl:2: not-json: column 2: "),
+        (f"{GOOD}\n{{broken\n{GOOD}\n7\n", r"p\.jsonl:2: not-json: column 2: .* \(2 of 4 rows cannot be used\)"),
         ("[1]\n", r"p\.jsonl:1: expected an object, found int"),
         (f'{GOOD}\n{{"conversations": []}}\n', r"p\.jsonl:2: 'conversations' is empty"),
         ('{"conversations": [{"role": "assistant", "content": "x"}]}', r"p\.jsonl:1: no user turn"),

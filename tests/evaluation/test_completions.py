@@ -93,14 +93,14 @@ def test_completions_are_the_targets_own(tiny_target: Path) -> None:
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     for text, message in (
-        ("", "no fill-in-the-middle rows"),
+        ("", r"rows\.jsonl: empty"),
         ('{"prefix": "a", "middle": "b", "suffix": "c"}\n{"prompt": "x"}\n', r"rows\.jsonl:2: expected an object with"),
-        ("{bad\n", r"rows\.jsonl:1: not JSON"),
+        ("{bad\n", r"rows\.jsonl:1: not-json"),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             read_fim_file(file)
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such file"):
         read_fim_file(tmp_path / "none")
     file.write_text("".join(json.dumps(row.to_row()) + "\n" for row in ROWS))
     assert read_fim_file(file, 2) == ROWS[:2]

@@ -1,36 +1,48 @@
 """Capture rate of the engines: hidden states per second out of transformers, SGLang and vLLM, same samples, same host.
 
     python benchmarks/bench_capture.py                                     # hf and the engines installed here
+    python benchmarks/bench_capture.py --transport-only                    # GB/s of the way from server to trainer
     python benchmarks/bench_capture.py --engines hf vllm --target-model-path MODEL --tp-size 2 --dtype bfloat16
 
 Each engine is asked through the prefetcher, as training does, with `--requests-in-flight` samples on their way; hf
 gets as many in one call. Servers run side by side and idle while another engine is measured; rounds alternate, so
 that a machine whose speed drifts cannot favour one. Figures are medians over rounds.
+
+The transport is measured in this process, without a model: the plugin lays a sample out, checksums and writes it; the
+trainer maps it and checks it. GB per second of processor time, so per core, beside a plain copy of the same bytes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import platform
+import sys
+import tempfile
 import time
+from collections import deque
 from contextlib import ExitStack, closing
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.capture.transport import TmpfsTransport
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info, run_script
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.core.settings import Section, parse_config
-from specforge_lite.serving.environment import installed_engine_python
+from specforge_lite.serving.environment import PLUGIN_DIR, installed_engine_python
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.types import TokenizedSample
 
 ROOT = Path(__file__).resolve().parent.parent
+TRANSPORT_SAMPLES_ALIVE = 8
 
 
 class CaptureBenchConfig(Section):
@@ -45,6 +57,10 @@ class CaptureBenchConfig(Section):
     shortest: int = Field(64, ge=1, description="tokens of the shortest sample")
     longest: int = Field(512, ge=1, description="tokens of the longest sample")
     num_rounds: int = Field(5, ge=1)
+    transport_only: bool = Field(False, description="measure the transport, no engine")
+    hidden_size: int = Field(4096, ge=1, description="of the transport's samples (bfloat16, 3 aux layers)")
+    transport_tokens: int = Field(1024, ge=1, description="tokens of each of the transport's samples")
+    transport_dir: Path = Field(Path("/dev/shm"), description="where the transport's samples travel through")
     output: Path | None = Field(None, description="append one JSON line per engine")
 
 
@@ -90,8 +106,53 @@ def open_engines(config: CaptureBenchConfig, stack: ExitStack) -> dict[str, Targ
     return opened
 
 
+def measure_transport(config: CaptureBenchConfig) -> dict[str, float]:
+    """GB per second of processor time: storing a sample, taking it, and copying as many bytes. As in a run, a few
+    samples are alive at a time. The first rounds, which touch new memory, are not counted."""
+    sys.path.insert(0, str(PLUGIN_DIR))
+    from specforge_capture.blob import Blob
+    from specforge_capture.sinks import TmpfsSink
+
+    aux = torch.randn(config.transport_tokens, 3, config.hidden_size).bfloat16()
+    last = torch.randn(config.transport_tokens, config.hidden_size).bfloat16()
+    token_ids = range(config.transport_tokens)
+    num_bytes = aux.nbytes + last.nbytes
+    copies = [torch.empty_like(aux) for _ in range(TRANSPORT_SAMPLES_ALIVE)]
+    alive: deque[Any] = deque(maxlen=TRANSPORT_SAMPLES_ALIVE)
+    rates: dict[str, list[float]] = {"store": [], "take": [], "memcpy": []}
+    place = tempfile.TemporaryDirectory(dir=config.transport_dir, prefix="bench-capture-")
+    with place as directory, closing(asyncio.new_event_loop()) as loop:
+        sink, transport = TmpfsSink(directory), TmpfsTransport(directory)
+        for number in range(8 * config.num_rounds + 2 * TRANSPORT_SAMPLES_ALIVE):
+            key = f"{number:032x}"
+            times = [time.process_time()]
+            sink.put(key, Blob(token_ids, aux, last, {"key": key, "layer_ids": "1,15,28", "last_is_normed": "1"}))
+            times.append(time.process_time())
+            alive.append(loop.run_until_complete(transport.take(key, 5.0)))
+            times.append(time.process_time())
+            copies[number % TRANSPORT_SAMPLES_ALIVE].copy_(aux)
+            times.append(time.process_time())
+            if number >= 2 * TRANSPORT_SAMPLES_ALIVE:
+                for name, size, seconds in zip(rates, (num_bytes, num_bytes, aux.nbytes), _differences(times)):
+                    rates[name].append(size / seconds / 1e9)
+        alive.clear()
+        sink.delete_free_slots()
+    return {name: round(median(values), 2) for name, values in rates.items()}
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [max(after - before, 1e-9) for before, after in pairwise(times)]
+
+
 def main() -> None:
     config = parse_config(CaptureBenchConfig, description=__doc__ or "")
+    transport = measure_transport(config)
+    info(
+        f"transport, width {config.hidden_size}: store {transport['store']} GB/s a core, take {transport['take']},"
+        f" memcpy {transport['memcpy']}"
+    )
+    if config.transport_only:
+        return
     with ExitStack() as stack:
         engines = open_engines(config, stack)
         samples = make_samples(config, next(iter(engines.values())).info.vocab_size)

@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+import xxhash
 from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import try_lock
 from specforge_lite.core.log import warn
 
-FORMAT = "specforge-capture-1"
+FORMAT = "specforge-capture-2"
+CHECKSUMS: dict[str, Callable[[Any], int]] = {"xxh3_64": xxhash.xxh3_64_intdigest, "crc32": zlib.crc32}
 TAKE_SECONDS = 30.0
 MOONCAKE_THREADS = 16
 LATEST_SECONDS = 60.0  # an object later than this is left to the store's own eviction
@@ -81,17 +85,17 @@ def decode(buffer: Any, key: str) -> Blob:
     try:
         header: dict[str, Any] = json.loads(bytes(raw[8 : 8 + length]))
         facts = header.pop("__metadata__")
-        found = facts["format"], facts["key"]
+        identity = facts["format"], facts["key"]
         end = max(entry["data_offsets"][1] for entry in header.values())
     except (ValueError, KeyError, TypeError) as error:
         raise LostSample(f"unreadable header ({type(error).__name__})") from None
-    if found != (FORMAT, key):
-        raise LostSample(f"holds {found}, expected {(FORMAT, key)}")
+    if identity != (FORMAT, key):
+        raise LostSample(f"holds {identity}, expected {(FORMAT, key)}")
     data = raw[8 + length :]
     if len(data) != end:
         raise LostSample(f"{len(data)} bytes of data, expected {end}")
-    if (crc := zlib.crc32(data)) != int(facts["crc32"], 16):
-        raise LostSample(f"checksum {crc:08x}, expected {facts['crc32']}")
+    if (found := CHECKSUMS[facts["checksum_kind"]](data)) != int(facts["checksum"], 16):
+        raise LostSample(f"checksum {found:016x}, expected {facts['checksum']}")
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -102,7 +106,7 @@ def decode(buffer: Any, key: str) -> Blob:
 
 
 class TmpfsTransport:
-    """Files in a directory on tmpfs; a file is mapped, never copied, and is unlinked as soon as it is."""
+    """Files in a directory on tmpfs; a file is mapped, never copied, and its name is deleted as soon as it is."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -133,8 +137,6 @@ class TmpfsTransport:
             raise LostSample(f"{self.directory} is not there; is the server on this host?") from None
         for name in names:
             reason = name.removeprefix(f"{key}.")
-            if reason == "part":
-                continue
             os.unlink(os.path.join(self.directory, name))
             if reason == errno.errorcode[errno.ENOSPC]:
                 raise NoSpace(f"no space left in {self.directory}")
@@ -147,6 +149,10 @@ class TmpfsTransport:
 def _map_and_unlink(path: str) -> mmap.mmap:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
+        # Held until the map, which keeps a duplicate of `fd`, is freed with the last tensor in it: then the server may
+        # write the file again. A file that it is writing has no key, so there is nothing to wait for.
+        if not try_lock(fd, shared=True):
+            raise LostSample("the server took it back: it was not fetched in time")
         size = os.fstat(fd).st_size
         os.unlink(path)
         if size == 0:

@@ -224,10 +224,11 @@ def _is_locked(path: Path) -> bool:
 # --------------------------------------------------------------------------------------------------------------- locks
 
 
-def try_lock(handle: int) -> bool:
-    """Take the lock of an open file if nobody else has it. The kernel frees it when the file is closed or we die."""
+def try_lock(handle: int, shared: bool = False) -> bool:
+    """Take the lock of an open file if nobody else has it (shared: if nobody has it alone). The kernel frees it when
+    the file's last descriptor is closed or we die."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -8,8 +8,10 @@ import errno
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,11 @@ def states(length: int = 5, dtype: torch.dtype = torch.float32) -> tuple[list[in
 
 
 def encoded(length: int = 5, dtype: torch.dtype = torch.float32) -> bytearray:
-    return bytearray(b"".join(blob.encode(*states(length, dtype), FACTS)))
+    return bytearray(b"".join(blob.Blob(*states(length, dtype), FACTS).buffers()))
+
+
+def names(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir())
 
 
 def take(transport: TmpfsTransport, key: str = KEY, timeout_s: float = 0.3):
@@ -106,7 +112,7 @@ def test_another_samples_bytes_and_other_formats_are_refused() -> None:
 def test_a_partial_sample_is_never_written() -> None:
     ids, aux, last = states(5)
     with pytest.raises(ValueError, match="5 tokens, 4 aux rows, 5 last rows"):
-        blob.encode(ids, aux[:4], last, FACTS)
+        blob.Blob(ids, aux[:4], last, FACTS)
 
 
 def test_versions_of_both_ends_agree() -> None:
@@ -126,6 +132,122 @@ def test_tmpfs_takes_checks_and_deletes(place: Path) -> None:
     assert torch.equal(found.aux_LAH, aux)
     assert not (place / KEY).exists()
     found.aux_LAH.add_(1)  # a private copy of the pages: writable, and nobody else's
+
+
+@pytest.mark.parametrize("has_xxhash", [True, False])
+def test_both_checksums_are_read(has_xxhash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_xxhash:
+        monkeypatch.setattr(blob, "xxhash", None)
+    monkeypatch.setattr(blob, "CHUNK_BYTES", 100)
+    good = encoded(20)
+    assert decode(good, KEY).input_ids_L.tolist() == states(20)[0]
+    good[-1] ^= 1
+    with pytest.raises(LostSample, match="checksum"):
+        decode(good, KEY)
+
+
+def slots(place: Path) -> list[str]:
+    return [name for name in names(place) if name.startswith(".slot-")]
+
+
+def test_a_slot_is_written_again_only_when_nobody_reads_it(place: Path) -> None:
+    """The first sample's tensors stay what they were while any of them lives; then its memory serves the next."""
+    writer, transport = CaptureWriter("sglang 0", (1, 3, 4), True).open(), TmpfsTransport(str(place))
+    kept = []
+    for number, length in enumerate((50, 40, 60)):
+        writer.submit(f"{number:032x}", *states(length))
+        kept.append(take(transport, f"{number:032x}").last_LH[1:])  # a view of a view
+    assert len(slots(place)) == 3
+    for rows, length in zip(kept, (50, 40, 60)):
+        assert torch.equal(rows, states(length)[2][1:])
+    del rows, kept[0]
+    for number in range(3, 9):  # of other lengths than the slot had
+        writer.submit(f"{number:032x}", *states(10 * number))
+        assert torch.equal(take(transport, f"{number:032x}").aux_LAH, states(10 * number)[1])
+    assert len(slots(place)) == 3
+    assert torch.equal(kept[0], states(40)[2][1:])
+
+
+def test_a_sample_that_waits_is_not_written_over(place: Path) -> None:
+    writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
+    for number in range(5):
+        writer.submit(f"{number:032x}", *states(number + 1))
+    for number in range(5):
+        assert torch.equal(take(TmpfsTransport(str(place)), f"{number:032x}").aux_LAH, states(number + 1)[1])
+
+
+def test_a_client_that_dies_frees_its_slots(place: Path) -> None:
+    """It is killed between mapping and the rest of its life: the kernel frees lock and map."""
+    writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
+    writer.submit(KEY, *states(50))
+    code = """
+import asyncio, os, sys
+from specforge_lite.capture.transport import TmpfsTransport
+blob = asyncio.run(TmpfsTransport(sys.argv[1]).take(sys.argv[2], 5))
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+    client = subprocess.Popen(
+        [sys.executable, "-c", code, str(place), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert client.stdout is not None
+    assert client.stdout.readline() == b"mapped\n"
+    writer.submit("1" * 32, *states(50))
+    assert len(slots(place)) == 2
+    client.kill()
+    client.wait()
+    writer.submit("2" * 32, *states(50))
+    assert len(slots(place)) == 2
+
+
+def test_free_slots_make_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full tmpfs: what only waits to be written again is given back before a sample is refused."""
+    writer, transport = CaptureWriter("sglang 0", (1, 3, 4), True).open(), TmpfsTransport(str(place))
+    writer.submit(KEY, *states(50))
+    take(transport)
+    pwrite, failures = os.pwrite, iter([True, False])
+
+    def full_once(fd: int, data: memoryview, offset: int) -> int:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    other = TmpfsTransport(str(place))
+    writer.submit("1" * 32, *states(50))  # a second slot
+    held = take(other, "1" * 32)
+    writer.submit("2" * 32, *states(10))
+    take(transport, "2" * 32)
+    monkeypatch.setattr(os, "pwrite", full_once)
+    writer.submit("3" * 32, *states(20))
+    assert torch.equal(take(transport, "3" * 32).aux_LAH, states(20)[1])
+    assert torch.equal(held.aux_LAH, states(50)[1])
+
+
+def test_idle_slots_are_deleted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, transport = CaptureWriter("sglang 0", (1, 3, 4), True).open(), TmpfsTransport(str(place))
+    for number in range(4):
+        writer.submit(f"{number:032x}", *states(50))
+    for number in range(4):
+        take(transport, f"{number:032x}")
+    assert len(slots(place)) == 4
+    monkeypatch.setattr(sinks, "IDLE_SLOT_SECONDS", 0.0)
+    writer.submit(KEY, *states(50))
+    assert len(slots(place)) == 1
+
+
+def test_many_writers_at_once(place: Path) -> None:
+    writer, transport = CaptureWriter("sglang 0", (1, 3, 4), True).open(), TmpfsTransport(str(place))
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            key, length = f"{number:016x}{turn:016x}", 1 + (number * 7 + turn) % 40
+            writer.submit(key, *states(length))
+            found = take(transport, key, 5)
+            assert torch.equal(found.aux_LAH, states(length)[1])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(slots(place)) <= 8 * 2
 
 
 def test_a_late_file_is_waited_for(place: Path) -> None:
@@ -185,11 +307,11 @@ def test_a_failure_that_cannot_be_told_is_not_raised_either(place: Path, monkeyp
 def test_no_space_is_told_through_a_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CaptureWriter("sglang 0", (1, 3, 4), True).open()
 
-    def full(fd: int, data: memoryview) -> int:
+    def full(fd: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
+        patch.setattr(os, "pwrite", full)
         writer.submit(KEY, *states())
     assert [p.name for p in place.iterdir() if p.name.startswith(KEY)] == [f"{KEY}.ENOSPC"]
     with pytest.raises(NoSpace):
@@ -218,20 +340,21 @@ def test_keys_that_are_no_keys_write_nothing(place: Path) -> None:
 
 def test_unclaimed_files_are_deleted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = sinks.TmpfsSink(str(place))
-    sink.put(KEY, [memoryview(b"old")])
+    sink.put(KEY, blob.Blob(*states(), FACTS))
     monkeypatch.setattr(sinks, "UNCLAIMED_SECONDS", 0.0)
     time.sleep(0.01)
-    sink.put("f" * 32, [memoryview(b"new")])
-    assert sorted(p.name for p in place.iterdir()) == [".server", "f" * 32]
+    sink.put("f" * 32, blob.Blob(*states(), FACTS))
+    assert [name for name in names(place) if not name.startswith(".slot-")] == [".server", "f" * 32]
+    assert len(names(place)) == 3  # the old one's slot holds the new one
 
 
 def test_a_new_server_clears_what_a_dead_one_left_but_not_a_living_ones(place: Path) -> None:
     place.mkdir(mode=0o700)
-    for name in (KEY, f"{KEY}.part", "somebody's file"):
+    for name in (KEY, f"{KEY}.ENOSPC", ".slot-1-00ff", "somebody's file"):
         (place / name).write_text("x")
     first = sinks.TmpfsSink(str(place))
     assert sorted(p.name for p in place.iterdir()) == [".server", "somebody's file"]
-    first.put(KEY, [memoryview(b"x")])
+    first.put(KEY, blob.Blob(*states(), FACTS))
     sinks.TmpfsSink(str(place))
     assert (place / KEY).exists()
 

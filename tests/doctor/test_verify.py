@@ -123,7 +123,7 @@ def test_script_ends_with_2_and_says_why(
     ],
 )
 def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", "0.1.0")
+    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", "0.2.0")
     monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
     monkeypatch.setitem(engines.QUERIES, "sglang", f"import sys; print('noise'); print({json.dumps(answer)!r})")
     ((found, text),) = engines.check_engine("sglang", "Arch")
@@ -132,7 +132,7 @@ def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytes
 
 
 def test_an_engine_that_fails_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter = Interpreter(sys.executable, "vllm", "0.32.0", "0.1.0")
+    interpreter = Interpreter(sys.executable, "vllm", "0.32.0", "0.2.0")
     monkeypatch.setitem(engines.QUERIES, "vllm", "raise SystemExit('no such library')")
     assert engines.ask_engine(interpreter, "Arch") == (None, "exit code 1: no such library")
 

@@ -3,16 +3,21 @@ to leave a note under the same key, so that the client need not wait for a timeo
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import logging
 import os
 import re
+import secrets
 import socket
 import stat
+import threading
 import time
 from collections import deque
 from urllib.parse import urlsplit
+
+from .blob import Blob
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +25,8 @@ SWITCH = "SPECFORGE_CAPTURE"
 SEGMENT_MB = "SPECFORGE_MOONCAKE_SEGMENT_MB"
 KEY = re.compile(r"[0-9a-f]{32}\Z")  # the client's key becomes a file name; nothing else is accepted
 UNCLAIMED_SECONDS = 900.0
+IDLE_SLOT_SECONDS = 60.0
+SLOT_PREFIX = ".slot-"
 
 
 def open_sink() -> TmpfsSink | MooncakeSink | None:
@@ -37,8 +44,14 @@ def open_sink() -> TmpfsSink | MooncakeSink | None:
 class TmpfsSink:
     """One file per sample in a directory that only its owner can enter.
 
-    A file appears under its final name when it is complete. Files nobody fetched (their client is gone) are deleted
-    after UNCLAIMED_SECONDS, and at start if no other server uses the directory.
+    A sample appears under its key, complete, as a second name (hard link) of a slot. The client locks the file, deletes
+    the key and maps the file; when its last tensor is freed, or it dies, the lock is gone and the slot is written
+    again: pages that exist take a copy at twice the rate of new ones.
+
+        slot:  written (locked by us) -> linked to KEY -> locked by the client, KEY deleted -> free
+
+    Samples nobody fetched (their client is gone) are deleted after UNCLAIMED_SECONDS, slots nobody needed after
+    IDLE_SLOT_SECONDS, all of them at start if no other server uses the directory.
     """
 
     def __init__(self, directory: str) -> None:
@@ -48,34 +61,67 @@ class TmpfsSink:
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
             raise PermissionError(f"{directory}: expected a directory of this user's with mode 0700")
         self._written: deque[tuple[float, str]] = deque()
+        self._slots: list[_Slot] = []
+        self._guard = threading.Lock()
         self._lock = os.open(os.path.join(directory, ".server"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        atexit.register(self.delete_free_slots)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return  # another server is at work here; what lies here may be its own
         for name in os.listdir(directory):
-            if KEY.match(name.split(".")[0]):
+            if KEY.match(name.split(".")[0]) or name.startswith(SLOT_PREFIX):
                 os.unlink(os.path.join(directory, name))
 
-    def put(self, key: str, buffers: list[memoryview]) -> None:
+    def put(self, key: str, blob: Blob) -> None:
+        """Store a sample. Raises OSError, for a full tmpfs as well."""
         self._drop_unclaimed()
-        path = os.path.join(self.directory, key)
-        temporary = path + ".part"
         try:
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                for buffer in buffers:
-                    done = 0
-                    while done < len(buffer):
-                        done += os.write(fd, buffer[done:])
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
-        except OSError:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            self._write(key, blob)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.delete_free_slots()
+            self._write(key, blob)
+
+    def _write(self, key: str, blob: Blob) -> None:
+        path = os.path.join(self.directory, key)
+        slot = self._take_slot(blob.num_bytes)
+        try:
+            for offset, piece in blob.chunks():
+                done = 0
+                while done < len(piece):
+                    done += os.pwrite(slot.fd, piece[done:], offset + done)
+            os.ftruncate(slot.fd, blob.num_bytes)  # where it held a longer one
+            slot.size, slot.used_at = blob.num_bytes, time.monotonic()
+            fcntl.flock(slot.fd, fcntl.LOCK_UN)
+            os.link(slot.path, path)
+        except BaseException:
+            with self._guard:
+                self._slots.remove(slot)
+            slot.delete()
             raise
-        self._written.append((time.monotonic(), path))
+        slot.is_ours = False
+        self._written.append((slot.used_at, path))
+
+    def _take_slot(self, size: int) -> _Slot:
+        """The free slot nearest in size, else a new one; locked."""
+        with self._guard:
+            for slot in sorted(self._slots, key=lambda s: abs(s.size - size)):
+                if slot.try_take():
+                    return slot
+            slot = _Slot(os.path.join(self.directory, f"{SLOT_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"))
+            self._slots.append(slot)
+            return slot
+
+    def delete_free_slots(self, unused_for: float = 0.0) -> None:
+        """Give the memory of slots back that are free and were not written for so many seconds."""
+        before = time.monotonic() - unused_for
+        with self._guard:
+            free = [slot for slot in self._slots if slot.used_at <= before and slot.try_take()]
+            self._slots = [slot for slot in self._slots if slot not in free]
+        for slot in free:
+            slot.delete()
 
     def fail(self, key: str, error: BaseException) -> None:
         """Leave an empty file whose name tells the reason: on a full tmpfs a name still fits where no byte does."""
@@ -92,6 +138,34 @@ class TmpfsSink:
             path = self._written.popleft()[1]
             if os.path.exists(path):
                 os.unlink(path)
+        self.delete_free_slots(IDLE_SLOT_SECONDS)
+
+
+class _Slot:
+    """A file of the sink that is written again and again. It is free when its only name is its own and nobody holds
+    its lock. is_ours: this process is writing it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        self.size, self.used_at, self.is_ours = 0, time.monotonic(), True
+
+    def try_take(self) -> bool:
+        """Lock it if it is free. The client locks before it deletes the key, so a single name is safe to look at."""
+        if self.is_ours or os.fstat(self.fd).st_nlink != 1:
+            return False
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        self.is_ours = True
+        return True
+
+    def delete(self) -> None:
+        os.close(self.fd)
+        if os.path.exists(self.path):
+            os.unlink(self.path)
 
 
 class MooncakeSink:
@@ -101,8 +175,8 @@ class MooncakeSink:
     def __init__(self, address: str) -> None:
         self._store = open_mooncake_store(address, int(os.environ.get(SEGMENT_MB, "2048")) << 20)
 
-    def put(self, key: str, buffers: list[memoryview]) -> None:
-        code = self._store.put_parts(key, *buffers)
+    def put(self, key: str, blob: Blob) -> None:
+        code = self._store.put_parts(key, *blob.buffers())
         if code != 0:
             raise OSError(errno.ENOSPC if code == -200 else errno.EIO, f"mooncake put answered {code}")
 

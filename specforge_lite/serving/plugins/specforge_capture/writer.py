@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from . import VERSION
-from .blob import encode
+from .blob import Blob
 from .sinks import KEY, SWITCH, MooncakeSink, TmpfsSink, open_sink
 
 logger = logging.getLogger(__name__)
+
+# Threads are started as samples pile up: one stores 1.5 GB/s and more, a fast engine captures several times that.
+NUM_WRITERS = max(4, min(16, (os.cpu_count() or 4) // 4))
 
 
 class CaptureWriter:
@@ -36,7 +39,7 @@ class CaptureWriter:
             "layer_ids": ",".join(str(i) for i in layer_ids),
             "last_is_normed": str(int(last_is_normed)),
         }
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="specforge-capture")
+        self._threads = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="specforge-capture")
         self._copy_stream: Any = None
 
     def open(self) -> CaptureWriter:
@@ -110,7 +113,7 @@ class CaptureWriter:
         try:
             if done is not None:
                 done.synchronize()
-            self._sink.put(key, encode(input_ids, aux, last, {**self._facts, "key": key}))
+            self._sink.put(key, Blob(input_ids, aux, last, {**self._facts, "key": key}))
         except Exception as error:
             logger.exception("specforge_capture: sample %s was not stored", key)
             self._tell(key, error)

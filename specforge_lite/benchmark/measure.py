@@ -27,7 +27,7 @@ class Measurement:
     num_left_out: int
 
 
-class Conversation:
+class Dialogue:
     """One prompt on its way through its turns."""
 
     def __init__(self, index: int, prompt: Prompt, chat: ChatEncoder, max_new_tokens: int, context_length: int) -> None:
@@ -57,21 +57,8 @@ class Conversation:
 
     def take(self, reply: Reply) -> None:
         """Note the answer and go on to the next turn."""
-        self.records.append(
-            Record(
-                prompt=self.index,
-                turn=self.turn,
-                category=self.prompt.category,
-                num_prompt_tokens=len(self._asked.token_ids),
-                token_ids=reply.token_ids,
-                passes=reply.passes,
-                accepted_at=reply.accepted_at,
-                first_token_seconds=reply.first_token_seconds,
-                seconds=reply.seconds,
-                finish_reason=reply.finish_reason,
-                num_first_tokens=reply.num_first_tokens,
-            )
-        )
+        num_prompt_tokens = len(self._asked.token_ids)
+        self.records.append(Record(self.index, self.turn, self.prompt.category, num_prompt_tokens, **vars(reply)))
         self.messages.append({"role": "assistant", "content": self.chat.decode(reply.token_ids)})
         self.turn += 1
 
@@ -90,27 +77,27 @@ def measure(
     fits the context.
     """
 
-    def talks_of(some: Sequence[Prompt]) -> list[Conversation]:
-        return [Conversation(i, p, chat, max_new_tokens, session.context_length) for i, p in enumerate(some)]
+    def begun(some: Sequence[Prompt]) -> list[Dialogue]:
+        return [Dialogue(i, p, chat, max_new_tokens, session.context_length) for i, p in enumerate(some)]
 
-    warm_up(session, talks_of(prompts[:batch_size]))
-    talks = talks_of(prompts)
+    warm_up(session, begun(prompts[:batch_size]))
+    dialogues = begun(prompts)
     session.begin()
     start = session.clock()
     if session.batched:
-        _in_waves(session, talks, batch_size, on_done)
+        _in_waves(session, dialogues, batch_size, on_done)
     else:
-        _in_threads(session, talks, batch_size, on_done)
+        _in_threads(session, dialogues, batch_size, on_done)
     duration = session.clock() - start
-    records = [record for talk in talks for record in talk.records]
+    records = [record for dialogue in dialogues for record in dialogue.records]
     if not records:
         raise DataError(f"no prompt leaves room for {MIN_NEW_TOKENS} tokens in a context of {session.context_length}")
-    return Measurement(records, duration, session.counters(), sum(talk.num_left_out for talk in talks))
+    return Measurement(records, duration, session.counters(), sum(dialogue.num_left_out for dialogue in dialogues))
 
 
-def warm_up(session: Session, talks: Sequence[Conversation]) -> None:
-    """Answer the first turns of `talks` for a few tokens, all at once. The conversations are used up."""
-    asks = [Ask(ask.token_ids, min(ask.max_new_tokens, WARM_UP_TOKENS)) for t in talks if (ask := t.next_ask())]
+def warm_up(session: Session, dialogues: Sequence[Dialogue]) -> None:
+    """Answer the first turns of `dialogues` for a few tokens, all at once. The conversations are used up."""
+    asks = [Ask(ask.token_ids, min(ask.max_new_tokens, WARM_UP_TOKENS)) for d in dialogues if (ask := d.next_ask())]
     if not asks:
         return
     if session.batched:
@@ -121,32 +108,32 @@ def warm_up(session: Session, talks: Sequence[Conversation]) -> None:
 
 
 def _in_waves(
-    session: Session, talks: Sequence[Conversation], batch_size: int, on_done: Callable[[int], None] | None
+    session: Session, dialogues: Sequence[Dialogue], batch_size: int, on_done: Callable[[int], None] | None
 ) -> None:
     """`batch_size` conversations at a time, turn by turn; a wave ends with its longest answer."""
-    for start in range(0, len(talks), batch_size):
-        wave = list(talks[start : start + batch_size])
+    for start in range(0, len(dialogues), batch_size):
+        wave = list(dialogues[start : start + batch_size])
         while True:
-            asked = [(talk, ask) for talk in wave if (ask := talk.next_ask()) is not None]
+            asked = [(dialogue, ask) for dialogue in wave if (ask := dialogue.next_ask()) is not None]
             if not asked:
                 break
-            for (talk, _), reply in zip(asked, session.generate([ask for _, ask in asked])):
-                talk.take(reply)
+            for (dialogue, _), reply in zip(asked, session.generate([ask for _, ask in asked])):
+                dialogue.take(reply)
         if on_done is not None:
             on_done(len(wave))
 
 
 def _in_threads(
-    session: Session, talks: Sequence[Conversation], batch_size: int, on_done: Callable[[int], None] | None
+    session: Session, dialogues: Sequence[Dialogue], batch_size: int, on_done: Callable[[int], None] | None
 ) -> None:
     """A thread per request in flight; each takes the next conversation when it has finished one."""
 
     failed = threading.Event()
 
-    def answer(talk: Conversation) -> None:
+    def answer(dialogue: Dialogue) -> None:
         try:
-            while not failed.is_set() and (ask := talk.next_ask()) is not None:
-                talk.take(session.generate([ask])[0])
+            while not failed.is_set() and (ask := dialogue.next_ask()) is not None:
+                dialogue.take(session.generate([ask])[0])
         except BaseException:
             failed.set()  # the other threads end after the request they are waiting for
             raise
@@ -154,7 +141,7 @@ def _in_threads(
             on_done(1)
 
     with ThreadPoolExecutor(batch_size) as pool:
-        futures = [pool.submit(answer, talk) for talk in talks]
+        futures = [pool.submit(answer, dialogue) for dialogue in dialogues]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.cancel()

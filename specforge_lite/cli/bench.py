@@ -28,7 +28,7 @@ from specforge_lite.core.sections import DRAFT_FLAGS, Dtype, EngineFlags, Target
 from specforge_lite.core.settings import Section, parse_config
 
 if TYPE_CHECKING:
-    from specforge_lite.benchmark.engines import EngineOptions
+    from specforge_lite.serving.session import ServingOptions
 
 DEFAULT_BENCHMARKS = ("mtbench:80", "gsm8k:200", "humaneval:200", "math500:200")
 
@@ -86,7 +86,7 @@ def main() -> None:
 
     configs = [BenchConfig.parse(text) for text in config.work.config_list]
     requests = [BenchmarkRequest.parse(text) for text in config.work.benchmark_list]
-    options = _engine_options(config)
+    options = _serving_options(config)
     check_backend(configs, options.backend)
     check_options(options, any(not c.speculation.is_baseline for c in configs))
 
@@ -108,7 +108,7 @@ def main() -> None:
         configs,
         Workload(prompts, chat, work.max_new_tokens, greedy=work.temperature == 0),
         results,
-        session_opener(options, longest),
+        session_opener(options, longest, work.temperature, work.seed),
     )
 
     print_table(rows)
@@ -122,16 +122,15 @@ def main() -> None:
     info(f"wrote {work.output}, {work.output.with_suffix('.png').name}, {page.name}")
 
 
-def _engine_options(config: BenchmarkConfig) -> EngineOptions:
-    from specforge_lite.benchmark.engines import EngineOptions, choose_backend
+def _serving_options(config: BenchmarkConfig) -> ServingOptions:
+    from specforge_lite.benchmark.engines import choose_backend
+    from specforge_lite.serving.session import ServingOptions
 
-    engine, work = config.engine, config.work
-    return EngineOptions(
+    engine = config.engine
+    return ServingOptions(
         backend=choose_backend(engine.backend),
         model_path=engine.target_model_path,
         draft_path=engine.draft_model_path,
-        temperature=work.temperature,
-        seed=work.seed,
         dtype=engine.target_dtype,
         tp_size=engine.tp_size,
         port=engine.port,
@@ -141,7 +140,7 @@ def _engine_options(config: BenchmarkConfig) -> EngineOptions:
         engine_devices=engine.engine_devices,
         startup_minutes=engine.startup_minutes,
         trust_remote_code=engine.trust_remote_code,
-        log_dir=work.output.parent / "logs",
+        log_dir=config.work.output.parent / "logs",
     )
 
 
@@ -156,7 +155,7 @@ def _template_kwargs(text: str | None) -> dict[str, Any]:
     return value
 
 
-def _settings_of(config: BenchmarkConfig, options: EngineOptions) -> dict[str, Any]:
+def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, Any]:
     """What rows of one file must share."""
     from specforge_lite.benchmark.rows import fingerprint
 

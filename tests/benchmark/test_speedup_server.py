@@ -136,7 +136,7 @@ def test_an_answer_with_its_passes_and_times(backend: str) -> None:
         assert reply.passes == 3
         assert reply.accepted_at == (2, 1)
         assert 0.02 <= reply.first_token_seconds < reply.seconds
-        assert reply.seconds - reply.first_token_seconds >= 0.06 * 0.9
+        assert reply.seconds >= 0.08 * 0.9
         assert (reply.finish_reason, reply.num_first_tokens) == ("length", 1)
         path, body = server.seen[-1]
         if backend == "sglang":
@@ -178,7 +178,7 @@ def test_without_a_draft_there_are_no_passes(backend: str) -> None:
     ("plan", "message"),
     [
         ("refuse", r"HTTP 400: .*too long"),
-        ("die", r"an answer broke off; log: server.log"),
+        ("die", r"^an answer broke off: http://127.*; log: server.log$"),
         ("complain", r"^(sglang|vllm): Requested too much$"),
     ],
 )

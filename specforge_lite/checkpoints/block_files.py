@@ -1,0 +1,231 @@
+"""The directory of a DFlash or DSpark draft: one config.json and one set of names that SGLang and vLLM both load.
+
+Read off SGLang 0.5.23 (`models/dspark.py`, `models/dflash.py`, `speculative/dspark_components/dspark_config.py`,
+`speculative/dflash_utils.py`) and vLLM 0.32.0 (`model_executor/models/qwen3_dspark.py`, `qwen3_dflash.py`,
+`v1/worker/gpu/spec_decode`). Keys are written at every place where one of the two looks.
+
+`target_layer_ids` are 0-based layer OUTPUTS, ours; both engines add 1. embed_tokens and lm_head are left out: SGLang
+always takes the target's, vLLM takes the target's where the draft has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from specforge_lite.core.errors import CheckpointError, suggest
+from specforge_lite.model.draft import ARCHITECTURES, BLOCK_KINDS, DraftConfig
+
+# SGLang also registers the second name.
+DSPARK_ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel")
+# Keys of a target's config that change what an engine builds when they are copied into a draft's.
+FOREIGN_KEYS = {
+    "quantization_config": "engines would read the weights as quantised",
+    "num_nextn_predict_layers": "engines would take the draft for a multi-token-prediction model",
+    "is_causal": "true makes the block causal; it attends to all of its slots",
+}
+
+
+def block_kind_of(config: Mapping[str, Any]) -> str | None:
+    """`dflash`, `dspark`, or None for a draft of another kind."""
+    if config.get("algorithm") in BLOCK_KINDS:
+        return str(config["algorithm"])
+    listed = config.get("architectures") or []
+    name = str(listed[0]) if listed else ""
+    if name in DSPARK_ARCHITECTURES:
+        return "dspark"
+    return "dflash" if name == ARCHITECTURES["dflash"] else None
+
+
+def block_draft_config(config: Mapping[str, Any], source: str) -> DraftConfig:
+    """Our shape of the draft whose config.json has these values. Raises CheckpointError, ConfigError."""
+    kind = block_kind_of(config)
+    nested = config.get("dflash_config") or {}
+    if kind == "dspark" and config.get("markov_head_type", "vanilla") != "vanilla":
+        raise CheckpointError(f"{source}: markov_head_type '{config['markov_head_type']}': only vanilla is read")
+    layout = config.get("sample_from_anchor", kind == "dspark")
+    if layout != (kind == "dspark"):
+        raise CheckpointError(
+            f"{source}: sample_from_anchor {layout}: the slots of {kind} predict in the other layout, one token apart"
+        )
+    values = {name: value for name, value in config.items() if name not in ("draft_vocab_size", "eagle_config")}
+    values |= {
+        "algorithm": kind,
+        "draft_vocab_size": config.get("vocab_size"),
+        "aux_layer_ids": config.get("target_layer_ids") or nested.get("target_layer_ids"),
+        "mask_token_id": config.get("mask_token_id", nested.get("mask_token_id")),
+        "markov_rank": config.get("markov_rank", nested.get("markov_rank", 0)) if kind == "dspark" else 0,
+        "confidence_head": bool(config.get("enable_confidence_head")) and kind == "dspark",
+    }
+    if not values["aux_layer_ids"]:
+        raise CheckpointError(f"{source}: target_layer_ids: required, not found")
+    return DraftConfig.from_dict(values, source=source)
+
+
+def block_exported_config(config: DraftConfig, num_target_layers: int | None) -> dict[str, Any]:
+    """What the config.json of an exported block draft has besides the keys of every draft."""
+    layers, mask = list(config.aux_layer_ids or ()), config.mask_token_id
+    values: dict[str, Any] = {
+        "model_type": "qwen3",
+        "num_hidden_layers": config.num_hidden_layers,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "block_size": config.block_size,
+        "mask_token_id": mask,
+        "target_layer_ids": layers,
+        "dflash_config": {"mask_token_id": mask, "target_layer_ids": layers},
+        "loss_gamma": config.loss_gamma,
+    }
+    if num_target_layers is not None:
+        values["num_target_layers"] = num_target_layers
+    if config.algorithm == "dspark":
+        values |= {
+            "markov_rank": config.markov_rank,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": config.confidence_head,
+            "confidence_head_with_markov": bool(config.markov_rank),
+            "sample_from_anchor": True,
+        }
+    return values
+
+
+def block_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the directory."""
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (width, config.num_aux_layers * width),
+        "hidden_norm.weight": (width,),
+        "norm.weight": (width,),
+    }
+    for i in range(config.num_hidden_layers):
+        layer = {
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "self_attn.q_norm": (head_dim,),
+            "self_attn.k_norm": (head_dim,),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+        }
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if config.markov_rank:
+        shapes |= {f"markov_head.markov_w{i}.weight": (config.vocab_size, config.markov_rank) for i in (1, 2)}
+    if config.confidence_head:
+        shapes |= {
+            "confidence_head.proj.weight": (1, width + config.markov_rank),
+            "confidence_head.proj.bias": (1,),
+        }
+    return shapes
+
+
+Problem = tuple[str, str]  # (level, message)
+
+
+def block_problems(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: DraftConfig, target: Any | None
+) -> Iterator[Problem]:
+    """What an engine refuses or, worse, loads without a word. target: transformers text config of the target."""
+    yield from _key_problems(config, shape)
+    yield from _tensor_problems(tensors, shape)
+    if target is None:
+        return
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(shape, name) != getattr(target, name):
+            yield "broken", f"{name} {getattr(shape, name)} != the target's {getattr(target, name)}"
+    num_layers = int(target.num_hidden_layers)
+    if shape.aux_layer_ids and max(shape.aux_layer_ids) > num_layers - 2:
+        yield "broken", f"target_layer_ids {list(shape.aux_layer_ids)}; the target has outputs 0..{num_layers - 2}"
+    limit = getattr(target, "max_position_embeddings", None)
+    if limit and shape.max_position_embeddings != limit:
+        yield (
+            "broken",
+            f"max_position_embeddings {shape.max_position_embeddings} != the target's {limit}: engines size the"
+            " draft's RoPE table by it and do not widen it",
+        )
+
+
+def _key_problems(config: Mapping[str, Any], shape: DraftConfig) -> Iterator[Problem]:
+    kind = shape.algorithm
+    if config.get("model_type") is None:
+        yield "broken", "model_type is missing: neither engine can read config.json without it; expected 'qwen3'"
+    nested = config.get("dflash_config") or {}
+    for name in ("mask_token_id", "target_layer_ids"):
+        if nested.get(name) is None:
+            yield "broken", f"dflash_config.{name} is missing: vLLM looks there first"
+        elif config.get(name) is not None and config[name] != nested[name]:
+            yield "broken", f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read"
+    if kind == "dspark":
+        if not config.get("markov_rank"):
+            yield "broken", "markov_rank is missing at the top level: both engines build the Markov head from there"
+        if config.get("sample_from_anchor") is not True:
+            yield "warning", "sample_from_anchor is missing; write true, converters take false for granted"
+        if not config.get("enable_confidence_head"):
+            yield "warning", "no confidence head: SGLang builds one in ragged verification mode and refuses to load"
+    elif config.get("markov_rank"):
+        yield "broken", f"markov_rank {config['markov_rank']} in a dflash draft: SGLang refuses it"
+    for name, consequence in FOREIGN_KEYS.items():
+        if config.get(name):
+            yield "broken", f"{name}: {config[name]!r} is the target's, not the draft's: {consequence}"
+    if nested.get("causal"):
+        yield "broken", "dflash_config.causal true: vLLM makes the block causal; it attends to all of its slots"
+    types = config.get("layer_types") or ["full_attention"] * shape.num_hidden_layers
+    if any(layer != "full_attention" for layer in types) or config.get("use_sliding_window"):
+        yield "broken", f"layer_types {types}: engines make sliding layers causal; expected full_attention"
+    elif len(types) != shape.num_hidden_layers:
+        yield "broken", f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
+    if config.get("tie_word_embeddings"):
+        yield "broken", "tie_word_embeddings is true; expected false: the head is the target's"
+    if config.get("draft_vocab_size") not in (None, shape.vocab_size):
+        yield "broken", f"draft_vocab_size {config['draft_vocab_size']}: SGLang knows the whole vocabulary only"
+    if config.get("eagle_aux_hidden_state_layer_ids") is not None:
+        yield "broken", "eagle_aux_hidden_state_layer_ids: vLLM prefers it to target_layer_ids and does not add 1"
+
+
+def _tensor_problems(tensors: Mapping[str, Tensor], shape: DraftConfig) -> Iterator[Problem]:
+    wanted = block_shapes(shape)
+    prefixed = sorted(name for name in tensors if name.startswith("model."))
+    if prefixed:
+        yield "broken", f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses them"
+    for name in sorted(wanted.keys() - tensors.keys()):
+        if name.startswith("confidence_head."):
+            yield "broken", f"{name} is missing: vLLM drops the head, SGLang refuses in ragged verification mode"
+        elif f"model.{name}" not in tensors:
+            yield (
+                "broken",
+                f"{name} is missing: both engines load the rest without an error and keep random values, so almost"
+                " nothing is accepted",
+            )
+    for name in sorted(tensors.keys() - wanted.keys()):
+        if name in ("embed_tokens.weight", "lm_head.weight"):
+            yield "warning", f"{name}: vLLM uses the draft's where it differs from the target's, SGLang never does"
+        elif name in ("d2t", "t2d"):
+            yield "broken", f"{name}: SGLang knows the whole vocabulary only"
+        elif not name.startswith("model."):
+            hint = suggest(name, wanted)
+            yield (
+                "broken",
+                f"unknown tensor {name}: vLLM refuses, SGLang drops it silently"
+                + (hint if hint.startswith("; did") else ""),
+            )
+    for name, expected in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is not None and tuple(tensor.shape) != expected:
+            yield "broken", f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
+
+
+def check_block_length(num_draft_tokens: int, shape: DraftConfig) -> Problem | None:
+    """A served draft length other than the trained one: the block then has another number of MASK slots."""
+    trained = shape.block_size - (shape.algorithm == "dflash")
+    if num_draft_tokens == trained:
+        return None
+    return (
+        "broken",
+        f"{num_draft_tokens} draft tokens, the block was trained with {trained}: fewer MASK slots are another input, so"
+        " acceptance falls; vLLM says nothing",
+    )

@@ -15,53 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from specforge_lite.core.errors import CheckpointError, suggest
-from specforge_lite.model.draft import ARCHITECTURES, BLOCK_KINDS, DraftConfig
+from specforge_lite.core.errors import suggest
+from specforge_lite.model.draft import DraftConfig
 
-# SGLang also registers the second name.
-DSPARK_ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel")
 # Keys of a target's config that change what an engine builds when they are copied into a draft's.
 FOREIGN_KEYS = {
     "quantization_config": "engines would read the weights as quantised",
     "num_nextn_predict_layers": "engines would take the draft for a multi-token-prediction model",
     "is_causal": "true makes the block causal; it attends to all of its slots",
 }
-
-
-def block_kind_of(config: Mapping[str, Any]) -> str | None:
-    """`dflash`, `dspark`, or None for a draft of another kind."""
-    if config.get("algorithm") in BLOCK_KINDS:
-        return str(config["algorithm"])
-    listed = config.get("architectures") or []
-    name = str(listed[0]) if listed else ""
-    if name in DSPARK_ARCHITECTURES:
-        return "dspark"
-    return "dflash" if name == ARCHITECTURES["dflash"] else None
-
-
-def block_draft_config(config: Mapping[str, Any], source: str) -> DraftConfig:
-    """Our shape of the draft whose config.json has these values. Raises CheckpointError, ConfigError."""
-    kind = block_kind_of(config)
-    nested = config.get("dflash_config") or {}
-    if kind == "dspark" and config.get("markov_head_type", "vanilla") != "vanilla":
-        raise CheckpointError(f"{source}: markov_head_type '{config['markov_head_type']}': only vanilla is read")
-    layout = config.get("sample_from_anchor", kind == "dspark")
-    if layout != (kind == "dspark"):
-        raise CheckpointError(
-            f"{source}: sample_from_anchor {layout}: the slots of {kind} predict in the other layout, one token apart"
-        )
-    values = {name: value for name, value in config.items() if name not in ("draft_vocab_size", "eagle_config")}
-    values |= {
-        "algorithm": kind,
-        "draft_vocab_size": config.get("vocab_size"),
-        "aux_layer_ids": config.get("target_layer_ids") or nested.get("target_layer_ids"),
-        "mask_token_id": config.get("mask_token_id", nested.get("mask_token_id")),
-        "markov_rank": config.get("markov_rank", nested.get("markov_rank", 0)) if kind == "dspark" else 0,
-        "confidence_head": bool(config.get("enable_confidence_head")) and kind == "dspark",
-    }
-    if not values["aux_layer_ids"]:
-        raise CheckpointError(f"{source}: target_layer_ids: required, not found")
-    return DraftConfig.from_dict(values, source=source)
 
 
 def block_exported_config(config: DraftConfig, num_target_layers: int | None) -> dict[str, Any]:
@@ -159,7 +121,10 @@ def _key_problems(config: Mapping[str, Any], shape: DraftConfig) -> Iterator[Pro
         if nested.get(name) is None:
             yield "broken", f"dflash_config.{name} is missing: vLLM looks there first"
         elif config.get(name) is not None and config[name] != nested[name]:
-            yield "broken", f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read"
+            yield (
+                "broken",
+                f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read",
+            )
     if kind == "dspark":
         if not config.get("markov_rank"):
             yield "broken", "markov_rank is missing at the top level: both engines build the Markov head from there"

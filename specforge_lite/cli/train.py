@@ -9,6 +9,11 @@ and 130. Exit code 2: something about the input, reported in one line.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import yaml
+
 from specforge_lite.core.settings import parse_config
 from specforge_lite.training.settings import TrainConfig
 
@@ -24,8 +29,52 @@ something about the input, reported in one line.
 """
 
 
+BLOCK_HELP = """\
+Train a {kind} draft, which fills a whole block of tokens in one pass, from the same captured states as EAGLE-3.
+
+    torchrun --standalone --nproc_per_node 8 scripts/train_eagle3_online.py --draft-kind {kind} \\
+        --target-model-path MODEL --train-data-path train.jsonl --output-dir outputs/run
+
+`--block-size`, `--num-draft-layers`, `--num-anchors` are its sizes. A second call with the same --output-dir continues
+the run.
+"""
+
+
 def main() -> int:
+    kind = asked_kind(sys.argv[1:])
+    if kind == "eagle1":
+        return eagle1()
+    if kind in ("dspark", "dflash"):
+        from specforge_lite.training.block import DflashConfig, DsparkConfig
+
+        block: type[TrainConfig] = DsparkConfig if kind == "dspark" else DflashConfig
+        return _train(parse_config(block, description=BLOCK_HELP.format(kind=kind)))
     return _train(parse_config(TrainConfig, description=__doc__ or ""))
+
+
+def asked_kind(argv: list[str]) -> str | None:
+    """`--draft-kind` of the flags, else of the YAML file: it decides which settings there are."""
+    kind = _flag(argv, "--draft-kind")
+    file = _flag(argv, "--config")
+    if kind is not None or file is None:
+        return kind
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # reported where the whole file is read
+        return None
+    if not isinstance(values, dict):
+        return None
+    section = values.get("draft")
+    found = values.get("draft_kind", section.get("draft_kind") if isinstance(section, dict) else None)
+    return found if isinstance(found, str) else None
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    for place, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == name:
+            return value if equals else next(iter(argv[place + 1 : place + 2]), None)
+    return None
 
 
 def eagle1() -> int:

@@ -27,12 +27,13 @@ PACKING_WINDOW = 4096
 class PlannedStep:
     """One optimizer step of one rank. micro_batches: dataset indices of each; as many on every rank, some maybe empty
     in an epoch's last step. state_after: the plan's state once the step is done. num_tokens: tokens of this rank;
-    num_slots: what they could have been (`max_tokens_per_batch` per micro batch), 0 without packing."""
+    num_slots: what they could have been (`max_tokens_per_batch` per micro batch), 0 without packing. epoch: theirs."""
 
     micro_batches: list[list[int]]
     state_after: dict[str, Any]
     num_tokens: int = 0
     num_slots: int = 0
+    epoch: int = 0
 
 
 class BatchPlan:
@@ -194,9 +195,9 @@ class BatchPlan:
                 at += len(chunk)
                 consumed = self.consumed + sum(map(len, chunk))
                 self.epoch, self.consumed = (epoch, consumed) if at < len(groups) else (epoch + 1, 0)
-                yield self._planned(chunk)
+                yield self._planned(chunk, epoch)
 
-    def _planned(self, chunk: list[list[int]]) -> PlannedStep:
+    def _planned(self, chunk: list[list[int]], epoch: int) -> PlannedStep:
         if self.max_tokens_per_batch is None:
             micro_batches = self._spread([group[0] for group in chunk])
         else:
@@ -206,7 +207,7 @@ class BatchPlan:
             micro_batches = [chunk[item] for item in own] + [[]] * (num_micro - len(own))
         num_tokens = sum(int(self.lengths[index]) for batch in micro_batches for index in batch)
         num_slots = len(micro_batches) * (self.max_tokens_per_batch or 0)
-        return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots)
+        return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots, epoch)
 
     def _spread(self, samples: list[int]) -> list[list[int]]:
         """Samples of a step over micro batches and ranks, sizes as equal as they can be."""

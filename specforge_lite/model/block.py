@@ -129,6 +129,9 @@ class BlockDraft(Draft):
         """Tokens a block drafts."""
         return self.config.block_size - self.first_slot
 
+    def num_training_steps(self, ttt_length: int) -> int:
+        return self.num_predictions
+
     @property
     def block_layers(self) -> list[BlockLayer]:
         return [layer for layer in self.layers if isinstance(layer, BlockLayer)]

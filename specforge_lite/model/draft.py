@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.model.acceptance import LK_LOSSES
+from specforge_lite.model.block_config import with_block_fields
 from specforge_lite.model.layers import ACTIVATIONS
 from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.model.target_head import TargetHead
@@ -29,8 +30,6 @@ ARCHITECTURES = {
     "dflash": "DFlashDraftModel",
     "dspark": "Qwen3DSparkModel",
 }
-# Kinds that draft a block in one pass (`model/block.py`).
-BLOCK_KINDS = ("dflash", "dspark")
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class DraftConfig:
         """
         values = dict(values)
         check_kinds(values, source)
+        values = with_block_fields(values, source)
         architecture = (values.get("architectures") or [""])[0]
         by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
         if "algorithm" not in values and architecture in by_name:
@@ -173,7 +173,7 @@ class DraftConfig:
             "head_dim": head_dim,
             "vocab_size": target.vocab_size,
             "draft_vocab_size": target.vocab_size
-            if algorithm == "eagle1"
+            if algorithm != "eagle3"
             else draft_vocab_size or min(32000, target.vocab_size),
             "rms_norm_eps": getattr(target, "rms_norm_eps", None) or 1e-5,
             "max_position_embeddings": getattr(target, "max_position_embeddings", None) or 2048,
@@ -320,6 +320,10 @@ class Draft(nn.Module):
     config: DraftConfig
     d2t: Tensor  # [Vd] int64: target id = draft id + d2t[draft id]
     t2d: Tensor  # [V] bool: target ids that are in the draft vocabulary
+
+    def num_training_steps(self, ttt_length: int) -> int:
+        """Entries of the per-step sums: the unrolled steps, or the predictions of a block."""
+        return ttt_length
 
     def first_state(self, features: Tensor) -> Tensor:
         """Features captured from the target ([..., A*H] aux states; EAGLE-1: [..., H]) -> h_0 [..., D]."""

@@ -21,15 +21,15 @@ COPIED = (
 
 
 def init_random(draft: Draft, seed: int = 0) -> None:
-    """Normal weights of standard deviation 0.02 (the Llama default), norms at one; the same on every rank."""
+    """Normal weights of standard deviation 0.02 (the Llama default), norms at one, biases at zero; the same on all
+    ranks."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in draft.named_parameters():
         with torch.no_grad():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             elif parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * INIT_STD)
-            del name
 
 
 @torch.no_grad()

@@ -95,7 +95,9 @@ class Dataloader:
         for number, indices in enumerate(step.micro_batches):
             samples, states = first if number == 0 else next(self._prefetcher)
             self.num_skipped += len(indices) - len(samples)
-            yield self._to_batch(samples, states)
+            batch = self._to_batch(samples, states)
+            batch.epoch = step.epoch
+            yield batch
 
 
 class _PinningEngine:

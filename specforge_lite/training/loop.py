@@ -26,12 +26,12 @@ from specforge_lite.training.dataloader import Dataloader, StepBatches, bad_docu
 from specforge_lite.training.distributed import World
 from specforge_lite.training.evaluate import EvalResult
 from specforge_lite.training.metrics import (
+    WEIGHT_AT,
     Clock,
     MeanOver,
     MetricBuffer,
     SpikeDetector,
     StepRecord,
-    counted_in,
     empty_row,
     memory_bytes,
     output_row,
@@ -160,7 +160,7 @@ class Trainer:
         self.world.sum_(row)
         square_sum = self.parallel.reduce_gradients()
         device = square_sum.device
-        count = counted_in(row, self.ttt.num_steps).to(device)
+        count = row[WEIGHT_AT].to(device)
         update = self.optimizer.step(self.progress.step, count, row[0].to(device), square_sum)
         self.progress.step += 1
         self._epoch_ended = planned.state_after["epoch"] > self.progress.data["epoch"]

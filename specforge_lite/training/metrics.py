@@ -2,7 +2,9 @@
 
 A row is one optimizer step, a float64 vector, already summed over micro batches and ranks:
 
-    [ loss | tokens | run_sum | run_rows | loss_sum K | counted K | supervised K | correct K ]
+    [ loss | tokens | run_sum | run_rows | weight | loss_sum K | counted K | supervised K | correct K ]
+
+weight divides loss and gradients: the counted positions of step 0, or what the draft gives instead (`weight_sum`).
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from specforge_lite.core.log import format_bytes, format_seconds
 from specforge_lite.training.optimizer import OVERFLOW, UpdateResult
 from specforge_lite.types import DraftBatch, StepOutput
 
-NUM_SCALARS = 4
-COUNTED_AT = 1  # place of `counted` among the per-step vectors
+NUM_SCALARS = 5
+WEIGHT_AT = 4
 
 # A step's loss is a spike when it lies this many median absolute deviations, and this factor, above the median.
 SPIKE_HISTORY = 200
@@ -38,6 +40,7 @@ def output_row(output: StepOutput, batch: DraftBatch) -> Tensor:
         torch.full((1,), len(batch), dtype=torch.float64, device=device),
         output.run_sum.double().view(1),
         output.run_rows.double().view(1),
+        (output.counted_K[0] if output.weight_sum is None else output.weight_sum).double().view(1),
     ]
     vectors = (output.loss_sum_K, output.counted_K, output.supervised_K, output.correct_K)
     return torch.cat([*scalars, *(vector.double() for vector in vectors)])
@@ -46,11 +49,6 @@ def output_row(output: StepOutput, batch: DraftBatch) -> Tensor:
 def empty_row(num_steps: int, device: torch.device) -> Tensor:
     """The row of a rank that had no sample."""
     return torch.zeros(NUM_SCALARS + 4 * num_steps, dtype=torch.float64, device=device)
-
-
-def counted_in(row: Tensor, num_steps: int) -> Tensor:
-    """Counted positions of step 0: the divisor of loss and gradients."""
-    return row[NUM_SCALARS + COUNTED_AT * num_steps]
 
 
 @dataclass
@@ -98,7 +96,7 @@ class MetricBuffer:
     ) -> None:
         """Remember one step. `row`: over all ranks; `local_row`: of this rank; `bad_docs`: a flag per sample."""
         device = row.device
-        local = torch.stack([local_row[0], counted_in(local_row, self._num_steps)])
+        local = torch.stack([local_row[0], local_row[WEIGHT_AT]])
         tail = torch.stack([update.grad_norm.to(device).double(), update.skipped.to(device).double()])
         self._pending.append((step, torch.cat([row, local, tail]), bad_docs, ids))
 
@@ -113,7 +111,7 @@ class MetricBuffer:
         records = []
         for (step, _, _, ids), values in zip(pending, rows):
             *row, local_loss, local_count, grad_norm, verdict = values.tolist()
-            loss = float("nan") if verdict else row[0] / max(1.0, float(counted_in(values, self._num_steps)))
+            loss = float("nan") if verdict else row[0] / max(1.0, row[WEIGHT_AT])
             own_loss = local_loss / max(1.0, local_count)
             records.append(StepRecord(step, row, loss, grad_norm, verdict, own_loss, ids, [next(bad) for _ in ids]))
         return records

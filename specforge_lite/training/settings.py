@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section
+
+if TYPE_CHECKING:
+    from specforge_lite.model.draft import DraftConfig
 
 TORCHAO = "torchao==0.18.0"
 TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
@@ -25,6 +28,9 @@ class DraftSection(Section):
         None,
         description="config.json of the draft; default: derived from the target's config",
         json_schema_extra={"flags": ["--configpath"]},
+    )
+    draft_kind: Literal["eagle3", "eagle1", "dspark", "dflash"] | None = Field(
+        None, description="which draft is trained; decides the defaults of many flags: give it with --help"
     )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="overrides the draft config; default when derived: 32000 or the whole vocabulary"
@@ -282,6 +288,14 @@ class TrainConfig(Section):
             return values
         return merge_deepspeed(values, {"training": {"ttt_length": steps}})
 
+    def with_target_defaults(self) -> TrainConfig:
+        """What is left open and depends on the target, for kinds that choose otherwise than the engine."""
+        return self
+
+    def draft_shape(self, draft: DraftConfig, target_config: Any) -> dict[str, Any]:
+        """Fields of the draft's shape that this kind decides itself."""
+        return {}
+
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
         problems = list(_impossible_combinations(self))
@@ -294,6 +308,8 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
     """One line per pair of settings that cannot both be meant, or that is missing."""
     data, training, optimizer = config.data, config.training, config.optimizer
     found: list[str] = []
+    if config.draft.draft_kind not in (None, config.algorithm):
+        found.append(f"draft_kind {config.draft.draft_kind}: this command trains {config.algorithm}")
     if training.offline_dir is None and data.train_data_path is None:
         found.append("train_data_path: required (flag --train-data-path), unless --offline-dir is given")
     if training.offline_dir is not None and data.train_data_path is not None:

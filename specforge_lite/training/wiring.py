@@ -26,6 +26,7 @@ from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.vocab import open_or_build_vocab_map
+from specforge_lite.model.block_config import BLOCK_KINDS
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
 from specforge_lite.model.registry import build_draft
@@ -49,7 +50,7 @@ def run_training(config: TrainConfig) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
-        config = fit_to_device(config, world.device)
+        config = fit_to_device(config, world.device).with_target_defaults()
         data = load_data(config)
         with open_target(config, world) as engine, report_failure(world):
             models = load_models(config, engine.info, data, world)
@@ -181,7 +182,8 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
             draft = draft.replace(draft_vocab_size=section.draft_vocab_size)
     else:
         draft = DraftConfig.from_target(target_config, section.draft_vocab_size, config.algorithm)
-    changes: dict[str, Any] = {"aux_layer_ids": target.aux_layer_ids if config.algorithm == "eagle3" else None}
+    changes = config.draft_shape(draft, target_config)
+    changes["aux_layer_ids"] = None if config.algorithm == "eagle1" else target.aux_layer_ids
     if section.norm_output is not None:
         changes["norm_output"] = section.norm_output
     if section.fc_norm is not None:
@@ -208,9 +210,8 @@ def read_draft_config(path: Path, algorithm: str) -> DraftConfig:
         return draft
     file = path / "config.json" if path.is_dir() else path
     architecture = "".join(json.loads(file.read_text(encoding="utf-8")).get("architectures") or [])
-    if "Eagle" in architecture:
-        script = "train_eagle3_online.py" if draft.algorithm == "eagle3" else "train_eagle1.py"
-        raise ConfigError(f"{path}: architectures {architecture}: that is trained with scripts/{script}")
+    if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
+        raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
     return draft.replace(algorithm=algorithm, draft_vocab_size=draft.vocab_size)
 
 
@@ -280,7 +281,7 @@ def build_trainer(
     )
     dtype = compute_dtype(config, world)
     parallel, optimizer, progress, total_steps = _restore_or_start(config, world, models, plan, dtype)
-    ttt = _ttt_settings(config, dtype, world)
+    ttt = _ttt_settings(config, dtype, world, models.draft)
     to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
     if world.sp_rank:
         dataloader: Dataloader = FollowerDataloader(plan.steps(), world, dtype)
@@ -387,11 +388,11 @@ def _check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, dra
     return skips
 
 
-def _ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World) -> TTTSettings:
+def _ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World, draft: Draft) -> TTTSettings:
     """The draft's own view of the settings."""
     training = config.training
     return TTTSettings(
-        num_steps=training.ttt_length,
+        num_steps=draft.num_training_steps(training.ttt_length),
         step_decay=training.step_decay,
         attention_backend=training.draft_attention_backend,
         loss_mask_alignment=training.loss_mask_alignment,

@@ -1,0 +1,162 @@
+"""Settings of a DFlash or DSpark run: DeepSpec's recipe and z-lab's layers where EAGLE-3's defaults differ."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_config, load_tokenizer
+from specforge_lite.model.draft import DraftConfig
+from specforge_lite.training.settings import (
+    DraftSection,
+    LoggingSection,
+    OptimizerSection,
+    TrainConfig,
+    TrainingSection,
+)
+
+NUM_AUX_LAYERS = 5
+# Tokens that checkpoints keep for such uses, by parts of their names.
+UNUSED_NAMES = ("mask", "reserved", "unused", "extra_", "dummy")
+
+
+class BlockDraftSection(DraftSection):
+    """The draft network: layers of the target's width, its embedding and head, its whole vocabulary."""
+
+    init: Literal["target", "random"] = Field("random", description="a block draft starts from random weights")
+    block_size: int | None = Field(None, ge=2, le=64, description="slots of a block (default: dspark 7, dflash 16)")
+    num_draft_layers: int | None = Field(None, ge=1, description="layers of the draft (default: 5)")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="row of the target's embedding that empty slots read; default: one that no text has"
+    )
+    markov_rank: int | None = Field(None, ge=1, description="dspark: rank of the Markov head (default: 256)")
+
+    @model_validator(mode="after")
+    def _no_eagle_options(self) -> BlockDraftSection:
+        for name in ("draft_vocab_size", "norm_output", "fc_norm"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: a block draft has no such option")
+        if self.init != "random":
+            raise ValueError("init target: a block draft starts from random weights (--init random)")
+        return self
+
+
+class BlockTrainingSection(TrainingSection):
+    """How long, on what batches, with which loss."""
+
+    num_anchors: int = Field(512, ge=1, description="blocks of a sample and step, drawn anew in every epoch")
+
+    def loss_settings(self) -> dict[str, Any]:
+        return {"num_anchors": self.num_anchors, "anchor_seed": self.seed}
+
+
+class BlockOptimizerSection(OptimizerSection):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
+    warmup_ratio: float | None = Field(0.04, ge=0, le=1, description="share of the steps")
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm; 0: do not")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_ratio(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("warmup_steps") is not None:
+            return {"warmup_ratio": None, **values}
+        return values
+
+
+class DsparkConfig(TrainConfig):
+    """Train a DSpark draft: it fills a block of tokens in one pass, with a Markov and a confidence head."""
+
+    algorithm: ClassVar[str] = "dspark"
+
+    draft: BlockDraftSection = BlockDraftSection()
+    training: BlockTrainingSection = BlockTrainingSection()
+    optimizer: BlockOptimizerSection = BlockOptimizerSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _not_for_blocks(self) -> DsparkConfig:
+        training = self.training
+        for name, given in (
+            ("loss", training.loss != "ce"),
+            ("loss_mask_alignment", training.loss_mask_alignment != "ours"),
+            ("sp_size", self.distributed.sp_size > 1),
+            ("ttt_length", "ttt_length" in training.model_fields_set),
+            ("step_decay", "step_decay" in training.model_fields_set),
+            ("markov_rank", self.algorithm == "dflash" and self.draft.markov_rank is not None),
+        ):
+            if given:
+                raise ValueError(f"{name}: a {self.algorithm} draft has no such option; leave it out")
+        return self
+
+    def with_target_defaults(self) -> DsparkConfig:
+        """The aux layers that a block draft reads, where none were given."""
+        if self.target.aux_layer_ids is not None or self.training.offline_dir is not None:
+            return self
+        file, ids = self.draft.draft_model_config, None
+        if file is not None:
+            ids = DraftConfig.from_json(file).aux_layer_ids
+        if ids is None:
+            target = load_config(self.target.target_model_path, self.target.trust_remote_code)
+            ids = spread_aux_layers(int(target.get_text_config().num_hidden_layers))
+        return self.model_copy(update={"target": self.target.model_copy(update={"aux_layer_ids": ids})})
+
+    def draft_shape(self, draft: DraftConfig, target_config: Any) -> dict[str, Any]:
+        """What the target's config does not have: flags first, then the draft's config.json, then DeepSpec's sizes."""
+        flags, is_dspark = self.draft, self.algorithm == "dspark"
+        mask = flags.mask_token_id if flags.mask_token_id is not None else draft.mask_token_id
+        is_plain = not draft.block_size  # derived from the target, or a plain Llama config
+        return {
+            "block_size": flags.block_size or draft.block_size or (7 if is_dspark else 16),
+            "num_hidden_layers": flags.num_draft_layers or (5 if is_plain else draft.num_hidden_layers),
+            "mask_token_id": unused_token(self, target_config) if mask is None else mask,
+            "markov_rank": (flags.markov_rank or draft.markov_rank or 256) if is_dspark else 0,
+            "confidence_head": is_dspark and (is_plain or draft.confidence_head),
+        }
+
+
+class DflashConfig(DsparkConfig):
+    """Train a DFlash draft: it fills a block of tokens in one pass."""
+
+    algorithm: ClassVar[str] = "dflash"
+
+
+def spread_aux_layers(num_layers: int, count: int = NUM_AUX_LAYERS) -> tuple[int, ...]:
+    """Layers whose outputs a block draft reads by default: z-lab's round(1 + i (N - 4) / (A - 1)), distinct.
+
+    >>> spread_aux_layers(36)
+    (1, 9, 17, 25, 33)
+    >>> spread_aux_layers(8)
+    (1, 2, 3, 4, 5)
+    """
+    last = max(num_layers - 3, 1)
+    count = min(count, last)
+    wanted = [round(1 + i * (last - 1) / max(count - 1, 1)) for i in range(count)]
+    return tuple(sorted(set(wanted)))
+
+
+def unused_token(config: DsparkConfig, target_config: Any) -> int:
+    """A row of the target's embedding that no text has: behind the tokenizer's last id, a reserved token, or padding
+    that ends nothing. Raises ConfigError where there is none."""
+    text = target_config.get_text_config()
+    tokenizer = load_tokenizer(config.target.target_model_path, config.target.trust_remote_code)
+    if len(tokenizer) < text.vocab_size:
+        return len(tokenizer)
+    added = tokenizer.get_added_vocab()
+    for part in UNUSED_NAMES:
+        found = sorted(index for name, index in added.items() if part in name.lower())
+        if found:
+            return int(found[0])
+    eos = text.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), text.bos_token_id, tokenizer.eos_token_id}
+    pad = text.pad_token_id
+    if pad is not None and pad not in ends:
+        return int(pad)
+    raise ConfigError(
+        "mask_token_id: the target's vocabulary has no unused token; give --mask-token-id with one that never occurs in"
+        " your data"
+    )

@@ -20,7 +20,7 @@ from specforge_lite.model.draft import TTTSettings
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, bad_documents
 from specforge_lite.training.distributed import World
 from specforge_lite.training.loop import Trainer
-from specforge_lite.training.metrics import counted_in, empty_row, output_row
+from specforge_lite.training.metrics import WEIGHT_AT, empty_row, output_row
 from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.run_dir import RunDirectory
 from specforge_lite.training.settings import DistributedSection
@@ -52,7 +52,7 @@ def gradients(root: Path, micro_batches: list[list[int]], faults: dict[str, Faul
     loader.close()
     parallel.reduce_gradients()
     flat = torch.cat([p.grad.flatten() for p in parallel.parameters.values() if p.grad is not None])
-    return flat / counted_in(row, 4), row
+    return flat / row[WEIGHT_AT], row
 
 
 @pytest.mark.parametrize("other", [[[0], [1], [2], [3]], [[3, 1], [2, 0]], [[0, 1, 2], [], [3]]])

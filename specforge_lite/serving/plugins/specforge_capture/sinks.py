@@ -26,6 +26,7 @@ SEGMENT_MB = "SPECFORGE_MOONCAKE_SEGMENT_MB"
 KEY = re.compile(r"[0-9a-f]{32}\Z")  # the client's key becomes a file name; nothing else is accepted
 UNCLAIMED_SECONDS = 900.0
 IDLE_SLOT_SECONDS = 60.0
+SLOT_BYTES = 4 << 20
 SLOT_PREFIX = ".slot-"
 
 
@@ -44,9 +45,9 @@ def open_sink() -> TmpfsSink | MooncakeSink | None:
 class TmpfsSink:
     """One file per sample in a directory that only its owner can enter.
 
-    A sample appears under its key, complete, as a second name (hard link) of a slot. The client locks the file, deletes
-    the key and maps the file; when its last tensor is freed, or it dies, the lock is gone and the slot is written
-    again: pages that exist take a copy at twice the rate of new ones.
+    A file appears under its key when it is complete. The client locks it, deletes the key and maps the file. The key of
+    a sample of SLOT_BYTES and more is a second name (hard link) of a slot: when the client's last tensor is freed, or
+    it dies, its lock is gone and the slot is written again. Existing pages take a copy at twice the rate of new ones.
 
         slot:  written (locked by us) -> linked to KEY -> locked by the client, KEY deleted -> free
 
@@ -97,22 +98,27 @@ class TmpfsSink:
             fcntl.flock(slot.fd, fcntl.LOCK_UN)
             os.link(slot.path, path)
         except BaseException:
-            with self._guard:
-                self._slots.remove(slot)
-            slot.delete()
+            self._forget(slot)
             raise
-        slot.is_ours = False
         self._written.append((slot.used_at, path))
+        if blob.num_bytes < SLOT_BYTES:
+            self._forget(slot)
+        slot.is_ours = False
 
     def _take_slot(self, size: int) -> _Slot:
         """The free slot nearest in size, else a new one; locked."""
         with self._guard:
-            for slot in sorted(self._slots, key=lambda s: abs(s.size - size)):
+            for slot in sorted(self._slots, key=lambda s: abs(s.size - size)) if size >= SLOT_BYTES else ():
                 if slot.try_take():
                     return slot
             slot = _Slot(os.path.join(self.directory, f"{SLOT_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"))
             self._slots.append(slot)
             return slot
+
+    def _forget(self, slot: _Slot) -> None:
+        with self._guard:
+            self._slots.remove(slot)
+        slot.delete()
 
     def delete_free_slots(self, unused_for: float = 0.0) -> None:
         """Give the memory of slots back that are free and were not written for so many seconds."""

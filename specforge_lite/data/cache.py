@@ -23,10 +23,10 @@ from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, us
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
+from specforge_lite.data.families import template_warning
 from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
-from specforge_lite.data.templates.auto import difference_from_own
 from specforge_lite.data.tokenize import (
     TOKENIZATION_VERSION,
     NoForm,
@@ -56,9 +56,9 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     rows = job.tokenizer()
     key = dataset_key(job, rows)
     if rows.template is not None and log.is_main_rank():
-        difference = difference_from_own(rows.template, job.spec.chat_template, dict(job.spec.special_tokens))
-        if difference is not None:
-            log.warn(f"chat template '{rows.template.name}' draws other text than the tokenizer's: {difference}")
+        warning = template_warning(rows.template, job.spec)
+        if warning is not None:
+            log.warn(warning)
     directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
     with user_errors(section.cache_dir):
         dataset = _open_whole(directory, key)

@@ -19,14 +19,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data.templates.base import Canvas, Rendering
 
 RESERVED = re.compile("[\ufdd0-\ufdd6]")
 # Tokens that models put into an answer themselves; in data they mean what they say.
@@ -36,12 +35,28 @@ _QUOTE_START, _QUOTE_END = "\ufdd5", "\ufdd6"  # around the number of a control 
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """A rendered conversation: `text`, and the ascending, disjoint character spans [start, end) that are trained.
+
+    lost_reasoning: the last answer has reasoning that its template has no place for.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    lost_reasoning: bool = False
+
+
+@dataclass(frozen=True)
 class TokenizerSpec:
-    """What tokenization needs of a tokenizer, as strings: can be sent to a process and hashed by content."""
+    """What tokenization needs of a tokenizer, as strings: can be sent to a process and hashed by content.
+
+    tool_template: the template for conversations with tools, where that is another one.
+    """
 
     tokenizer_json: str
     chat_template: str | None
     special_tokens: tuple[tuple[str, str], ...]
+    tool_template: str | None = None
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TokenizerSpec:
@@ -59,10 +74,9 @@ class TokenizerSpec:
         plain.no_truncation()
         plain.no_padding()
         own = getattr(tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            own = own.get("default")
+        named = own if isinstance(own, dict) else {"default": own}
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        return cls(plain.to_str(), own, tuple(sorted(special.items())))
+        return cls(plain.to_str(), named.get("default"), tuple(sorted(special.items())), named.get("tool_use"))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,12 +90,17 @@ class TokenizerSpec:
 
         return dict(Tokenizer.from_str(self.tokenizer_json).get_vocab(with_added_tokens=True))
 
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Tokens that are never split, special or not, sorted."""
+        return tuple(sorted(token["content"] for token in json.loads(self.tokenizer_json)["added_tokens"]))
+
     def without_prefix_space(self) -> TokenizerSpec:
         """The same tokenizer, but one that puts no space before a text (a piece of code is not a new sentence)."""
         description = json.loads(self.tokenizer_json)
         description["normalizer"] = _without_prepend(description.get("normalizer"))
         description["pre_tokenizer"] = _without_prepend(description.get("pre_tokenizer"))
-        return TokenizerSpec(json.dumps(description), self.chat_template, self.special_tokens)
+        return replace(self, tokenizer_json=json.dumps(description))
 
 
 def _without_prepend(part: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -190,18 +209,17 @@ class TextEncoder:
         pattern = re.compile(f"{_QUOTE_START}([0-9]+){_QUOTE_END}|" + "|".join(map(re.escape, self._names)))
         numbers = {name: i for i, name in enumerate(self._names)}
 
-        def replace(match: re.Match[str]) -> str:
+        def rename(match: re.Match[str]) -> str:
             if match[1] is not None:
                 return self._names[int(match[1])]
             return f"{_NAME_START}{numbers[match[0]]}{_NAME_END}"
 
-        canvas, at = Canvas(), 0
+        text, spans, at = "", [], 0
         for start, end in rendering.spans:
-            canvas.add(pattern.sub(replace, rendering.text[at:start]))
-            canvas.add(pattern.sub(replace, rendering.text[start:end]), trained=True)
-            at = end
-        canvas.add(pattern.sub(replace, rendering.text[at:]))
-        return canvas.finish()
+            text += pattern.sub(rename, rendering.text[at:start])
+            spans.append((len(text), len(text) + len(inner := pattern.sub(rename, rendering.text[start:end]))))
+            text, at = text + inner, end
+        return Rendering(text + pattern.sub(rename, rendering.text[at:]), tuple(spans))
 
     def _rename(self) -> tuple[Any, np.ndarray]:
         """The tokenizer whose control tokens have other names, and original_ids[its id] = the tokenizer's id."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +12,13 @@ from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
+from specforge_lite.data.families import choose_template, own_template
 from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
-from specforge_lite.data.templates import TEMPLATES, Chat, ChatTemplate, Rendering
-from specforge_lite.data.templates.auto import choose_template
+from specforge_lite.data.templates import ChatTemplate
 from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,18 @@ class TokenizeOptions:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Ids [L] int32 and loss mask [L] bool of one sample; `num_cut` tokens beyond the maximal length are gone,
-    and with them, where `span_cut_off`, every trained one."""
+    """Ids [L] int32 and loss mask [L] bool of one sample.
+
+    num_cut: tokens beyond the maximal length, left out; span_cut_off: every trained one was among them.
+    lost_reasoning: the template has no place for the reasoning of the last answer.
+    """
 
     sample_id: str
     input_ids: np.ndarray
     loss_mask: np.ndarray
     num_cut: int = 0
     span_cut_off: bool = False
+    lost_reasoning: bool = False
 
     def to_sample(self) -> TokenizedSample:
         import torch
@@ -69,10 +71,10 @@ class ConversationTokenizer:
 
     def __init__(self, spec: TokenizerSpec, options: TokenizeOptions) -> None:
         self.options = options
-        self.template: ChatTemplate = choose_template(
-            options.chat_template, spec.chat_template, dict(spec.special_tokens), spec.vocabulary
-        )
-        self.encoder = TextEncoder(spec, self.template.control_tokens)
+        self.template: ChatTemplate = choose_template(options.chat_template, spec)
+        for_tools = own_template(spec, for_tools=True) if self.template.is_own else None
+        self._tool_template = for_tools or self.template
+        self.encoder = TextEncoder(spec, {*self.template.control_tokens, *self._tool_template.control_tokens})
 
     def __call__(self, conversation: Conversation) -> TokenRow:
         """Raises DataError when the template has no form for what the conversation holds."""
@@ -83,17 +85,19 @@ class ConversationTokenizer:
         quoted = self.encoder.has_control_token(messages) or self.encoder.has_control_token(tools)
         if quoted:
             messages, tools = self.encoder.quote(messages), self.encoder.quote(tools)
-        rendering = render(self.template, messages, tools, self.options.train_only_last_turn)
+        template = self._tool_template if tools else self.template
+        rendering = template.render(messages, tools, self.options.train_only_last_turn)
         ids, mask = self.encoder.encode_quoted(rendering) if quoted else self.encoder.encode(rendering)
         limit = self.options.max_length
         cut_off = bool(mask.any()) and not bool(mask[:limit].any())
-        return TokenRow(conversation.id, ids[:limit], mask[:limit], max(0, len(ids) - limit), cut_off)
+        num_cut = max(0, len(ids) - limit)
+        return TokenRow(conversation.id, ids[:limit], mask[:limit], num_cut, cut_off, rendering.lost_reasoning)
 
 
 class RowTokenizer:
     """Parsed row -> TokenRow, for files of conversations (`data_format` chat) or of FIM rows (fim).
 
-    Calling it raises RowRejected for a row that is neither read nor mended, NoForm for one the template cannot draw.
+    Calling it raises RowRejected for a row that is neither read nor mended, NoForm for one the template cannot render.
     """
 
     def __init__(self, spec: TokenizerSpec, options: TokenizeOptions, data_format: str) -> None:
@@ -107,11 +111,12 @@ class RowTokenizer:
         return self._chat.template if self._chat is not None else None
 
     def key(self) -> dict[str, Any]:
-        """What the rows are drawn with, as part of a cache's key."""
+        """What the rows are rendered with, as part of a cache's key."""
         if self._fim is not None:
             return {"template": self._fim.name, "template_content": repr(self._fim.family)}
         assert self._chat is not None
-        return {"template": self._chat.template.name, "template_content": template_fingerprint(self._chat.template)}
+        content = [self._chat.template.fingerprint, self._chat._tool_template.fingerprint]
+        return {"template": self._chat.template.name, "template_content": content}
 
     def __call__(self, value: Any) -> TokenRow:
         if is_fim_row(value) != (self._fim is not None):
@@ -143,19 +148,6 @@ def tokenize_fim(row: FimRow, tokenizer: Any, order: str = "psm", max_length: in
     return TokenRow(row.id, ids, mask, num_cut).to_sample()
 
 
-def render(
-    template: ChatTemplate,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] = (),
-    train_only_last_turn: bool = False,
-) -> Rendering:
-    """Draw messages of the normal form. `train_only_last_turn` trains the last assistant message only."""
-    train_from = 0
-    if train_only_last_turn:
-        train_from = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    return template.render(Chat(messages, tools, train_from))
-
-
 def tokenize_conversation(
     conversation: Conversation,
     tokenizer: Any,
@@ -167,35 +159,3 @@ def tokenize_conversation(
     """Tokenize one conversation with a transformers tokenizer. For many, make one `ConversationTokenizer`."""
     options = TokenizeOptions(template, max_length, train_only_last_turn, system_prompt)
     return ConversationTokenizer(TokenizerSpec.from_tokenizer(tokenizer), options)(conversation).to_sample()
-
-
-def template_fingerprint(template: ChatTemplate) -> str:
-    """sha256 of what the template makes of a few conversations: a changed template never meets an old cache."""
-    drawn: list[Any] = []
-    for messages, tools in _PROBES:
-        roles = {message["role"] for message in messages}
-        if not roles <= template.roles or (tools and "tool" not in template.roles):
-            continue
-        try:
-            rendering = template.render(Chat(messages, tools))
-        except DataError as error:  # a tokenizer's own template may refuse what it does not know
-            drawn.append([str(error), ()])
-            continue
-        drawn.append([rendering.text, rendering.spans])
-    source = getattr(template.draw, "source", "") if template.name not in TEMPLATES else ""
-    return hashlib.sha256(json.dumps([template.name, drawn, source]).encode("utf-8")).hexdigest()
-
-
-_QUESTION = {"role": "user", "content": " a question "}
-_ANSWER = {"role": "assistant", "content": " an answer "}
-_CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
-}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
-    ([_QUESTION, _ANSWER, _QUESTION, {**_ANSWER, "reasoning_content": "why"}], []),
-    ([{"role": "system", "content": " rules "}, _QUESTION, _ANSWER], []),
-    ([_QUESTION, _CALL, {"role": "tool", "content": "2", "name": "f"}, _ANSWER], [_TOOL]),
-]

@@ -15,8 +15,7 @@ from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import format_bytes
 from specforge_lite.core.weight_files import weight_files
 from specforge_lite.data.encoding import TokenizerSpec
-from specforge_lite.data.templates import TEMPLATES
-from specforge_lite.data.templates.auto import difference_from_own
+from specforge_lite.data.families import template_warning
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.registry import build_draft
@@ -154,14 +153,14 @@ def check_template(x: Examination) -> Iterator[Problem]:
     spec = TokenizerSpec.from_tokenizer(x.tokenizer)
     x.tokenize = ConversationTokenizer(spec, TokenizeOptions(chat_template=x.options.chat_template))
     template = x.tokenize.template
-    how = "recognised" if x.options.chat_template == "auto" else "given"
+    how = "the tokenizer's own" if template.is_own else "given"
+    if x.options.chat_template == "auto" and not template.is_own:
+        how = "recognised by its tokens"
     yield "ok", f"{template.name} ({how})"
-    if template.name in TEMPLATES:
-        difference = difference_from_own(template, spec.chat_template, dict(spec.special_tokens))
-        if difference:
-            yield "warning", f"{template.name} differs from the tokenizer's own template: {difference}"
-        elif not spec.chat_template:
-            yield "warning", "the tokenizer has no chat template to compare with; a base model answers no chat"
+    if warning := template_warning(template, spec):
+        yield "warning", warning
+    elif not spec.chat_template:
+        yield "warning", "the tokenizer has no chat template to compare with; a base model answers no chat"
 
 
 def check_mask(x: Examination) -> Iterator[Problem]:

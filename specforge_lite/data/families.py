@@ -1,0 +1,211 @@
+"""Chat templates by name, and which of them a tokenizer gets.
+
+A new family is one Jinja file with generation blocks in `assets/chat_templates` and one line here; a test fails until
+it has a golden.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from specforge_lite.core.errors import DataError, suggest
+from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
+from specforge_lite.data.templates import PROBE_TOOL, ChatTemplate, Message, marks_generation
+
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_LLAMA3_ALL = ("<|begin_of_text|>", *_LLAMA3, "<|eom_id|>", "<|end_of_text|>")
+_MISTRAL = (
+    "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+)  # fmt: skip
+_PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_PHI4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+_PHI_MINI = (*_PHI, "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
+_DEEPSEEK = (
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+)  # fmt: skip
+_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # what 3.1 and 3.3 print by default
+
+
+def _family(
+    name: str, file: str, control: tuple[str, ...], needs: tuple[str, ...], tools: bool = True, **variables: Any
+) -> ChatTemplate:
+    source = (resources.files("specforge_lite.assets") / "chat_templates" / f"{file}.jinja").read_text("utf-8")
+    NEEDS_TOKENS[name] = needs
+    return ChatTemplate(name, source, tuple(variables.items()), control, tools)
+
+
+NEEDS_TOKENS: dict[str, tuple[str, ...]] = {}  # a tokenizer without a template that has all of these is of the family
+_QWEN2_SYSTEM = "You are a helpful assistant."
+_QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+TEMPLATES: dict[str, ChatTemplate] = {
+    template.name: template
+    for template in (
+        _family("chatml", "chatml", _CHATML, _CHATML),
+        _family("qwen2", "chatml", _CHATML, _CHATML, default_system=_QWEN2_SYSTEM),
+        _family("qwen2.5", "chatml", _CHATML, _CHATML, default_system=_QWEN25_SYSTEM),
+        _family("qwen3", "chatml", _CHATML, _CHATML, thinking="on"),
+        _family("qwen3-no-think", "chatml", _CHATML, _CHATML, thinking="off"),
+        _family("minicpm4", "chatml", _CHATML, _CHATML, tools=False),
+        _family("llama3", "llama3", _LLAMA3_ALL, _LLAMA3),
+        _family("llama3.1", "llama3", _LLAMA3_ALL, _LLAMA3, dates=_DATES),
+        _family("llama2", "llama2", ("<s>", "</s>"), ("<s>", "</s>"), tools=False),
+        _family(
+            "mistral-v1", "mistral", ("<s>", "</s>"), ("<s>", "</s>"), tools=False, system_place="first",
+            before_question=" [INST] ", after_question=" [/INST]", before_answer=" ",
+        ),
+        _family(
+            "mistral", "mistral", _MISTRAL, _MISTRAL[:4], system_place="last", before_question="[INST] ",
+            after_question="[/INST]", before_answer=" ", after_marker=" ", strip_answers=True,
+        ),
+        _family(
+            "mistral-tekken", "mistral", _MISTRAL, _MISTRAL[:4], system_place="last", before_question="[INST]",
+            after_question="[/INST]", before_answer="", after_marker="",
+        ),
+        _family(
+            "mistral-v7", "mistral", _MISTRAL, _MISTRAL[:5], system_place="turn", before_question="[INST]",
+            after_question="[/INST]", before_answer="", after_marker=" ",
+        ),
+        _family("gemma", "gemma", ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"),
+                ("<start_of_turn>", "<end_of_turn>"), tools=False),
+        _family("phi3", "phi3", _PHI, _PHI[1:], tools=False, before_role="<|", after_role="|>\n", end="<|end|>",
+                after_end="\n"),
+        _family("phi4", "phi3", _PHI4, _PHI4, tools=False, before_role="<|im_start|>", after_role="<|im_sep|>",
+                end="<|im_end|>", after_end=""),
+        _family("phi4-mini", "phi4-mini", _PHI_MINI, ("<|end|>", "<|tool|>", "<|tool_call|>")),
+        _family("deepseek", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="v3"),
+        _family("deepseek-r1", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="r1"),
+        _family("deepseek-v3.1", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="v3.1"),
+        _family("gpt-oss", "gpt-oss", _HARMONY, _HARMONY[:5]),
+    )
+}  # fmt: skip
+
+# SpecForge's names. Families that exist here under another name, and those that the tokenizer's own template serves.
+ALIASES = {
+    "qwen": "qwen2", "qwen2-vl": "qwen2", "lfm": "chatml", "qwen3-thinking": "qwen3", "qwen3-instruct": "qwen3-no-think",
+    "gpt-oss-naive": "gpt-oss", "deepseek-v3": "deepseek", "deepseek-r1-distill": "deepseek-r1",
+} | dict.fromkeys(
+    (
+        "llama4", "qwen3-next-thinking", "qwen3.5", "kimi-k2-thinking", "kimi-k2-instruct", "kimi-k3-thinking",
+        "deepseek-v2", "deepseek-v32", "deepseek-v4", "ling-flash-2.0", "ling-3.0", "ling-3.0-thinking", "glm-5.2",
+        "glm-5.3", "longcat", "longcat_xml", "inkling-thinking",
+    ),
+    "own",
+)  # fmt: skip
+
+
+def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:
+    """The template called `name`. auto: the tokenizer's own where spans can be found in what it renders, else a family
+    by its tokens. own: the tokenizer's, or an error. generation: the same, and it must mark what is generated.
+
+    Raises DataError for an unknown name, and where nothing fits.
+    """
+    name = ALIASES.get(name, name)
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name not in ("auto", "own", "generation"):
+        hint = suggest(name, ["auto", "own", "generation", *TEMPLATES, *ALIASES])
+        known = f"; known: auto, own, generation, {', '.join(TEMPLATES)}"
+        raise DataError(f"chat_template: unknown template '{name}'{hint if hint.startswith('; did') else ''}{known}")
+    if name == "generation" and not marks_generation(spec.chat_template or ""):
+        raise DataError("chat_template generation: the tokenizer's template has no {% generation %} block")
+    own = own_template(spec)
+    problem = "it has no chat template" if own is None else own.problem
+    if own is not None and problem is None:
+        return own
+    if name != "auto":
+        raise DataError(f"chat_template {name}: the tokenizer's own cannot be used: {problem}")
+    return _family_of(spec, str(problem))
+
+
+def own_template(spec: TokenizerSpec, for_tools: bool = False) -> ChatTemplate | None:
+    """The tokenizer's own template (the one for tools, where it has one of its own), None if there is none."""
+    source = spec.tool_template if for_tools else spec.chat_template
+    if not source:
+        return None
+    control = tuple(t for t in spec.added_tokens if t in source and t not in CONTENT_TOKENS)
+    name = "generation" if marks_generation(source) else "own"
+    return ChatTemplate(name, source, spec.special_tokens, control, True, spec.added_tokens, for_tools)
+
+
+def _family_of(spec: TokenizerSpec, problem: str) -> ChatTemplate:
+    """The family whose tokens are in the vocabulary and, where the tokenizer has a template, that renders the same."""
+    common = {"<s>", "</s>"}  # say nothing about a family
+    weights = {name: len(set(NEEDS_TOKENS[name]) - common) for name in TEMPLATES}
+    fitting = [t for t in TEMPLATES.values() if all(token in spec.vocabulary for token in NEEDS_TOKENS[t.name])]
+    fitting = [t for t in fitting if weights[t.name]]
+    if not fitting:
+        raise DataError(
+            f"chat_template auto: the tokenizer is not recognised ({problem}); give --chat-template, one of:"
+            f" {', '.join(TEMPLATES)}"
+        )
+    best = [t for t in fitting if weights[t.name] == max(weights[t.name] for t in fitting)]
+    if spec.chat_template:
+        return next((t for t in best if difference_from_own(t, spec) is None), best[0])
+    names = [template.name for template in best]
+    if len(names) > 1 and "chatml" not in names:
+        raise DataError(
+            f"chat_template auto: the tokenizer has no chat template, and its tokens fit {', '.join(names)};"
+            " give one of them as --chat-template"
+        )
+    return best[0]
+
+
+_PLAIN: list[Message] = [
+    {"role": "user", "content": "First question?"},
+    {"role": "assistant", "content": "First answer."},
+    {"role": "user", "content": "Second question?"},
+    {"role": "assistant", "content": "Second answer."},
+]
+_FUNCTION = {"name": "look", "arguments": {"at": "Rome"}}
+_CALLS: list[Message] = [
+    _PLAIN[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": _FUNCTION}]},
+    {"role": "tool", "content": "blue", "tool_call_id": "call00001", "name": "look"},
+    _PLAIN[1],
+]
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+
+
+def difference_from_own(template: ChatTemplate, spec: TokenizerSpec) -> str | None:
+    """What the family `template` renders otherwise than the tokenizer's own template: the first difference in plain
+    turns, with a system prompt, without one, with reasoning, and in tool calls. None: nothing, or no own template."""
+    own = own_template(spec)
+    if own is None or template.name not in TEMPLATES:
+        return None
+    probes = {
+        "with a system prompt": ([_SYSTEM, *_PLAIN], []),
+        "without a system prompt": (_PLAIN, []),
+        "with tool calls": ([_SYSTEM, *_CALLS], [PROBE_TOOL]),
+    }
+    for name, (messages, tools) in probes.items():
+        try:
+            theirs = own.render_plain(messages, tools)
+        except DataError:  # a template may refuse system prompts or tools
+            continue
+        try:
+            ours = template.render(messages, tools).text.rstrip()
+        except DataError as error:
+            return f"{name}: {error}"
+        if not theirs.startswith(ours):  # some own templates end with an end-of-text token that nobody generates
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            return (
+                f"{name}, at character {at}: {ours[at : at + 40]!r} here, {theirs[at : at + 40]!r} in the tokenizer's own"
+            )
+    return None
+
+
+def template_warning(template: ChatTemplate, spec: TokenizerSpec) -> str | None:
+    """One line where training would see other text than a server renders, with the remedy; None where it would not."""
+    difference = difference_from_own(template, spec)
+    if difference is None:
+        return None
+    own = own_template(spec)
+    problem = own.problem if own is not None else None
+    remedy = f"the tokenizer's own cannot be used: {problem}" if problem else "use --chat-template auto for the tokenizer's"
+    return f"chat template '{template.name}' renders other text than the tokenizer's own ({difference}); {remedy}"

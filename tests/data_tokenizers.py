@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from specforge_lite.data.families import TEMPLATES
+from specforge_lite.data.templates import TEMPLATES
 
 CORPUS = [
     "Be kind. Hi there, hello. It is 2. Add the numbers. One and one is two, is it not?",

@@ -23,10 +23,10 @@ from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, us
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.data.encoding import TokenizerSpec
-from specforge_lite.data.families import template_warning
 from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
+from specforge_lite.data.templates.auto import template_warning
 from specforge_lite.data.tokenize import (
     TOKENIZATION_VERSION,
     NoForm,

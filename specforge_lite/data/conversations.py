@@ -1,14 +1,16 @@
 """A row of any form people have -> the normal form `{"id", "conversations": [{"role", "content"}], "tools"?}`.
 
 Forms are recognised by content: ShareGPT (`from`/`value`), OpenAI (`role`/`content`), Alpaca, prompt/response and its
-relatives (GSM8K's question/answer), and lists of alternating strings (UltraChat). Tool calls, tool results, reasoning
-and system prompts are kept. What cannot be read is refused with a reason that can be counted.
+relatives (GSM8K's question/answer), and lists of alternating strings (UltraChat). Tool calls, tool results, reasoning,
+system prompts, `weight: 0` (a turn that is shown, not trained) and `finish_reason: "length"` (an answer that a token
+limit cut off) are kept. What cannot be read is refused with a reason that can be counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,11 +26,19 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
     "ipython": "tool",
     "function_call": "function_call", "tool_call": "function_call",
+    # SpecForge's names for the channels of gpt-oss
+    "assistant_analysis": "analysis", "assistant_final": "assistant", "assistant_commentary": "commentary",
+    "assistant_reasoning_effort": "effort",
 }  # fmt: skip
 ID_KEYS = ("id", "conversation_id", "prompt_id", "question_id", "uuid", "seq_id", "task_id")
 PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction")
 ANSWER_KEYS = ("response", "completion", "answer", "solution", "output", "chosen")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Fields of a turn that say whether it is trained: OpenAI, Mistral, Together and Fireworks write weight, ms-swift loss,
+# axolotl train and training.
+SUPERVISION_KEYS = ("weight", "loss", "train", "training", "trainable")
+_SUPERVISION = re.compile(r"weight|loss|train|mask|supervis", re.IGNORECASE)
+CUT_OFF = ("length", "max_tokens")  # finish reasons of an answer that a token limit cut off
 KNOWN_FORMS = (
     "conversations/messages of role+content or from+value, instruction/input/output, prompt/response, question/answer"
 )
@@ -57,6 +67,8 @@ def to_conversation(row: Any) -> Conversation:
         tools = map_strings(_tools_of(row.get("tools")), clean_text)
     except RecursionError:
         raise RowRejected("nested-too-deeply", "more levels of nesting than a row can have") from None
+    if row.get("finish_reason") in CUT_OFF and messages[-1]["role"] == "assistant":
+        messages[-1]["finish_reason"] = "length"
     return Conversation(_id_of(row, messages, tools), messages, tools)
 
 
@@ -64,6 +76,32 @@ def to_row(conversation: Conversation) -> dict[str, Any]:
     """The normal form of a conversation, ready for `json.dumps`."""
     row: dict[str, Any] = {"id": conversation.id, "conversations": conversation.messages}
     return {**row, "tools": conversation.tools} if conversation.tools else row
+
+
+def ignored_fields(row: Any) -> set[str]:
+    """Fields of a row that look as if they decided what is trained, and have no effect here."""
+    if not isinstance(row, dict):
+        return set()
+    found = {f"{key} of the row" for key in row if isinstance(key, str) and _SUPERVISION.search(key)}
+    for turns in (row.get("conversations"), row.get("messages")):
+        for turn in turns if isinstance(turns, list) else ():
+            for key, value in turn.items() if isinstance(turn, dict) else ():
+                if not isinstance(key, str) or not _SUPERVISION.search(key) or value is None:
+                    continue
+                trained = _is_trained(value)
+                if key not in SUPERVISION_KEYS:
+                    found.add(f"{key} of a turn")
+                elif trained is None:
+                    found.add(f"{key} {one_line(repr(value), 20)}")
+                elif trained and ROLES.get(str(turn.get("role", turn.get("from"))).lower()) != "assistant":
+                    found.add(f"{key} of a turn that is no answer")
+    return found
+
+
+def _is_trained(value: Any) -> bool | None:
+    """What `weight: 0`, `loss: false` and the like say; None for what is neither yes nor no."""
+    text = str(value).lower()
+    return False if text in ("0", "0.0", "false") else True if text in ("1", "1.0", "true") else None
 
 
 def content_digest(conversation: Conversation) -> str:
@@ -92,10 +130,16 @@ def _turns(turns: Any, key: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     if not turns:
         raise RowRejected("no-turns", f"'{key}' is empty")
     messages = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
+    effort: dict[str, str] = {}
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise RowRejected("turn-not-an-object", f"turn {number}: expected an object, found {_kind(turn)}")
-        messages.append(_turn(turn, number))
+        message = _turn(turn, number)
+        if message["role"] == "effort":
+            effort = {"reasoning_effort": message["content"].strip().lower()}
+        elif message != (messages[0] if messages and number == 1 else None):  # system of the row and first turn alike
+            messages.append({**message, **effort})
+            effort = {}
     return messages
 
 
@@ -108,16 +152,25 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
     content = turn["content"] if "content" in turn else turn.get("value")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _sharegpt_calls(content, number)}
-    message: dict[str, Any] = {"role": role, "content": _text(content, number, bool(turn.get("tool_calls")))}
+    if role == "analysis":
+        return {"role": "assistant", "content": "", "reasoning_content": _text(content, number, False)}
+    if role == "commentary":
+        raise RowRejected("commentary-channel", f"turn {number}: commentary without a tool call has no normal form")
+    may_be_empty = bool(turn.get("tool_calls")) or any(isinstance(turn.get(key), str) for key in REASONING_KEYS)
+    message: dict[str, Any] = {"role": role, "content": _text(content, number, may_be_empty)}
     if turn.get("tool_calls"):
         message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
     for key in REASONING_KEYS:
         if isinstance(turn.get(key), str) and turn[key].strip():
             message["reasoning_content"] = turn[key]
             break
-    for key in ("name", "tool_call_id"):
+    for key in ("name", "tool_call_id", "reasoning_effort"):
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
+    if role == "assistant" and any(_is_trained(turn.get(key)) is False for key in SUPERVISION_KEYS):
+        message["weight"] = 0
+    if role == "assistant" and turn.get("finish_reason") in CUT_OFF:
+        message["finish_reason"] = "length"
     return message
 
 
@@ -195,38 +248,67 @@ def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
 def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns in an order a chat can have, else RowRejected.
 
-    Dropped on purpose: an empty system prompt, and assistant turns before the first user turn (ShareGPT is full of
-    conversations that were cut in the middle). Neighbouring assistant turns of text and tool calls become one.
+    Dropped on purpose: an empty system prompt, assistant turns before the first user turn (ShareGPT is full of
+    conversations that were cut in the middle), and an empty last answer; an empty answer before that is kept and not
+    trained. Neighbouring system turns become one, and user turns, and parts of one answer: reasoning, text, tool calls.
     """
     result: list[dict[str, Any]] = []
+    first_empty = 0
     for number, message in enumerate(messages, 1):
         message = map_strings(message, clean_text)
         role, last = message["role"], result[-1]["role"] if result else None
-        calls = bool(message.get("tool_calls"))
-        if role == "system" and result:
-            raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
-        if role in ("system", "user", "assistant") and not str(message["content"]).strip() and not calls:
-            if role == "system":
-                continue
-            if not message.get("reasoning_content"):
-                raise RowRejected("empty-turn", f"turn {number}: empty {role} turn")
         if role == "assistant" and last in (None, "system"):
             continue
-        if role == "assistant" and last == "assistant" and calls:
-            result[-1] = _joined(result[-1], message)
+        if _is_empty(message) and role != "tool":
+            if role == "system":
+                continue
+            if role == "user":
+                raise RowRejected("empty-turn", f"turn {number}: empty user turn")
+            first_empty = first_empty or number
+            message["weight"] = 0
+        if role == "system" and last not in (None, "system"):
+            raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
+        if role == last and role != "tool":
+            result[-1] = _joined(result[-1], message, number)
             continue
-        if (role == last and role != "tool") or (role == "tool" and last in (None, "system", "user")):
+        if role == "tool" and last in (None, "system", "user"):
             found = "at the start" if last is None else f"after {last}"
             raise RowRejected("bad-order", f"turn {number}: {role} {found}; expected user and assistant in turn")
         result.append(message)
+    while result and result[-1]["role"] == "assistant" and _is_empty(result[-1]):
+        result.pop()
     if not any(message["role"] == "user" for message in result):
         raise RowRejected("no-user-turn", "no user turn")
+    if first_empty and not any(m["role"] == "assistant" and not _is_empty(m) for m in result):
+        raise RowRejected("empty-turn", f"turn {first_empty}: empty assistant turn")
     return result
 
 
-def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    content = "\n".join(text for text in (first["content"], second["content"]) if text)
-    return {**first, "content": content, "tool_calls": [*first.get("tool_calls", []), *second["tool_calls"]]}
+def _is_empty(message: dict[str, Any]) -> bool:
+    return not (str(message["content"]).strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any], number: int) -> dict[str, Any]:
+    """Two neighbouring messages of one role as one. Two whole answers, and turns of two speakers, are refused."""
+    role = first["role"]
+    if role == "assistant" and _is_empty(first):
+        return second
+    two_answers = role == "assistant" and str(first["content"]).strip() and not second.get("tool_calls")
+    two_speakers = len({message["name"] for message in (first, second) if "name" in message}) > 1
+    if two_speakers or (two_answers and not _is_empty(second)):
+        raise RowRejected("bad-order", f"turn {number}: {role} after {role}; expected user and assistant in turn")
+    result = {**first, **second}
+    separators = {"content": "\n" if role == "assistant" else "\n\n", "reasoning_content": "\n"}
+    for key, separator in separators.items():
+        if texts := [message[key] for message in (first, second) if message.get(key)]:
+            result[key] = separator.join(texts)
+    if calls := [*first.get("tool_calls", []), *second.get("tool_calls", [])]:
+        result["tool_calls"] = calls
+    if "finish_reason" not in second:  # the end of the second is the end of both
+        result.pop("finish_reason", None)
+    if first.get("weight") == 0 and not _is_empty(second):
+        result["weight"] = 0
+    return result
 
 
 def clean_text(text: str) -> str:

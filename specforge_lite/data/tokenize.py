@@ -12,9 +12,9 @@ from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
-from specforge_lite.data.families import choose_template, own_template
 from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import ChatTemplate
+from specforge_lite.data.templates.auto import choose_template, own_template
 from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.

@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
     "only an answer": row(turns(("assistant", "a")), "no user turn"),
     "only a question": Case(lines(turns(("user", "q"))), 1, "nothing to train on: 1 rows without an assistant span"),
     "an answer first": Case(lines(turns(("assistant", "x"), ("user", "q"), ("assistant", "a"))), 1, 1),
-    "two questions": row(turns(("user", "q"), ("user", "q")), "turn 2: user after user"),
+    "two questions": Case(lines(turns(("user", "q"), ("user", "q"), ("assistant", "a"))), 1, 1),
     "two answers": row(
         turns(("user", "q"), ("assistant", "a"), ("assistant", "b")), "turn 3: assistant after assistant"
     ),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data import reading
-from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
+from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -110,6 +110,90 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
+THOUGHT = {"role": "assistant", "content": "", "reasoning_content": "r"}
+FORMS |= {
+    "system and developer": (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, USER, ANSWER]},
+        [{"role": "system", "content": "s\n\nd"}, USER, ANSWER],
+    ),
+    "the same system prompt twice": (
+        {"system": "s", "messages": [{"role": "system", "content": "s"}, USER]},
+        [{"role": "system", "content": "s"}, USER],
+    ),
+    "two questions": (
+        {"messages": [USER, {"role": "user", "content": "more"}, ANSWER]},
+        [{"role": "user", "content": "q\n\nmore"}, ANSWER],
+    ),
+    "no content but reasoning": (
+        {"messages": [USER, {"role": "assistant", "content": None, "reasoning_content": "r"}]},
+        [USER, THOUGHT],
+    ),
+    "gpt-oss channels": (
+        {
+            "conversations": [
+                {"role": "assistant_reasoning_effort", "content": "High"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant_analysis", "content": "r"},
+                {"role": "assistant_final", "content": "a"},
+            ]
+        },
+        [{**USER, "reasoning_effort": "high"}, {**ANSWER, "reasoning_content": "r"}],
+    ),
+    "an empty answer in the middle": (
+        {"messages": [USER, {"role": "assistant", "content": ""}, USER, ANSWER]},
+        [USER, {"role": "assistant", "content": "", "weight": 0}, USER, ANSWER],
+    ),
+    "an empty answer at the end": (
+        {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": " "}]},
+        [USER, ANSWER, USER],
+    ),
+    "an empty answer before the answer": (
+        {"messages": [USER, {"role": "assistant", "content": ""}, ANSWER]},
+        [USER, ANSWER],
+    ),
+    "turns that are not trained": (
+        {
+            "messages": [
+                USER,
+                {**ANSWER, "weight": 0},
+                USER,
+                {**ANSWER, "loss": False},
+                USER,
+                {**ANSWER, "train": "false"},
+                USER,
+                {**ANSWER, "weight": 1},
+                USER,
+                {**ANSWER, "loss": True},
+            ]
+        },
+        [USER, {**ANSWER, "weight": 0}] * 3 + [USER, ANSWER] * 2,
+    ),
+    "cut off, said on the turn": (
+        {"messages": [USER, {**ANSWER, "finish_reason": "length"}, USER, {**ANSWER, "finish_reason": "stop"}]},
+        [USER, {**ANSWER, "finish_reason": "length"}, USER, ANSWER],
+    ),
+    "cut off, said on the row": (
+        {"messages": [USER, ANSWER, USER, ANSWER], "finish_reason": "length"},
+        [USER, ANSWER, USER, {**ANSWER, "finish_reason": "length"}],
+    ),
+    "an answer in parts": (
+        {
+            "messages": [
+                USER,
+                {**ANSWER, "reasoning_content": "r1", "finish_reason": "length"},
+                {**THOUGHT, "reasoning_content": "r2", "tool_calls": [CALL], "name": "x", "weight": 0},
+                {"role": "tool", "content": "2"},
+            ]
+        },
+        [
+            USER,
+            {**ANSWER, "reasoning_content": "r1\nr2", "tool_calls": [CALL], "name": "x", "weight": 0},
+            {"role": "tool", "content": "2"},
+        ],
+    ),
+}
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_forms(name: str) -> None:
     row, messages = FORMS[name]
@@ -121,6 +205,27 @@ def test_normal_form_is_stable(name: str) -> None:
     conversation = to_conversation(FORMS[name][0])
     again = to_conversation(json.loads(json.dumps(to_row(conversation))))
     assert again == conversation
+
+
+def test_fields_without_effect_are_named() -> None:
+    row = {
+        "loss_mask": [0, 1],
+        "messages": [
+            {**USER, "weight": 1},
+            {**ANSWER, "weight": 0.5, "train_detail": [], "loss": None},
+            {**USER, "train": False},
+            {**ANSWER, "weight": 0, "train": True, "trainable": "no"},
+        ],
+    }
+    assert ignored_fields(row) == {
+        "loss_mask of the row",
+        "weight of a turn that is no answer",
+        "weight 0.5",
+        "train_detail of a turn",
+        "trainable 'no'",
+    }
+    assert ignored_fields({"messages": [USER, {**ANSWER, "weight": 0, "loss": True}]}) == set()
+    assert ignored_fields([1]) == set()
 
 
 def test_tools_are_kept_in_either_form() -> None:
@@ -160,7 +265,16 @@ def test_ids() -> None:
         ),
         ({"messages": [{"role": "user", "content": " \n"}]}, "empty-turn", "turn 1: empty user turn"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty-turn", "turn 2: empty assistant turn"),
-        ({"messages": [USER, USER]}, "bad-order", "turn 2: user after user"),
+        (
+            {"messages": [{**USER, "name": "Ann"}, {**USER, "name": "Bob"}]},
+            "bad-order",
+            "turn 2: user after user; expected user and assistant in turn",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant_commentary", "content": "looking"}]},
+            "commentary-channel",
+            "turn 2: commentary without a tool call",
+        ),
         ({"messages": [USER, ANSWER, ANSWER]}, "bad-order", "turn 3: assistant after assistant"),
         (
             {"messages": [USER, {"role": "system", "content": "s"}]},

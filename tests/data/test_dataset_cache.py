@@ -273,9 +273,9 @@ def test_a_template_unlike_the_tokenizers_own_is_told(
 
     tokenizer = load_tokenizer(str(tiny_target))
     open_or_build_dataset(data, tokenizer, section(tmp_path, chat_template="chatml"))
-    assert "draws other text" not in capsys.readouterr().err
+    assert "renders other text" not in capsys.readouterr().err
     open_or_build_dataset(data, tokenizer, section(tmp_path, chat_template="qwen2.5"))
-    assert "chat template 'qwen2.5' draws other text than the tokenizer's: without a system prompt" in (
+    assert "'qwen2.5' renders other text than the tokenizer's own (without a system prompt, at character" in (
         capsys.readouterr().err
     )
 

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.data.conversations import check_messages
-from specforge_lite.data.encoding import TextEncoder, TokenizerSpec, clean, token_mask
-from specforge_lite.data.templates import TEMPLATES, Rendering
+from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
+from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.tokenize import (
     ConversationTokenizer,
     TokenizeOptions,
     TokenRow,
-    render,
+from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
+from specforge_lite.data.templates import TEMPLATES
+from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow, tokenize_conversation
     tokenize_conversation,
 )
 from specforge_lite.types import Conversation
@@ -67,12 +69,12 @@ def test_nothing_trained_and_everything_trained() -> None:
 def test_a_token_across_the_border_is_trained() -> None:
     """The template ends the prompt with a space, and ` is` is one token: it belongs to the answer."""
     source = (
-        "{{ messages[0].content }} {% generation %}{{ messages[1].content }}<|im_end|>{% endgeneration %}"
-        "{{ messages[2].content }}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content ~ ' ' }}{% else %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
     )
     spec = TokenizerSpec(TokenizerSpec.from_tokenizer(byte_level()).tokenizer_json, source, ())
     row = ConversationTokenizer(spec, TokenizeOptions())(chat("It", "is", "It"))
-    assert marked(byte_level(), row) == "It *Ġis *<|im_end|> It"
+    assert marked(byte_level(), row) == "It *Ġis *<|im_end|> It Ġ"
 
 
 def test_line_end_before_the_answer_is_not_trained_when_offsets_are_trimmed() -> None:
@@ -165,7 +167,7 @@ def test_both_ways_of_tokenizing_agree() -> None:
     for tokenizer in (byte_level(), byte_level(False), sentencepiece_like(), swallowing_spaces()):
         for name, template in TEMPLATES.items():
             encoder = TextEncoder(TokenizerSpec.from_tokenizer(tokenizer), template.control_tokens)
-            rendering = render(template, chat("Hi  there\n", " It is 2.", "é?", "x", system="Be").messages)
+            rendering = template.render(chat("Hi  there\n", " It is 2.", "é?", "x", system="Be").messages)
             plain, renamed = encoder.encode(rendering), encoder.encode_quoted(rendering)
             assert plain[0].tolist() == renamed[0].tolist(), name
             assert plain[1].tolist() == renamed[1].tolist(), name
@@ -200,7 +202,7 @@ def test_any_text(turns: list[str], system: str | None, name: str, trim: bool) -
     tokenizer = byte_level(trim)
     messages = check_messages(chat(*turns, system=system).messages)
     row = tokenize(tokenizer, Conversation("x", messages), template=name)
-    rendering = render(TEMPLATES[name], messages)
+    rendering = TEMPLATES[name].render(messages)
     assert tokenizer.decode(row.input_ids) == rendering.text
     produced = "".join(rendering.text[start:end] for start, end in rendering.spans)
     trained = trained_text(tokenizer, row)
@@ -252,7 +254,7 @@ def test_text_is_tokenized_once_whatever_the_number_of_turns() -> None:
         tokenizer.encoder._plain = counting
         conversation = chat(*["Hi"] * turns)
         tokenizer(conversation)
-        assert counting.lengths == [len(render(TEMPLATES["chatml"], conversation.messages).text)]
+        assert counting.lengths == [len(TEMPLATES["chatml"].render(conversation.messages).text)]
 
 
 def test_the_callers_tokenizer_is_left_alone() -> None:

@@ -6,27 +6,28 @@ it has a golden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
-from specforge_lite.data.templates import PROBE_TOOL, ChatTemplate, Message, marks_generation
+from specforge_lite.data.templates.rendering import PROBE_TOOL, ChatTemplate, Message, marks_generation
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _LLAMA3_ALL = ("<|begin_of_text|>", *_LLAMA3, "<|eom_id|>", "<|end_of_text|>")
 _MISTRAL = (
-    "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-    "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
 )  # fmt: skip
 _PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _PHI4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
 _PHI_MINI = (*_PHI, "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
 _DEEPSEEK = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>",
-    "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+    "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
 )  # fmt: skip
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 _DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # what 3.1 and 3.3 print by default
@@ -87,8 +88,9 @@ TEMPLATES: dict[str, ChatTemplate] = {
 
 # SpecForge's names. Families that exist here under another name, and those that the tokenizer's own template serves.
 ALIASES = {
-    "qwen": "qwen2", "qwen2-vl": "qwen2", "lfm": "chatml", "qwen3-thinking": "qwen3", "qwen3-instruct": "qwen3-no-think",
-    "gpt-oss-naive": "gpt-oss", "deepseek-v3": "deepseek", "deepseek-r1-distill": "deepseek-r1",
+    "qwen": "qwen2", "qwen2-vl": "qwen2", "lfm": "chatml", "qwen3-thinking": "qwen3",
+    "qwen3-instruct": "qwen3-no-think", "gpt-oss-naive": "gpt-oss", "deepseek-v3": "deepseek",
+    "deepseek-r1-distill": "deepseek-r1",
 } | dict.fromkeys(
     (
         "llama4", "qwen3-next-thinking", "qwen3.5", "kimi-k2-thinking", "kimi-k2-instruct", "kimi-k3-thinking",
@@ -146,7 +148,8 @@ def _family_of(spec: TokenizerSpec, problem: str) -> ChatTemplate:
         )
     best = [t for t in fitting if weights[t.name] == max(weights[t.name] for t in fitting)]
     if spec.chat_template:
-        return next((t for t in best if difference_from_own(t, spec) is None), best[0])
+        special = dict(spec.special_tokens)
+        return next((t for t in best if difference_from_own(t, spec.chat_template, special) is None), best[0])
     names = [template.name for template in best]
     if len(names) > 1 and "chatml" not in names:
         raise DataError(
@@ -162,22 +165,24 @@ _PLAIN: list[Message] = [
     {"role": "user", "content": "Second question?"},
     {"role": "assistant", "content": "Second answer."},
 ]
-_FUNCTION = {"name": "look", "arguments": {"at": "Rome"}}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "Rome"}}}
 _CALLS: list[Message] = [
     _PLAIN[0],
-    {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": _FUNCTION}]},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "content": "blue", "tool_call_id": "call00001", "name": "look"},
     _PLAIN[1],
 ]
 _SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
 
-def difference_from_own(template: ChatTemplate, spec: TokenizerSpec) -> str | None:
-    """What the family `template` renders otherwise than the tokenizer's own template: the first difference in plain
-    turns, with a system prompt, without one, with reasoning, and in tool calls. None: nothing, or no own template."""
-    own = own_template(spec)
-    if own is None or template.name not in TEMPLATES:
+def difference_from_own(
+    template: ChatTemplate, own_source: str | None, special_tokens: Mapping[str, str]
+) -> str | None:
+    """What the family `template` renders otherwise than the tokenizer's own Jinja text: the first difference with a
+    system prompt, without one, and in tool calls. None: no difference, or nothing to compare with."""
+    if not own_source or template.name not in TEMPLATES:
         return None
+    own = ChatTemplate("own", own_source, tuple(special_tokens.items()))
     probes = {
         "with a system prompt": ([_SYSTEM, *_PLAIN], []),
         "without a system prompt": (_PLAIN, []),
@@ -188,24 +193,25 @@ def difference_from_own(template: ChatTemplate, spec: TokenizerSpec) -> str | No
             theirs = own.render_plain(messages, tools)
         except DataError:  # a template may refuse system prompts or tools
             continue
+        if tools and not ("look" in theirs and "Rome" in theirs):  # or leave tool calls out
+            continue
         try:
             ours = template.render(messages, tools).text.rstrip()
         except DataError as error:
             return f"{name}: {error}"
         if not theirs.startswith(ours):  # some own templates end with an end-of-text token that nobody generates
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-            return (
-                f"{name}, at character {at}: {ours[at : at + 40]!r} here, {theirs[at : at + 40]!r} in the tokenizer's own"
-            )
+            here, there = ours[at : at + 40], theirs[at : at + 40]
+            return f"{name}, at character {at}: {here!r} here, {there!r} in the tokenizer's own"
     return None
 
 
 def template_warning(template: ChatTemplate, spec: TokenizerSpec) -> str | None:
     """One line where training would see other text than a server renders, with the remedy; None where it would not."""
-    difference = difference_from_own(template, spec)
+    difference = difference_from_own(template, spec.chat_template, dict(spec.special_tokens))
     if difference is None:
         return None
     own = own_template(spec)
     problem = own.problem if own is not None else None
-    remedy = f"the tokenizer's own cannot be used: {problem}" if problem else "use --chat-template auto for the tokenizer's"
+    remedy = f"that cannot be used: {problem}" if problem else "--chat-template auto takes the tokenizer's own"
     return f"chat template '{template.name}' renders other text than the tokenizer's own ({difference}); {remedy}"

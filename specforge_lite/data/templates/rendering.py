@@ -18,7 +18,7 @@ import json
 import os.path
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -202,12 +202,14 @@ class ChatTemplate:
         lost, last = replace(drawing, lost_reasoning=True), len(messages) - 1
         thought = _split_reasoning(messages[last])[0].strip("\n")
         own = [span for span in drawing.spans if span[0] == last]
-        if "think>" not in self.source or messages[last - 1]["role"] == "tool" or marks_generation(self.source):
+        if messages[last - 1]["role"] == "tool" or marks_generation(self.source):
             return lost
         shaped = [self._probes.shape(message) for message in messages[:last]]
         prompts = [self._jinja(shaped, tools, True, **switch)[0] for switch in _SWITCHES[:2]]
         prompt = next((text for text in prompts if _OPEN_THOUGHT.search(text)), prompts[0])
         opened = _OPEN_THOUGHT.search(prompt)
+        if opened is None and not self._probes.strips_thoughts:
+            return lost
         breaks = opened is None or opened[0].endswith("\n")  # DeepSeek V3.1 thinks without line ends around
         head = f"{prompt}{'' if opened else '<think>' + chr(10)}{thought}"
         close = "\n</think>\n\n" if breaks else "</think>"
@@ -234,7 +236,7 @@ class ChatTemplate:
         efforts = [message["reasoning_effort"] for message in messages if "reasoning_effort" in message]
         variables = {**dict(self.variables), **switch, **({"reasoning_effort": efforts[0]} if efforts else {})}
         try:
-            texts, blocks = render_jinja_template(
+            result: Any = render_jinja_template(
                 [list(messages)],
                 list(tools) or None,
                 chat_template=source,
@@ -246,6 +248,7 @@ class ChatTemplate:
             raise DataError(f"{self.what}, line {error.lineno}: {error.message}") from None
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
             raise DataError(f"{self.what} refuses this conversation: {error}") from None
+        texts, blocks = result
         return texts[0], blocks[0] if blocks else []
 
     @cached_property
@@ -313,11 +316,12 @@ def _split_reasoning(message: Message) -> tuple[str, str]:
 
 def _with_call_ids(messages: list[Message]) -> list[Message]:
     """Tool calls numbered with ids of nine digits, and their results with the id of the call they answer."""
-    result, waiting, count = [], [], 0
+    result, waiting, number = [], [], 0
     for message in messages:
         if message.get("tool_calls"):
-            calls = [{"id": f"{count + i:09d}", **call} for i, call in enumerate(message["tool_calls"])]
-            message, waiting, count = {**message, "tool_calls": calls}, [call["id"] for call in calls], count + len(calls)
+            calls = [{"id": f"{number + i:09d}", **call} for i, call in enumerate(message["tool_calls"])]
+            message, waiting = {**message, "tool_calls": calls}, [call["id"] for call in calls]
+            number += len(calls)
         elif message["role"] == "tool" and waiting:
             message = {"tool_call_id": waiting.pop(0), **message}
         result.append(message)
@@ -375,13 +379,15 @@ class _Probes:
 
     problem: why it cannot be used, None where it can. prompt_ends: texts that may stand between a question and what
     the target produces. end_tokens: what ends a turn. opens_thought: a server's prompt ends with `<think>`.
-    content_parts: content as a list of parts; arguments: form of a tool call's arguments, "as-is", "object" or "text".
+    strips_thoughts: `<think>...</think>` in an answer is left out. content_parts: content as a list of parts.
+    arguments: form of a tool call's arguments, "as-is", "object" or "text".
     """
 
     problem: str | None
     prompt_ends: tuple[str, ...] = ()
     end_tokens: tuple[str, ...] = ()
     opens_thought: bool = False
+    strips_thoughts: bool = False
     content_parts: bool = False
     arguments: str = "as-is"
 
@@ -426,8 +432,8 @@ PROBE_TOOL: dict[str, Any] = {
 
 
 def _call(arguments: Any) -> Message:
-    function = {"name": "look", "arguments": arguments}
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": "probe0001", "type": "function", "function": function}]}
+    call = {"id": "probe0001", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 _RESULT: Message = {"role": "tool", "content": "blue", "tool_call_id": "probe0001", "name": "look"}
@@ -452,7 +458,9 @@ def _probe(template: ChatTemplate) -> _Probes:
         probes = replace(probes, arguments=next(iter(forms), "as-is"))
     try:
         prompt, _ = template._jinja([probes.shape(_TALK[0])], (), True)
-        probes = replace(probes, opens_thought=_OPEN_THOUGHT.search(prompt) is not None)
+        thought = {**_TALK[1], "content": "<think>\nGamma\n</think>\n\nAlpha."}
+        stripped = "Gamma" not in template._jinja([probes.shape(_TALK[0]), probes.shape(thought)], ())[0]
+        probes = replace(probes, opens_thought=_OPEN_THOUGHT.search(prompt) is not None, strips_thoughts=stripped)
     except DataError:
         pass
     if marks_generation(template.source):
@@ -495,8 +503,13 @@ def _prompt_ends(template: ChatTemplate, probes: _Probes) -> tuple[str, ...]:
     gap = drawing.text[:first_answer].rpartition(question)[2]
     close = template._jinja([probes.shape(_TALK[0])], ())[0].rpartition(question)[2]
     # ... up to a whole tag: `<think>` and `</think>` share their bracket
-    shared = {re.sub(r"<[^<>]*$", "", os.path.commonprefix([gap, end])) for end in found[True]}
+    shared = {
+        re.sub(r"<[^<>]*$", "", os.path.commonprefix([gap, end]))  # noqa: RUF071  (characters are meant)
+        for end in found[True]
+    }
     ends = found[True] | found[False] | {end for end in shared if len(end) > len(close) or end == gap}
+    if found[True] <= {close, ""} and gap[len(close) :].strip():  # the template ignores add_generation_prompt
+        ends.add(gap)
     pattern = _any_of(template.added_tokens)
     starts = {end: [match.start() for match in pattern.finditer(end)] or [0] for end in ends}
     return tuple(sorted({end[starts[end][-1] :] for end in ends} - {""}, key=len))

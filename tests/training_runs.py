@@ -32,6 +32,7 @@ from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead
+from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.reporting import ExitSummary, Reporter, open_reporter
@@ -57,6 +58,7 @@ class Run:
     num_samples: int = 24
     target_length: int = INFO.max_length  # tokens that the target accepts
     offline: bool = False  # from states that `capture` wrote
+    kind: str = "eagle3"
 
     @property
     def output_dir(self) -> Path:
@@ -75,9 +77,12 @@ class Run:
             "logging": {"log_interval": 1},
             "distributed": {"dist_timeout": 1.0},
         }
+        if self.kind == "dspark":
+            values["draft"], values["training"]["num_anchors"] = {"mask_token_id": VOCAB_SIZE - 1}, 3
+            del values["training"]["ttt_length"]
         for section, leaves in self.settings.items():
             values[section] |= leaves
-        return TrainConfig.model_validate(values)
+        return (DsparkConfig if self.kind == "dspark" else TrainConfig).model_validate(values)
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.metrics() if "loss" in row]
@@ -120,9 +125,14 @@ def make_head(seed: int = 1) -> TargetHead:
     return TargetHead(randn(VOCAB_SIZE, HIDDEN), randn(VOCAB_SIZE, HIDDEN), torch.ones(HIDDEN), 1e-5)
 
 
-def make_models(data: TokenizedDataset, seed: int = 0) -> RunModels:
-    vocab_map = build_vocab_map(data, VOCAB_SIZE, DRAFT_VOCAB_SIZE, data.fingerprint)
-    config = DraftConfig(HIDDEN, 24, 4, 2, VOCAB_SIZE, DRAFT_VOCAB_SIZE, aux_layer_ids=INFO.aux_layer_ids)
+def make_models(data: TokenizedDataset, seed: int = 0, kind: str = "eagle3") -> RunModels:
+    size = DRAFT_VOCAB_SIZE if kind == "eagle3" else VOCAB_SIZE
+    vocab_map = build_vocab_map(data, VOCAB_SIZE, size, data.fingerprint)
+    config = DraftConfig(HIDDEN, 24, 4, 2, VOCAB_SIZE, size, algorithm=kind, aux_layer_ids=INFO.aux_layer_ids)
+    if kind == "dspark":
+        config = config.replace(
+            num_hidden_layers=2, block_size=4, mask_token_id=VOCAB_SIZE - 1, markov_rank=6, confidence_head=True
+        )
     draft = build_draft(config, vocab_map.d2t, vocab_map.t2d)
     init_random(draft, seed)
     identity = {"draft": config.to_dict(), "target": "t", "data": data.fingerprint, "vocab_map": vocab_map.fingerprint}
@@ -140,7 +150,7 @@ def open_trainer(run: Run, world: World, reporter: Reporter, stop: StopRequest) 
         data, evaluation, engine = parts[0].dataset, parts[1].dataset, OfflineEngine(parts)
     try:
         config = run.config()
-        models = make_models(data)
+        models = make_models(data, kind=run.kind)
         yield build_trainer(config, world, RunData(data, evaluation), engine, models, reporter, stop)
     finally:
         engine.close()

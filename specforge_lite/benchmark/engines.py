@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from specforge_lite.benchmark.configs import Speculation
 from specforge_lite.benchmark.hf import HfSession
@@ -10,6 +14,9 @@ from specforge_lite.benchmark.run import OpenSession
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.session import Session
 from specforge_lite.capture.context import num_positions
+from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG
+from specforge_lite.checkpoints.export import DTYPES, export_checkpoint
+from specforge_lite.checkpoints.training_run import checkpoints, newest_complete
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
@@ -49,6 +56,31 @@ def check_options(options: ServingOptions, drafted: bool) -> None:
             raise ConfigError(f"{flag}: only for --backend sglang or vllm, the backend is hf")
     if options.tp_size != 1:
         raise ConfigError("--tp-size: --backend hf runs on one device")
+
+
+def resolve_draft(path: str | None) -> str | None:
+    """A draft path as given, or the newest complete checkpoint where it is the output directory of a training run."""
+    if path is None or not checkpoints(Path(path)) or (Path(path) / "config.json").exists():
+        return path
+    newest = newest_complete(Path(path))
+    info(f"draft {path}: the output of a training run, taking {newest}")
+    return str(newest)
+
+
+@contextmanager
+def exported_draft(options: ServingOptions) -> Iterator[ServingOptions]:
+    """Options with a draft that servers read: a training checkpoint `step_N` is exported for as long as this lasts."""
+    path = options.draft_path
+    if path is None or options.backend == "hf" or not (Path(path) / TRAINING_CONFIG).exists():
+        yield options
+        return
+    dtype = options.dtype if options.dtype in DTYPES else "bfloat16"
+    with TemporaryDirectory(prefix="draft-") as directory:
+        folder = export_checkpoint(path, Path(directory) / "draft", dtype=dtype)
+        info(
+            f"draft {path}: a training checkpoint, exported in {dtype} for this run (keep one: scripts/export_draft.py)"
+        )
+        yield replace(options, draft_path=str(folder))
 
 
 def session_opener(options: ServingOptions, longest: int, temperature: float, seed: int) -> OpenSession:

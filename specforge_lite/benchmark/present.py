@@ -15,12 +15,37 @@ STATISTIC = (
 )
 
 
-def print_table(rows: Sequence[SpeedupRow]) -> None:
+def exactness(rows: Sequence[SpeedupRow], dtype: str, greedy: bool) -> str:
+    """When output with a draft is the output without one, and what was counted here."""
+    if not greedy:
+        return "identical: not compared; sampling keeps the target's distribution, not its single draws"
+    text = "identical: prompts whose greedy answer is that without a draft, token for token"
+    drafted = [row for row in rows if row.steps and row.num_differing is not None]
+    num = sum(row.num_prompts for row in drafted)
+    differing = sum(row.num_differing or 0 for row in drafted)
+    if dtype == "float32":
+        found = f"yet {differing} of {num} differ here, a fault to report" if differing else "so it is here"
+        return f"{text}; in float32 that is all of them: {found}" if drafted else text
+    text += (
+        f"; in {dtype} up to near ties of two tokens, which a pass over several tokens may round the other way:"
+        f" {differing} of {num} differ here"
+    )
+    firsts = [row.tokens_before_difference for row in drafted if row.tokens_before_difference is not None]
+    if firsts:
+        text += f", the first difference after {min(firsts):.0f} to {max(firsts):.0f} tokens (medians)"
+    batched = [row for row in rows if not row.steps and row.num_differing is not None]
+    if batched:
+        alone = sum(row.num_differing or 0 for row in batched)
+        text += f"; without a draft, {alone} of {sum(row.num_prompts for row in batched)} differ by batch size alone"
+    return text
+
+
+def print_table(rows: Sequence[SpeedupRow], dtype: str = "float32", greedy: bool = True) -> None:
     """One line per row, benchmarks together."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption=STATISTIC, caption_justify="left")
+    table = Table(caption=f"{STATISTIC}\n{exactness(rows, dtype, greedy)}", caption_justify="left")
     for name in ("benchmark", "B,steps,topk,verified"):
         table.add_column(name, no_wrap=True)
     for name in ("tokens/pass", "tokens/s", "speed-up", "ms/token", "p95", "first ms", "identical"):

@@ -15,9 +15,9 @@ from specforge_lite.benchmark.measure import Measurement
 from specforge_lite.benchmark.statistics import (
     Record,
     acceptance_length,
+    agreement,
     bootstrap_ratio,
     by_category,
-    identical_share,
     quantile,
     scaled,
     share_per_position,
@@ -52,7 +52,8 @@ class SpeedupRow:
 
     Times are in seconds or (with _ms) milliseconds, throughput in tokens per second, intervals 95%. seconds_per_pass:
     time in flight after the first token / passes (without a draft: / tokens); draft_share: part of the networks' time
-    that is the draft's, where the engine tells (hf).
+    that is the draft's, where the engine reports it (hf). identical_share, num_differing, tokens_before_difference:
+    greedy answers against those without a draft (without a draft: against those at the smallest batch size).
     """
 
     benchmark: str
@@ -78,6 +79,8 @@ class SpeedupRow:
     time_to_first_token_ms: float | None = None
     time_to_first_token_p95_ms: float | None = None
     identical_share: float | None = None
+    num_differing: int | None = None
+    tokens_before_difference: float | None = None
     num_left_out: int = 0
     seconds_per_pass: float | None = None
     mean_first_token_seconds: float | None = None
@@ -102,7 +105,8 @@ def make_row(
     greedy: bool,
     baseline: tuple[SpeedupRow, Sequence[Record]] | None = None,
 ) -> SpeedupRow:
-    """Statistics of one measurement. baseline: row and records of the same prompts and batch size without a draft."""
+    """Statistics of one measurement. baseline: row and records of the same prompts without a draft, at the same batch
+    size; for a row without a draft those at the smallest batch size, to compare the answers with."""
     speculation = key.config.speculation
     records = trusted_passes(measured)
     passes = _num_passes(records, measured)
@@ -140,15 +144,22 @@ def make_row(
         backend=str(settings.get("backend", "")),
         settings=settings,
     )
+    if greedy and baseline is not None and (found := agreement(records, baseline[1])) is not None:
+        differing = found.num_prompts - found.num_identical
+        row = replace(
+            row,
+            identical_share=found.identical_share,
+            num_differing=differing,
+            tokens_before_difference=found.tokens_before,
+        )
     if speculation.is_baseline:
         return replace(row, speedup=1.0)
-    return _compared(row, records, baseline, greedy) if baseline is not None else row
+    return _with_speedup(row, records, baseline) if baseline is not None else row
 
 
-def _compared(
-    row: SpeedupRow, records: Sequence[Record], baseline: tuple[SpeedupRow, Sequence[Record]], greedy: bool
+def _with_speedup(
+    row: SpeedupRow, records: Sequence[Record], baseline: tuple[SpeedupRow, Sequence[Record]]
 ) -> SpeedupRow:
-    """Add speed-up, its interval and the share of identical answers."""
     base_row, base_records = baseline
     both = {r.prompt for r in records} & {r.prompt for r in base_records}
     mine = sums_by_prompt([r for r in records if r.prompt in both])
@@ -159,8 +170,7 @@ def _compared(
         point = (mine.tokens.sum() / mine.seconds.sum()) / (theirs.tokens.sum() / theirs.seconds.sum())
         ratios = bootstrap_ratio([mine.tokens, theirs.seconds], [mine.seconds, theirs.tokens])
         interval = scaled(ratios, speedup / point)
-    share = identical_share(records, base_records) if greedy else None
-    return replace(row, speedup=speedup, speedup_interval=interval, identical_share=share)
+    return replace(row, speedup=speedup, speedup_interval=interval)
 
 
 def trusted_passes(measured: Measurement) -> list[Record]:

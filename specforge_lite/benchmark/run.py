@@ -68,14 +68,16 @@ def _measure_one(key: RowKey, work: Workload, results: ResultFile, session: Sess
 
 
 def _baseline(key: RowKey, results: ResultFile) -> tuple[SpeedupRow, list[Record]] | None:
-    """Row and answers of the same prompts without a draft; it was measured before anything else."""
+    """Row and answers of the same prompts without a draft (measured before anything else): at the same batch size, or
+    for a row without a draft at the smallest."""
+    size = key.config.batch_size
     if key.config.speculation.is_baseline:
-        return None
-    base = RowKey(key.benchmark, key.num_prompts, BenchConfig(key.config.batch_size, BASELINE))
+        others = [r.key for r in results.rows if not r.steps]
+        same = [k for k in others if (k.benchmark, k.num_prompts) == (key.benchmark, key.num_prompts)]
+        size = min((k.config.batch_size for k in same), default=size)
+    base = RowKey(key.benchmark, key.num_prompts, BenchConfig(size, BASELINE))
     row = results.find(base)
-    if row is None:
-        return None
-    return row, results.records(base) or []
+    return None if row is None else (row, results.records(base) or [])
 
 
 def _named(speculation: Speculation) -> str:

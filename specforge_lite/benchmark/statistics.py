@@ -142,15 +142,41 @@ def scaled(interval: tuple[float, float] | None, factor: float) -> tuple[float, 
     return (interval[0] * factor, interval[1] * factor) if interval is not None else None
 
 
-def identical_share(records: Sequence[Record], baseline: Sequence[Record]) -> float | None:
-    """Share of the prompts answered by both whose token ids are the same in every turn; None without such a prompt."""
+@dataclass(frozen=True)
+class Agreement:
+    """Greedy answers of the same prompts, twice. tokens_before: median over the differing prompts of the tokens before
+    their first difference."""
+
+    num_prompts: int
+    num_identical: int
+    tokens_before: float | None
+
+    @property
+    def identical_share(self) -> float:
+        return self.num_identical / self.num_prompts
+
+
+def agreement(records: Sequence[Record], baseline: Sequence[Record]) -> Agreement | None:
+    """Compare the prompts that both have answered, token for token in every turn; None without such a prompt."""
     mine, theirs = _answers(records), _answers(baseline)
     both = mine.keys() & theirs.keys()
-    return sum(mine[p] == theirs[p] for p in both) / len(both) if both else None
+    differing = [_tokens_before(mine[p], theirs[p]) for p in both if mine[p] != theirs[p]]
+    return Agreement(len(both), len(both) - len(differing), quantile(differing, 0.5)) if both else None
 
 
-def _answers(records: Sequence[Record]) -> dict[int, list[tuple[int, tuple[int, ...]]]]:
-    answers: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+def _answers(records: Sequence[Record]) -> dict[int, list[tuple[int, ...]]]:
+    answers: dict[int, list[tuple[int, ...]]] = {}
     for record in sorted(records, key=lambda r: (r.prompt, r.turn)):
-        answers.setdefault(record.prompt, []).append((record.turn, record.token_ids))
+        answers.setdefault(record.prompt, []).append(record.token_ids)
     return answers
+
+
+def _tokens_before(mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> int:
+    """Tokens of equal turns, and of the first other turn up to the difference."""
+    count = 0
+    for a, b in zip(mine, theirs):
+        same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        count += same
+        if a != b:
+            break
+    return count

@@ -76,11 +76,12 @@ class BenchmarkConfig(Section):
 def main() -> None:
     config = parse_config(BenchmarkConfig, description=__doc__ or "")
     from specforge_lite.benchmark.configs import BenchConfig, check_backend
-    from specforge_lite.benchmark.engines import check_options, session_opener
+    from specforge_lite.benchmark.engines import check_options, exported_draft, session_opener
     from specforge_lite.benchmark.present import print_table, save_chart
     from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
     from specforge_lite.benchmark.rows import ResultFile
     from specforge_lite.benchmark.run import Workload, run_benchmark
+    from specforge_lite.core.hub import load_config
     from specforge_lite.data.prompts import ChatEncoder
     from specforge_lite.report import write_report
 
@@ -104,14 +105,18 @@ def main() -> None:
         raise ConfigError("benchmark_list: two entries have the same name")
     results = ResultFile(work.output, _settings_of(config, options))
     longest = max(chat.longest(some, work.max_new_tokens) for some in prompts.values())
-    rows = run_benchmark(
-        configs,
-        Workload(prompts, chat, work.max_new_tokens, greedy=work.temperature == 0),
-        results,
-        session_opener(options, longest, work.temperature, work.seed),
-    )
+    with exported_draft(options) as served:
+        rows = run_benchmark(
+            configs,
+            Workload(prompts, chat, work.max_new_tokens, greedy=work.temperature == 0),
+            results,
+            session_opener(served, longest, work.temperature, work.seed),
+        )
 
-    print_table(rows)
+    dtype = options.dtype
+    if dtype == "auto":  # as stored
+        dtype = str(load_config(options.model_path, options.trust_remote_code).dtype or "float32")
+    print_table(rows, dtype.removeprefix("torch."), greedy=work.temperature == 0)
     save_chart(rows, work.output.with_suffix(".png"))
     page = write_report(
         work.output.with_suffix(".html"),
@@ -123,14 +128,14 @@ def main() -> None:
 
 
 def _serving_options(config: BenchmarkConfig) -> ServingOptions:
-    from specforge_lite.benchmark.engines import choose_backend
+    from specforge_lite.benchmark.engines import choose_backend, resolve_draft
     from specforge_lite.serving.session import ServingOptions
 
     engine = config.engine
     return ServingOptions(
         backend=choose_backend(engine.backend),
         model_path=engine.target_model_path,
-        draft_path=engine.draft_model_path,
+        draft_path=resolve_draft(engine.draft_model_path),
         dtype=engine.target_dtype,
         tp_size=engine.tp_size,
         port=engine.port,

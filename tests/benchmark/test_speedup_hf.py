@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from specforge_lite.benchmark.configs import BASELINE, Speculation
+from specforge_lite.benchmark.engines import exported_draft, resolve_draft
 from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.session import Ask, Counters
 from specforge_lite.benchmark.statistics import Record, acceptance_length, share_per_position
@@ -21,6 +22,8 @@ from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.cli import bench
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
+from specforge_lite.serving.session import ServingOptions
+from tests.checkpoints.test_load_draft import write_checkpoint
 from tests.inference_drafts import random_draft
 from tests.speedup_drafts import ranked_draft
 
@@ -109,7 +112,9 @@ def test_the_script_from_end_to_end(
         "--chat-template-kwargs", '{"x": 1}',
     ]  # fmt: skip
     script(*words)
-    assert "tokens per pass = completion tokens / verification passes" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "tokens per pass = completion tokens / verification passes" in table
+    assert "in float32 that is all of them: so it is here" in " ".join(table.split())
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(r["benchmark"], r["steps"], r["topk"]) for r in found] == [
         (name, steps, topk) for steps, topk in ((0, 0), (2, 1), (2, 2)) for name in ("mine", "gsm8k")
@@ -128,6 +133,26 @@ def test_the_script_from_end_to_end(
     assert [r["benchmark"] for r in lines[6:]] == ["mtbench"] * 3
     with pytest.raises(ConfigError, match=r"this run has 0\.5; choose another --output"):
         script(*words, "--temperature", "0.5")
+
+
+def test_a_training_checkpoint_is_exported_for_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The output directory of a run means its newest complete checkpoint; hf reads that as it is."""
+    for step in (12, 9):
+        write_checkpoint(tmp_path / "run" / f"step_{step}", random_draft(aux_layer_ids=(1, 3, 4)), step)
+    path = resolve_draft(str(tmp_path / "run"))
+    assert path == str(tmp_path / "run" / "step_12")
+    assert resolve_draft(path) == path
+    with exported_draft(ServingOptions("hf", "m", path)) as options:
+        assert options.draft_path == path
+    with exported_draft(ServingOptions("vllm", "m", path, dtype="float32")) as options:
+        exported = Path(str(options.draft_path))
+        config = json.loads((exported / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+        assert (exported / "model.safetensors").exists()
+    assert not exported.exists()
+    output = capsys.readouterr().out
+    assert "the output of a training run, taking" in output
+    assert "a training checkpoint, exported in float32" in output
 
 
 @pytest.mark.parametrize(
@@ -153,7 +178,7 @@ def test_mistakes_are_told_before_anything_starts(
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:
-    command = [sys.executable, "benchmarks/bench_model_speedup.py", "--model-path", "x", "--config-list", "1,3,1,9"]
+    command = [sys.executable, "bench_model_speedup.py", "--model-path", "x", "--config-list", "1,3,1,9"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, check_backend, plan
 from specforge_lite.benchmark.measure import Measurement
+from specforge_lite.benchmark.present import exactness
 from specforge_lite.benchmark.rows import ResultFile, RowKey, fingerprint, make_row, read_rows
 from specforge_lite.benchmark.session import Counters
 from specforge_lite.benchmark.statistics import (
+    Agreement,
     Record,
     acceptance_length,
+    agreement,
     bootstrap_ratio,
-    identical_share,
     quantile,
     share_per_position,
 )
@@ -138,12 +140,31 @@ def test_quantiles_are_numpy_s(values: list[float], share: float) -> None:
     assert quantile(values, share) == pytest.approx(float(np.quantile(values, share)))
 
 
-def test_identical_share_needs_every_turn() -> None:
-    base = [record(0, 3, None), record(0, 2, None, turn=1), record(1, 3, None), record(2, 4, None)]
-    same_first_turn_only = [record(0, 3, 1), record(0, 2, 1, turn=1, start_token=7)]
-    assert identical_share([*same_first_turn_only, record(1, 3, 1)], base) == 1 / 2
-    assert identical_share(base, base) == 1.0
-    assert identical_share([record(5, 3, 1)], base) is None
+def test_answers_agree_where_every_turn_does() -> None:
+    base = [record(0, 3, 1), record(0, 4, 1, turn=1), record(1, 3, 1)]
+    same_first_turn_only = [record(0, 3, 1), record(0, 4, 1, turn=1, start_token=9)]
+    assert agreement([*same_first_turn_only, record(1, 3, 1)], base) == Agreement(2, 1, 3.0)
+    longer = [record(0, 3, 1), record(0, 6, 1, turn=1), record(1, 3, 1)]
+    assert agreement(longer, base) == Agreement(2, 1, 7.0)
+    assert agreement(base, base) == Agreement(2, 2, None)
+    assert agreement([record(5, 3, 1)], base) is None
+
+
+def test_the_footer_says_when_output_is_identical_and_counts() -> None:
+    base, row = rows_of(Measurement(DRAFTED, 1.7, Counters(), 0))
+    assert (row.num_differing, row.tokens_before_difference) == (0, None)
+    assert "in float32 that is all of them: so it is here" in exactness([base, row], "float32", True)
+    other = [replace(DRAFTED[0], token_ids=(0, 1, 2, 77)), DRAFTED[1]]
+    differing = make_row(KEY, Measurement(other, 1.7, Counters(), 0), {}, True, (base, PLAIN))
+    assert (differing.identical_share, differing.num_differing, differing.tokens_before_difference) == (0.5, 1, 3.0)
+    assert "yet 1 of 2 differ here, a fault to report" in exactness([base, differing], "float32", True)
+    wide = replace(BASE_KEY, config=BenchConfig(4, BASELINE))
+    batched = make_row(wide, Measurement(other, 3, Counters(), 0), {}, True, (base, PLAIN))
+    text = exactness([base, batched, row, differing], "bfloat16", True)
+    assert "in bfloat16 up to near ties" in text
+    assert "1 of 4 differ here, the first difference after 3 to 3 tokens" in text
+    assert "without a draft, 1 of 2 differ by batch size alone" in text
+    assert "not compared" in exactness([base, row], "bfloat16", False)
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals

@@ -73,3 +73,18 @@ def test_a_config_that_is_not_json(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ConfigError, match="expected a JSON object, found list"):
         DraftConfig.from_json(file)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS[0].parent.glob("*-dspark.json")), ids=lambda p: p.stem)
+def test_shipped_block_configs_are_what_engines_read_and_build(path: Path) -> None:
+    """Layers: z-lab's rule for the target's depth. Both engines look at dflash_config as well as at the top."""
+    from specforge_lite.training.block import spread_aux_layers
+
+    values = json.loads(path.read_text())
+    config = DraftConfig.from_json(path)
+    assert config.algorithm == "dspark"
+    assert config.aux_layer_ids == spread_aux_layers(values["num_target_layers"])
+    assert values["dflash_config"] == {name: values[name] for name in ("mask_token_id", "target_layer_ids")}
+    assert values["layer_types"] == ["full_attention"] * values["num_hidden_layers"]
+    assert config.draft_vocab_size == config.vocab_size > (config.mask_token_id or 0)
+    assert (config.block_size, config.markov_rank > 0, config.confidence_head) == (7, True, True)

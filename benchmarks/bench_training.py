@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks.reference import ReferenceConfig, reference_loss
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
+from specforge_lite.model.eagle3_reference import ReferenceConfig, reference_loss
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.row_plan import plan_rows, predictable_tokens
@@ -174,7 +174,7 @@ def needed_gemms(shape: Shape, supervised: float) -> list[tuple[str, int, int, i
         ("embedding half of qkv", len(plan.embed_tokens), width, qkv, 3),
         ("state half of kv, step 0", keys, width, kv, 3),
         ("teacher", len(tokens), width, shape.vocab, 1),
-        ("head, all steps", int((plan.head_places_KM >= 0).sum()), width, shape.draft_vocab, 3),
+        ("head, all steps", int((plan.head_places_MK >= 0).sum()), width, shape.draft_vocab, 3),
     ]
     for k, rows in enumerate(plan.steps):
         count = len(rows.row_tokens)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.model.acceptance import LK_LOSSES
 from specforge_lite.model.block_config import with_block_fields
-from specforge_lite.model.layers import ACTIVATIONS
+from specforge_lite.model.device import usable_dtype
+from specforge_lite.model.layers import ACTIVATIONS, DraftLayer
+from specforge_lite.model.rope import RotaryEmbedding, apply_rope
 from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
@@ -325,8 +327,23 @@ class Draft(nn.Module):
         """Entries of the per-step sums: the unrolled steps, or the predictions of a block."""
         return ttt_length
 
+    rope: RotaryEmbedding
+
+    @property
+    def layer(self) -> DraftLayer:
+        """The only decoder layer."""
+        raise NotImplementedError
+
     def first_state(self, features: Tensor) -> Tensor:
         """Features captured from the target ([..., A*H] aux states; EAGLE-1: [..., H]) -> h_0 [..., D]."""
+        raise NotImplementedError
+
+    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (what the layer projects to q, k, v; what attention is added to)."""
+        raise NotImplementedError
+
+    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (h_{k+1}, input of the head)."""
         raise NotImplementedError
 
     def step(
@@ -336,7 +353,15 @@ class Draft(nn.Module):
 
         `attend` owns the keys: training masks, or a KV cache that the caller extends.
         """
-        raise NotImplementedError
+        x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
+        cos, sin = self.rope(position_ids_BT)
+        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
+
+    def prepare_decoding(self) -> None:
+        """Make `step` cheaper for a draft that is not trained and stays on its device: joined matrices, behind the same
+        parameters."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.layer.fuse()
 
     def use_target_head(self, target_head: TargetHead) -> None:
         """Give a draft without a head of its own (EAGLE-1) the target's, for `logits`; others need nothing."""
@@ -365,9 +390,9 @@ class Draft(nn.Module):
         """[Vd] int64: target id of every draft id."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
-    def draft_id_of(self, target_ids: Tensor) -> Tensor:
-        """Draft id of target ids; the next lower one (at least 0) for ids that are not in the draft vocabulary."""
-        return (torch.searchsorted(self.target_ids, target_ids, right=True) - 1).clamp_(min=0)
+    def compute_dtype(self, ttt: TTTSettings, device: torch.device) -> torch.dtype:
+        """Of a training pass: that of the weights unless the settings name one that the device computes in."""
+        return usable_dtype(ttt.compute_dtype or next(self.parameters()).dtype, device.type)
 
     def make_own_embeddings(self) -> None:
         """A draft of another width than its target cannot share the embedding table; it carries one, frozen [V, D]."""

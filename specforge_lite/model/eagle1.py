@@ -4,67 +4,34 @@
 
 f_t is the target's last hidden state after its final norm. EAGLE trains step 0 only, with noise on f; rows of a later
 step k read e(x_{t+1+k}) and their own output, at RoPE position t + k, and learn f_{t+1+k}: that is what decoding does,
-so evaluation unrolls them (and training may: that is HASS). Rows, masks and attention are those of `eagle3`.
+so evaluation unrolls them (and training may: that is HASS). Rows, masks and attention are those of EAGLE-3.
 
     loss = v_weight * SmoothL1(f', f) (mean over H)  +  p_weight * CE(softmax(head(f)), head(f'))
 
 EAGLE: Li et al. 2024, "Speculative Sampling Requires Rethinking Feature Uncertainty", section 3.2; noise and weights
 as in SafeAILab/EAGLE `train/main.py`.
 
-Letters: R needed rows of a step, N key rows, M predicted tokens, K steps, D width (= H), E embedding rows.
+Letters: R rows, N key rows, M predicted tokens, K steps, D width (= H), E embedding rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, smooth_l1_loss
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import smooth_l1_loss
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.model.draft import Attend, Draft, DraftConfig, TTTSettings
-from specforge_lite.model.eagle3 import RowResults, pick_rows, summarize
-from specforge_lite.model.frozen_head import frozen_head_cross_entropy
-from specforge_lite.model.layers import Projections, RMSNorm, SwiGLU, gated
-from specforge_lite.model.rope import RotaryEmbedding, apply_rope
-from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
+from specforge_lite.model.deferred_grad import DeferredWeight
+from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
+from specforge_lite.model.layers import DraftLayer
+from specforge_lite.model.losses import FrozenTeacher, chunked_cross_entropy, judge_rows
+from specforge_lite.model.rope import RotaryEmbedding
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.model.ttt_attention import TttAttention, get_attention
+from specforge_lite.model.unroll import RowResults, begin_pass, step_weights, summarize, unroll
 from specforge_lite.types import DraftBatch, StepOutput
 
 # Noise on f_t is uniform, (u - 0.5) * noise * 512 / L: EAGLE's constant, L the tokens of the sample.
 NOISE_REFERENCE_LENGTH = 512
-
-
-class Eagle1Layer(nn.Module):
-    """A Llama layer without input norm: x -> attention, added -> post_attention_layernorm -> SwiGLU, added."""
-
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.self_attn = Projections(
-            width, width, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
-        self.mlp = SwiGLU(width, config.intermediate_size, config.hidden_act)
-        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-
-
-@dataclass
-class PackedWeights:
-    """The matrices in the compute dtype, fused where they read the same input; made once per forward pass.
-
-    fc_e, fc_h: the halves of fc that read embedding and state.
-    """
-
-    fc_e: Tensor
-    fc_h: Tensor
-    q: Tensor
-    kv: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
 
 
 class Eagle1Draft(Draft):
@@ -88,7 +55,7 @@ class Eagle1Draft(Draft):
         self.config = config
         width = config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=False)
-        self.layers = nn.ModuleList([Eagle1Layer(config)])
+        self.layers = nn.ModuleList([DraftLayer(config, width, input_norms=False)])
         self.rope = RotaryEmbedding(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
         )
@@ -97,12 +64,10 @@ class Eagle1Draft(Draft):
         self._target_head: list[TargetHead] = []  # in a list: not a parameter of the draft, not in its state_dict
 
     @property
-    def layer(self) -> Eagle1Layer:
+    def layer(self) -> DraftLayer:
         layer = self.layers[0]
-        assert isinstance(layer, Eagle1Layer)
+        assert isinstance(layer, DraftLayer)
         return layer
-
-    # ------------------------------------------------------------------------------------------------------ inference
 
     def use_target_head(self, target_head: TargetHead) -> None:
         self._target_head = [target_head]
@@ -110,113 +75,63 @@ class Eagle1Draft(Draft):
     def first_state(self, features: Tensor) -> Tensor:
         return features.to(self.fc.weight.dtype)
 
-    def step(
-        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        layer, attention = self.layer, self.layer.self_attn
-        x = self.fc(torch.cat([embeds_BTD.to(state_BTD.dtype), state_BTD], -1))
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.config.head_dim)) for p in projections)
-        cos, sin = self.rope(position_ids_BT)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        x = x + attention.o_proj(attended)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.fc(torch.cat([embeds_BTD, state_BTD], -1))
         return x, x
+
+    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return state_BTD, state_BTD
 
     def logits(self, head_input: Tensor) -> Tensor:
         if not self._target_head:
             raise ConfigError("an EAGLE-1 draft has no head of its own: call use_target_head(target_head) first")
         return self._target_head[0].logits(head_input)
 
-    # ------------------------------------------------------------------------------------------------------- training
-
     def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
         """One training pass; `loss_sum_K` holds the cross-entropy alone, `loss` both terms with their weights.
 
         Evaluation (`ttt.collect_rows`, or a draft in eval mode) adds no noise.
         """
-        device = batch.input_ids_N.device
-        host_mask_N = batch.loss_mask_N if batch.host_mask_N is None else batch.host_mask_N
-        predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
-        plan = plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps).to(device)
-        states_MKD = self._unroll(batch, target_head, plan, ttt)
-        target_MD = batch.last_NH[plan.predicted_tokens - 1].to(states_MKD.dtype)
-        counted_MK = plan.head_places_KM.T >= 0  # no row before the start of a document
-        decay_K = torch.tensor([ttt.step_decay**k for k in range(ttt.num_steps)], dtype=torch.float64).to(device)
-        weight_MK = counted_MK * decay_K
-        tokens = frozen_head_cross_entropy(states_MKD, weight_MK, target_MD, target_head, ttt.collect_rows)
-        values = hidden_state_loss(states_MKD, weight_MK, target_MD)
-        loss = ttt.v_weight * values + ttt.p_weight * tokens.loss
-        results = RowResults(tokens.loss_MK, tokens.correct_MK & counted_MK, counted_MK, tokens.alpha_MK)
-        return summarize(batch, predictable_N.to(device), plan, loss, results)
-
-    def _unroll(self, batch: DraftBatch, target_head: TargetHead, plan: RowPlan, ttt: TTTSettings) -> Tensor:
-        """Run the K steps; -> predicted states [M, K, D], zeros where a row does not exist."""
-        dtype = ttt.compute_dtype or self.fc.weight.dtype
-        attention = get_attention(ttt.attention_backend, batch.input_ids_N.device.type)
-        weights = self._pack(dtype)
-        embeds = self.token_embeddings(batch.input_ids_N[plan.embed_tokens], target_head).to(dtype)
-        bias = None if self.fc.bias is None else self.fc.bias.to(dtype)  # only in drafts that others trained
-        embed_fc = linear(embeds, weights.fc_e, bias)
-
-        state_RD = batch.last_NH[plan.key_tokens].to(dtype)
+        dtype = self.compute_dtype(ttt, batch.input_ids_N.device)
+        plan, backend = begin_pass(batch, ttt)
+        embeds = self.token_embeddings(batch.input_ids_N.index_select(0, plan.embed_tokens), target_head).to(dtype)
+        state_ND = batch.last_NH.index_select(0, plan.key_tokens).to(dtype)
         if self.training and not ttt.collect_rows and ttt.noise:
-            state_RD = state_RD + state_noise(state_RD, plan, batch.doc_offsets, ttt.noise)
-        x_ND = torch.addmm(embed_fc[plan.key_embed_places], state_RD, weights.fc_h.T)
-        kv_first = self._keys(x_ND, plan.key_positions, weights)
-        x_RD = x_ND if plan.steps[0].from_previous is None else x_ND[plan.steps[0].from_previous]
-        later: list[tuple[Tensor, Tensor]] = []
-        outputs = []
-        for k, rows in enumerate(plan.steps):
-            if k:
-                if rows.from_previous is not None:
-                    state_RD = state_RD[rows.from_previous]
-                    later = [(key[rows.from_previous], value[rows.from_previous]) for key, value in later]
-                x_RD = torch.addmm(embed_fc[rows.embed_places], state_RD, weights.fc_h.T)
-                later = [*later, self._keys(x_RD, rows.position_ids, weights)]
-            arguments = (x_RD, kv_first, later, rows, weights, attention)
-            if ttt.activation_checkpointing:
-                state_RD = checkpoint(self._train_step, *arguments, use_reentrant=False)
-            else:
-                state_RD = self._train_step(*arguments)
-            outputs.append(pick_rows(state_RD, plan.head_places_KM[k]))
-        return torch.stack(outputs, dim=1)
+            state_ND = state_ND + state_noise(state_ND, plan.key_doc_lengths, ttt.noise)
+        states_MKD = unroll(self, _Eagle1Input(self, embeds), state_ND, plan, backend, ttt)
 
-    def _pack(self, dtype: torch.dtype) -> PackedWeights:
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        fc_e, fc_h = (part.contiguous() for part in self.fc.weight.to(dtype).split(self.config.hidden_size, 1))
-        return PackedWeights(
-            fc_e,
-            fc_h,
-            attention.q_proj.weight.to(dtype),
-            torch.cat([attention.k_proj.weight, attention.v_proj.weight]).to(dtype),
-            attention.o_proj.weight.to(dtype),
-            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
-            mlp.down_proj.weight.to(dtype),
-        )
+        weight_MK = step_weights(plan, ttt)
+        target_MD = batch.last_NH.index_select(0, plan.predicted_tokens - 1).to(dtype)
+        teacher = FrozenTeacher(target_head, target_MD)
+        tokens, loss_MK, correct_MK = chunked_cross_entropy(states_MKD, weight_MK, teacher, target_head)
+        alpha_MK: Tensor | None = None
+        if ttt.collect_rows:
+            correct_MK, alpha_MK = judge_rows(states_MKD, teacher, target_head)
+        loss = ttt.v_weight * hidden_state_loss(states_MKD, weight_MK, target_MD) + ttt.p_weight * tokens
+        return summarize(len(batch), plan, loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK))
 
-    def _keys(self, x_TD: Tensor, position_ids_T: Tensor, weights: PackedWeights) -> tuple[Tensor, Tensor]:
-        """Keys (after RoPE) and values of some rows, [T, G, d] each."""
-        key, value = linear(x_TD, weights.kv).unflatten(-1, (2, -1, self.config.head_dim)).unbind(1)
-        return apply_rope(key, *self.rope(position_ids_T)), value
 
-    def _train_step(
-        self,
-        x_RD: Tensor,
-        kv_first: tuple[Tensor, Tensor],
-        later: list[tuple[Tensor, Tensor]],
-        rows: StepRows,
-        weights: PackedWeights,
-        attention: TttAttention,
-    ) -> Tensor:
-        """The layer over the needed rows of one step: outputs of fc -> predicted states [R, D]."""
-        q_RHd = linear(x_RD, weights.q).unflatten(-1, (-1, self.config.head_dim))
-        q_RHd = apply_rope(q_RHd, *self.rope(rows.position_ids))
-        out_RHd = attention(q_RHd, *kv_first, [key for key, _ in later], [value for _, value in later], rows)
-        x_RD = torch.addmm(x_RD, out_RHd.flatten(1), weights.o.T)
-        gate_up = linear(self.layer.post_attention_layernorm(x_RD), weights.gate_up)
-        return torch.addmm(x_RD, gated(gate_up, self.layer.mlp.activation), weights.down.T)
+class _Eagle1Input:
+    """fc [embedding ; state] is a sum of two products; the embeddings' is made once for all steps."""
+
+    def __init__(self, draft: Eagle1Draft, embeds_ED: Tensor) -> None:
+        attention, width, dtype = draft.layer.self_attn, embeds_ED.shape[1], embeds_ED.dtype
+        # only in drafts that others trained
+        bias = None if draft.fc.bias is None else draft.fc.bias.to(dtype).expand(len(embeds_ED), -1)
+        self._embed_fc = DeferredWeight([draft.fc.weight[:, :width]], dtype)(embeds_ED, bias)
+        self._fc = DeferredWeight([draft.fc.weight[:, width:]], dtype)
+        self._q = DeferredWeight([attention.q_proj.weight], dtype)
+        self._kv = DeferredWeight([attention.k_proj.weight, attention.v_proj.weight], dtype)
+
+    def enter(self, state_RD: Tensor, embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
+        x_RD = self._fc(state_RD, self._embed_fc.index_select(0, embed_places_R))
+        return x_RD, x_RD
+
+    def queries(self, x_RD: Tensor, _embed_places_R: Tensor) -> Tensor:
+        return self._q(x_RD)
+
+    def keys_values(self, x_RD: Tensor, _embed_places_R: Tensor) -> Tensor:
+        return self._kv(x_RD)
 
 
 def hidden_state_loss(states_MKD: Tensor, weight_MK: Tensor, target_MD: Tensor) -> Tensor:
@@ -227,9 +142,7 @@ def hidden_state_loss(states_MKD: Tensor, weight_MK: Tensor, target_MD: Tensor) 
     return torch.where(weight_MK > 0, per_row_MK * weight_MK.to(accumulate), 0).sum()
 
 
-def state_noise(state_ND: Tensor, plan: RowPlan, doc_offsets: list[int], noise: float) -> Tensor:
-    """Uniform noise for every key row, its width inversely proportional to the tokens L of the row's document."""
-    offsets = torch.tensor(doc_offsets, device=state_ND.device)
-    document_N = torch.bucketize(plan.key_tokens, offsets[1:], right=True)
-    scale_N = (noise * NOISE_REFERENCE_LENGTH / offsets.diff())[document_N]
+def state_noise(state_ND: Tensor, doc_lengths_N: Tensor, noise: float) -> Tensor:
+    """Uniform noise for every key row, its width inversely proportional to the tokens of the row's document."""
+    scale_N = noise * NOISE_REFERENCE_LENGTH / doc_lengths_N
     return ((torch.rand_like(state_ND, dtype=torch.float32) - 0.5) * scale_N[:, None]).to(state_ND.dtype)

@@ -1,17 +1,33 @@
-"""Building blocks of a draft layer, named as Llama checkpoints name them. D hidden width, F feed-forward width."""
+"""The draft's decoder layer and its parts, named as Llama checkpoints name them.
+
+Letters: D hidden width, F feed-forward width, H / G query / key heads, d head width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, relu, rms_norm, silu
 
 from specforge_lite.model.fused import fused
 
+if TYPE_CHECKING:
+    from specforge_lite.model.draft import Attend, DraftConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "swish": silu,
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
+}
+
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, as Llama has it: normalise, back to the input's dtype, times the weight."""
+    """Root-mean-square norm, computed in fp32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -19,34 +35,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number per row; gradients of the weight are summed in fp32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def, override]
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(accumulate)
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        x, weight, scale = ctx.saved_tensors
-        wide, wide_grad = x.to(scale.dtype), grad.to(scale.dtype)
-        normed = wide * scale
-        product = wide_grad * normed
-        grad_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        mean = (product @ weight.to(scale.dtype)).unsqueeze(-1) / x.shape[-1]
-        grad_x = (wide_grad * weight.to(scale.dtype)).addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu":
+            return rms_norm(x, weight.shape, weight, self.eps)
+        return torch.ops.aten._fused_rms_norm(x, weight.shape, weight, self.eps)[0]  # type: ignore[no-any-return]
 
 
 class Projections(nn.Module):
-    """q, k, v from a 2-part input [embedding ; state], o back to the state. No biases."""
+    """q, k, v of a layer's input, o back to the state. No biases, unless a checkpoint of others has them."""
 
     def __init__(self, in_width: int, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -54,6 +50,16 @@ class Projections(nn.Module):
         self.k_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.qkv: Callable[[Tensor], Tensor] | None = None
+
+    def project(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., (H + 2 G) d], queries first."""
+        if self.qkv is not None:
+            return self.qkv(x)
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+    def fuse(self) -> None:
+        self.qkv = _joined([self.q_proj, self.k_proj, self.v_proj])
 
 
 class SwiGLU(nn.Module):
@@ -65,69 +71,106 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.activation = activation
+        self.gate_up: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(torch.cat([self.gate_proj(x), self.up_proj(x)], -1), self.activation))  # type: ignore[no-any-return]
+        if self.gate_up is None:
+            inner = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        else:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            inner = ACTIVATIONS[self.activation](gate) * up
+        return self.down_proj(inner)  # type: ignore[no-any-return]
+
+    def fuse(self) -> None:
+        self.gate_up = _joined([self.gate_proj, self.up_proj])
+
+
+def _joined(layers: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """One product for several layers that read the same input; their weights become views of its matrix."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    for layer, part in zip(layers, weight.split(sizes)):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        zeros = [weight.new_zeros(size) for size in sizes]
+        bias = torch.cat([zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, zeros)])
+    return lambda x: linear(x, weight, bias)
+
+
+class DraftLayer(nn.Module):
+    """x -> attention, added to `residual` -> post_attention_layernorm -> SwiGLU, added.
+
+    EAGLE-3 (`input_norms`): x = [input_layernorm(e) ; hidden_norm(h)], 2D wide, and the residual is the un-normed h.
+    EAGLE-1: x = fc [e ; h], D wide, is its own residual. `forward` decodes; training runs the same layer over packed
+    rows (`model/unroll.py`).
+    """
+
+    def __init__(self, config: DraftConfig, in_width: int, input_norms: bool) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.head_dim, self.num_kv_heads = config.head_dim, config.num_key_value_heads
+        self.self_attn = Projections(
+            in_width, width, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )
+        self.mlp = SwiGLU(width, config.intermediate_size, config.hidden_act)
+        if input_norms:
+            self.hidden_norm = RMSNorm(width, eps)
+            self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual_BTD: Tensor,
+        rope: Callable[[Tensor], Tensor],
+        attend: Attend,
+        qk_norm: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """x [B, T, in] -> state [B, T, D]. rope: rotates [B, T, heads, d]. qk_norm: of queries and keys, per head."""
+        qkv_BTHd = self.self_attn.project(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv_BTHd[:, :, : -self.num_kv_heads], qkv_BTHd[:, :, -self.num_kv_heads :]
+        if qk_norm is not None:
+            qk = qk_norm(qk[:, :, : -self.num_kv_heads], qk[:, :, -self.num_kv_heads :])
+        qk_BHTd = rope(qk).transpose(1, 2)
+        q, k = qk_BHTd[:, : -self.num_kv_heads], qk_BHTd[:, -self.num_kv_heads :]
+        attended = attend(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        state = residual_BTD + self.self_attn.o_proj(attended)
+        return state + self.mlp(self.post_attention_layernorm(state))  # type: ignore[no-any-return]
+
+    def fuse(self) -> None:
+        """For decoding: fewer products; a chain step of a small draft costs dispatch, not arithmetic."""
+        self.self_attn.fuse()
+        self.mlp.fuse()
 
 
 def gated(gate_up: Tensor, activation: str, compiled: bool = False) -> Tensor:
-    """[..., 2F] = [gate ; up] -> activation(gate) * up [..., F]."""
+    """[..., 2F] = [gate ; up] -> activation(gate) * up [..., F], keeping only the input for backward."""
     if activation in ("silu", "swish"):
         return _SiluGate.apply(gate_up, compiled)  # type: ignore[no-any-return]
     gate, up = gate_up.chunk(2, -1)
     return ACTIVATIONS[activation](gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "swish": torch.nn.functional.silu,
-    "relu": torch.nn.functional.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
-
-
 class _SiluGate(torch.autograd.Function):
-    """silu(gate) * up, keeping only its input: the sigmoid is cheap to make again, F floats per row are not."""
+    """The sigmoid is cheap to make again, F floats per row are not."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor, compiled: bool) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(gate_up)
         ctx.compiled = compiled
-        return (fused(silu_gate_expression) if compiled else silu_gate)(gate_up)
+        return fused(silu_gate, compiled)(gate_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        (gate_up,) = ctx.saved_tensors
-        return (fused(silu_gate_backward_expression) if ctx.compiled else silu_gate_backward)(grad, gate_up), None
+        return fused(silu_gate_backward, ctx.compiled)(grad, *ctx.saved_tensors), None
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate).mul_(up)
-
-
-def silu_gate_expression(gate_up: Tensor) -> Tensor:
-    """The same as one expression, for torch.compile."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return silu(gate) * up
 
 
 def silu_gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    out = torch.empty_like(gate_up)
-    grad_gate, grad_up = out.chunk(2, -1)
-    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-    return out
-
-
-def silu_gate_backward_expression(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """The same as one expression, for torch.compile."""
-    accumulate = torch.promote_types(grad.dtype, torch.float32)
-    gate, up = gate_up.to(accumulate).chunk(2, -1)
-    wide = grad.to(accumulate)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    grad_gate = wide * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([grad_gate, wide * silu], -1).to(grad.dtype)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)], -1)

@@ -1,116 +1,138 @@
 """The teacher's tokens and the loss of all TTT steps, one chunk of logits at a time.
 
-Letters: M predicted tokens u of the batch, K steps, D draft width, H target width, V / Vd target / draft vocabulary.
-Head inputs come as [M, K, D], predicted token first: the K rows that predict one token share its teacher, so the
-teacher's distribution is made once per token and broadcast over the steps.
+Letters: M predicted tokens u of the batch, m those of a chunk, K steps, D width of the head's input, H target width,
+V / Vd target / draft vocabulary. Head inputs come as [M, K, D], predicted token first: the K rows that predict one
+token share its teacher, so the teacher's distribution is made once per token and broadcast over the steps.
 
-    loss = sum over (u, k) of weight[u, k] * CE(softmax(z_u over the draft vocabulary), W h[u, k])
+    loss = sum over (u, k) of weight[u, k] * CE(softmax(z_u over the draft vocabulary), logits of h[u, k])
     d loss / d logits = weight * (softmax(logits) - teacher)
 
-The LK losses (`model/acceptance.py`) take the place of CE in the same pass.
+The LK losses (`model/acceptance.py`) take the place of CE in the same pass. An EAGLE-3 draft has a head of its own, an
+EAGLE-1 draft uses the target's, frozen, with its bias, scale and soft cap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specforge_lite.model.acceptance import lk_pass
+from specforge_lite.model.deferred_grad import add_product
 from specforge_lite.model.fused import fused
-from specforge_lite.model.gemm import add_product, equal_chunks, matmul_into
 from specforge_lite.model.target_head import TargetHead
 
-# Elements of logits alive at a time (fp32: 4 bytes each). Below this GEMMs get thin, above it chunks leave the cache.
-# The teacher's are read twice only, and its GEMM is the thinner one.
-LOSS_CHUNK_ELEMENTS = 4 << 20
-TEACHER_CHUNK_ELEMENTS = 8 << 20
-LOSS_PASS_ELEMENTS = 1 << 20
+# Logits alive at a time. On a CPU a chunk stays in the cache; a GPU wants few and large ones, as its memory allows.
+CPU_CHUNK_ELEMENTS = 4 << 20
+CPU_PASS_ELEMENTS = 1 << 20
+BYTES_PER_CHUNK_ELEMENT = 640  # of GPU memory: one chunk takes at most 14 bytes an element, 2% of the memory
+UNKNOWN_MEMORY = 80 << 30  # of a device that does not tell
+
+
+class TeacherChunks(Protocol):
+    """What the target says about M predicted tokens, some of them at a time."""
+
+    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> (logits over the draft vocabulary [m, Vd]; draft id of the most probable token [m] int64; logsumexp over
+        the FULL vocabulary [m] in fp32 or wider, if wanted)."""
+        ...
 
 
 @dataclass
 class Teacher:
-    """What the target says about M tokens.
+    """Of an EAGLE-3 draft: logits over its own vocabulary are made once and kept.
 
-    draft_logits_MVd: its logits over the draft vocabulary, compute dtype. argmax_M: its most probable token over the
-    FULL vocabulary (target ids, int64). lse_M: logsumexp over the full vocabulary, fp32 (fp64 for fp64
-    inputs), only if asked for.
+    draft_logits_MVd: compute dtype. argmax_M: the most probable token over the FULL vocabulary (target ids, int64),
+    draft_id_M its draft id (that of the next lower token, where it is not in the draft vocabulary). lse_M: logsumexp
+    over the full vocabulary, fp32 (fp64 for fp64 inputs), only if asked for.
     """
 
     draft_logits_MVd: Tensor
     argmax_M: Tensor
+    draft_id_M: Tensor
     lse_M: Tensor | None
 
+    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        lse_m = self.lse_M[tokens] if want_lse and self.lse_M is not None else None
+        return self.draft_logits_MVd[tokens], self.draft_id_M[tokens], lse_m
 
-def fast_argmax(x: Tensor) -> Tensor:
-    """argmax over the last dimension, lowest index on ties; two levels, because a CPU argmax is ten times an amax.
 
-    bf16 on a CPU is compared by its bits, as int16: ten times as fast again, and the same order from zero upwards.
-    """
-    width = x.shape[-1]
-    block = next(size for size in (256, 128, 100, 64, 50, 32, 20, 16, 10, 8, 1) if width % size == 0)
-    if x.is_cuda or block == 1 or width <= block:
-        return x.argmax(-1)
-    values = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-    blocks = values.view(*x.shape[:-1], width // block, block)
-    block_max = blocks.amax(-1)
-    if x.dtype == torch.bfloat16 and bool((block_max.amax(-1) < 0).any()):  # a row without a number above zero
-        return x.argmax(-1)
-    best = block_max.argmax(-1, keepdim=True)
-    inside = blocks.gather(-2, best.unsqueeze(-1).expand(*best.shape, block)).squeeze(-2).argmax(-1)
-    return best.squeeze(-1) * block + inside
+@dataclass
+class FrozenTeacher:
+    """Of an EAGLE-1 draft, which has the whole vocabulary: made anew for each chunk, from the states y_(u-1) [M, H]."""
+
+    target_head: TargetHead
+    target_MH: Tensor
+
+    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits_mV = self.target_head.logits(self.target_MH[tokens])
+        accumulate = torch.promote_types(logits_mV.dtype, torch.float32)
+        lse_m = torch.logsumexp(logits_mV.to(accumulate), -1) if want_lse else None
+        return logits_mV, logits_mV.argmax(-1), lse_m
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Logits that may be alive at a time on a device."""
+    if device.type == "cpu":
+        return CPU_CHUNK_ELEMENTS
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else UNKNOWN_MEMORY
+    return int(memory // BYTES_PER_CHUNK_ELEMENT)
+
+
+def _chunks(num_tokens: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """0..num_tokens in as few chunks of `columns` logits a token as possible, of sizes as equal as they can be: a last
+    chunk of a few tokens would cost a whole pass over the weights."""
+    count = -(-num_tokens // max(4, chunk_elements(device) // columns))
+    for i in range(count):
+        yield slice(num_tokens * i // count, num_tokens * (i + 1) // count)
 
 
 @torch.no_grad()
-def ask_teacher(
-    target_head: TargetHead, last_MH: Tensor, draft_ids_Vd: Tensor, want_lse: bool = False, want_logits: bool = True
-) -> Teacher:
+def ask_teacher(target_head: TargetHead, last_MH: Tensor, draft_ids_Vd: Tensor, want_lse: bool = False) -> Teacher:
     """Full-vocabulary argmax in chunks, never stored; draft-vocabulary logits picked from the same product.
 
-    last_MH: target states y_(u-1) after the final norm. draft_ids_Vd: target id of every draft id.
+    last_MH: target states y_(u-1) after the final norm. draft_ids_Vd: target id of every draft id, ascending.
     """
-    vocab_size, num_draft = target_head.lm_head_VH.shape[0], len(draft_ids_Vd)
+    vocab_size, num_draft, device = target_head.lm_head_VH.shape[0], len(draft_ids_Vd), last_MH.device
     dtype = target_head.lm_head_VH.dtype
-    logits = torch.empty(len(last_MH) if want_logits else 0, num_draft, dtype=dtype, device=last_MH.device)
-    argmax = torch.empty(len(last_MH), dtype=torch.int64, device=last_MH.device)
+    logits = torch.empty(len(last_MH), num_draft, dtype=dtype, device=device)
+    argmax = torch.empty(len(last_MH), dtype=torch.int64, device=device)
     accumulate = torch.promote_types(dtype, torch.float32)
-    lse = torch.empty(len(last_MH), dtype=accumulate, device=last_MH.device) if want_lse else None
-    buffer: Tensor | None = None
-    for chunk in equal_chunks(len(last_MH), max(16, TEACHER_CHUNK_ELEMENTS // vocab_size)):
-        buffer = matmul_into(buffer, last_MH[chunk].to(dtype), target_head.lm_head_VH)
-        full = target_head.scale_logits(buffer)
-        argmax[chunk] = fast_argmax(full)
+    lse = torch.empty(len(last_MH), dtype=accumulate, device=device) if want_lse else None
+    for chunk in _chunks(len(last_MH), vocab_size, device):
+        full = target_head.logits(last_MH[chunk])
+        torch.argmax(full, -1, out=argmax[chunk])
         if lse is not None:
             lse[chunk] = torch.logsumexp(full.to(accumulate), -1)
-        if want_logits:
-            if num_draft == vocab_size:
-                logits[chunk] = full
-            else:
-                torch.gather(full, 1, draft_ids_Vd.expand(len(full), -1), out=logits[chunk])
-    return Teacher(logits, argmax, lse)
+        if num_draft == vocab_size:
+            logits[chunk] = full
+        else:
+            torch.index_select(full, 1, draft_ids_Vd, out=logits[chunk])
+    draft_id = (torch.searchsorted(draft_ids_Vd, argmax, right=True) - 1).clamp_(min=0)
+    return Teacher(logits, argmax, draft_id, lse)
 
 
-def ttt_cross_entropy(
+def chunked_cross_entropy(
     head_in_MKD: Tensor,
     weight_MK: Tensor,
-    teacher_MVd: Tensor,
-    teacher_id_M: Tensor,
-    head_VdD: Tensor,
-    compiled: bool = False,
+    teacher: TeacherChunks,
+    head: Tensor | TargetHead,
     loss_name: str = "ce",
-    teacher_lse_M: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chunked linear + soft cross-entropy (or an LK loss); gradients are formed in the same pass.
 
-    weight_MK: 0 where a row does not exist. teacher_id_M: draft id of the teacher's argmax. head_VdD: the parameter; it
-    is cast to the dtype of its inputs here, and gets a gradient summed in fp32. compiled: fuse everything between the
-    matrix products with torch.compile.
+    weight_MK: 0 where a row does not exist or does not count. head: the draft's parameter [Vd, D], which is cast to the
+    dtype of its inputs here and gets a gradient summed in fp32; or the target's, which gets none. compiled: fuse
+    everything between the matrix products with torch.compile.
     Returns (weighted loss sum, fp32 scalar; unweighted loss [M, K]; correct [M, K] bool), the last two detached.
     """
-    return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
-        head_in_MKD, head_VdD, weight_MK, teacher_MVd, teacher_id_M, compiled, loss_name, teacher_lse_M
-    )
+    own = head if isinstance(head, Tensor) else None
+    frozen = head if isinstance(head, TargetHead) else None
+    return _ChunkedCrossEntropy.apply(head_in_MKD, own, weight_MK, teacher, frozen, loss_name, compiled)  # type: ignore[no-any-return]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -118,38 +140,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def, override]
         ctx,
         head_in_MKD: Tensor,
-        head_VdD: Tensor,
+        own_VD: Tensor | None,
         weight_MK: Tensor,
-        teacher_MVd: Tensor,
-        teacher_id_M: Tensor,
-        compiled: bool,
+        teacher: TeacherChunks,
+        frozen: TargetHead | None,
         loss_name: str,
-        teacher_lse_M: Tensor | None,
+        compiled: bool,
     ):
         (num_tokens, num_steps, width), device = head_in_MKD.shape, head_in_MKD.device
-        head, num_draft = head_VdD.to(head_in_MKD.dtype), len(head_VdD)
+        head_VD = _head_matrix(own_VD if frozen is None else frozen, head_in_MKD.dtype)
         accumulate = torch.promote_types(head_in_MKD.dtype, torch.float32)
         weight_MK = weight_MK.to(accumulate)
         loss_MK = torch.empty(num_tokens, num_steps, dtype=accumulate, device=device)
         correct_MK = torch.empty(num_tokens, num_steps, dtype=torch.bool, device=device)
         grad_in_MKD = torch.empty_like(head_in_MKD) if any(ctx.needs_input_grad[:2]) else None
-        grad_head = None if grad_in_MKD is None else torch.empty(num_draft, width, dtype=accumulate, device=device)
-        chunks = equal_chunks(num_tokens, max(4, LOSS_CHUNK_ELEMENTS // (num_draft * num_steps)))
-        buffer: Tensor | None = None
-        for chunk in chunks:
-            hidden = head_in_MKD[chunk].reshape(-1, width)
-            buffer = logits = matmul_into(buffer, hidden, head)
-            lse_m = None if teacher_lse_M is None else teacher_lse_M[chunk]
-            logits_mKV = logits.view(-1, num_steps, num_draft)
-            loss_MK[chunk], correct_MK[chunk] = logits_to_gradient(
-                logits_mKV, teacher_MVd[chunk], teacher_id_M[chunk], compiled, loss_name, lse_m
+        grad_head: Tensor | None = None
+        for chunk in _chunks(num_tokens, len(head_VD) * num_steps, device):
+            hidden = head_in_MKD[chunk].view(-1, width)
+            logits = hidden @ head_VD.T
+            slope = None
+            if frozen is not None:
+                logits, slope = frozen.finish(logits)
+            logits_mKV = logits.view(-1, num_steps, len(head_VD))
+            teacher_mV, teacher_id_m, lse_m = teacher.chunk(chunk, loss_name != "ce")
+            exact = logits_mKV.argmax(-1) == teacher_id_m[:, None] if frozen is not None else None
+            loss_MK[chunk], hit_mK = _logits_to_gradient(
+                logits_mKV, teacher_mV, teacher_id_m, lse_m, loss_name, compiled
             )
-            if grad_in_MKD is not None and grad_head is not None:
-                weight = weight_MK[chunk].reshape(-1, 1).to(hidden.dtype)
-                grad_in_MKD[chunk] = (logits @ head).mul_(weight).view(-1, num_steps, width)
-                add_product(grad_head, logits, hidden * weight, first=chunk.start == 0)
-        if grad_head is not None and num_tokens == 0:
-            grad_head.zero_()
+            correct_MK[chunk] = hit_mK if exact is None else exact  # a soft cap makes ties
+            if grad_in_MKD is None:
+                continue
+            if slope is not None:
+                logits.mul_(slope)
+            weight = weight_MK[chunk].view(-1, 1).to(hidden.dtype)
+            torch.mul(logits @ head_VD, weight, out=grad_in_MKD[chunk].view(-1, width))
+            if own_VD is not None:
+                grad_head = add_product(grad_head, logits, hidden * weight)
+        if own_VD is not None and grad_in_MKD is not None and grad_head is None:
+            grad_head = torch.zeros_like(own_VD, dtype=accumulate)
         ctx.save_for_backward(grad_in_MKD, grad_head)
         # where, not a product: the loss of a row that does not exist may be anything
         loss = torch.where(weight_MK > 0, loss_MK * weight_MK, 0).sum()
@@ -158,90 +186,76 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _loss: Tensor, _correct: Tensor):  # type: ignore[no-untyped-def, override]
-        grad_in_MKD, grad_head_VdD = ctx.saved_tensors
+        grad_in_MKD, grad_head_VD = ctx.saved_tensors
         # in place: they are nobody else's, and a second backward through the same graph raises
         if grad_in_MKD.dtype == torch.float16:  # a loss scale may lie outside its range, the product inside
             grad_in_MKD.copy_(grad_in_MKD.float().mul_(grad_loss))
         else:
             grad_in_MKD.mul_(grad_loss.to(grad_in_MKD.dtype))
-        return grad_in_MKD, grad_head_VdD.mul_(grad_loss), None, None, None, None, None, None
+        if grad_head_VD is not None:
+            grad_head_VD.mul_(grad_loss)
+        return grad_in_MKD, grad_head_VD, None, None, None, None, None
 
 
-def logits_to_gradient(
-    logits_mKV: Tensor,
-    teacher_mV: Tensor,
-    teacher_id_m: Tensor,
-    compiled: bool = False,
-    loss_name: str = "ce",
-    teacher_lse_m: Tensor | None = None,
+def _head_matrix(head: Tensor | TargetHead | None, dtype: torch.dtype) -> Tensor:
+    assert head is not None
+    return (head.lm_head_VH if isinstance(head, TargetHead) else head).to(dtype)
+
+
+def _logits_to_gradient(
+    logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor, lse_m: Tensor | None, loss_name: str, compiled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite logits by d loss / d logits, for CE softmax(logits) - teacher; -> (loss [m, K], hit [m, K]).
+    """Overwrite logits by d loss / d logits; -> (loss [m, K], hit [m, K]).
 
-    On a CPU a few tokens at a time, so that what one pass writes is still in the cache for the next one.
     A tie with the teacher's token counts as a hit here; evaluation compares argmax ids (`judge_rows`).
     """
-    tokens = len(logits_mKV) if logits_mKV.is_cuda else max(1, LOSS_PASS_ELEMENTS // logits_mKV[0].numel())
+    tokens = len(logits_mKV)
+    if logits_mKV.device.type == "cpu":  # few at a time, so that what one pass writes is in the cache for the next
+        tokens = max(1, CPU_PASS_ELEMENTS // logits_mKV[0].numel())
     parts = zip(logits_mKV.split(tokens), teacher_mV.split(tokens), teacher_id_m.split(tokens))
-    if teacher_lse_m is None:
-        loss_pass = fused(loss_pass_fused) if compiled else loss_pass_inplace
-        results = [loss_pass(logits, teacher, ids) for logits, teacher, ids in parts]
+    if lse_m is None:
+        results = [fused(cross_entropy_pass, compiled)(*part) for part in parts]
     else:
-        of_acceptance, lses = fused(lk_pass, compiled), teacher_lse_m.split(tokens)
-        results = [of_acceptance(*part, lse, loss_name) for part, lse in zip(parts, lses)]
+        lk = fused(lk_pass, compiled)
+        results = [lk(*part, lse, loss_name) for part, lse in zip(parts, lse_m.split(tokens))]
     losses, hits = zip(*results)
     return torch.cat(losses), torch.cat(hits)
 
 
-def loss_pass_inplace(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_pass(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits by softmax(logits) - softmax(teacher); -> (loss [m, K], hit [m, K])."""
     accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
     wide_mKV = logits_mKV.to(accumulate)
-    teacher_mV = torch.softmax(teacher_mV, -1, dtype=accumulate)
-    top_mK = wide_mKV.amax(-1)
-    hit_mK = _logit_of(wide_mKV, teacher_id_m) >= top_mK
-    # the teacher on the left: the same sums the other way round take a CPU five times as long
-    expected_mK = torch.bmm(teacher_mV.unsqueeze(1), wide_mKV.transpose(1, 2)).squeeze(1)
-    torch.softmax(wide_mKV, -1, out=wide_mKV)
-    # logsumexp = top - log(p of the top); that p is at least 1 / Vd, so the log is safe
-    loss_mK = top_mK - wide_mKV.amax(-1).log() - expected_mK
-    wide_mKV.sub_(teacher_mV.unsqueeze(1))
-    if wide_mKV is not logits_mKV:
-        logits_mKV.copy_(wide_mKV)
-    return loss_mK, hit_mK
-
-
-def loss_pass_fused(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, written as one expression for torch.compile."""
-    accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
-    wide_mKV = logits_mKV.to(accumulate)
-    teacher_m1V = torch.softmax(teacher_mV.to(accumulate), -1).unsqueeze(1)
-    top_mK = wide_mKV.amax(-1)
-    exp_mKV = (wide_mKV - top_mK.unsqueeze(-1)).exp()
-    total_mK = exp_mKV.sum(-1)
-    loss_mK = top_mK + total_mK.log() - (teacher_m1V * wide_mKV).sum(-1)
-    hit_mK = _logit_of(wide_mKV, teacher_id_m) >= top_mK
-    logits_mKV.copy_(exp_mKV / total_mK.unsqueeze(-1) - teacher_m1V)
-    return loss_mK, hit_mK
-
-
-def _logit_of(logits_mKV: Tensor, ids_m: Tensor) -> Tensor:
-    return logits_mKV.gather(-1, ids_m[:, None, None].expand(-1, logits_mKV.shape[1], 1)).squeeze(-1)
+    teacher_m1V = torch.softmax(teacher_mV, -1, dtype=accumulate).unsqueeze(1)
+    top_mK1 = wide_mKV.amax(-1, keepdim=True)
+    own_mK1 = wide_mKV.gather(-1, teacher_id_m[:, None, None].expand(-1, wide_mKV.shape[1], 1))
+    expected_mK = (wide_mKV * teacher_m1V).sum(-1)
+    exp_mKV = (wide_mKV - top_mK1).exp_()
+    total_mK1 = exp_mKV.sum(-1, keepdim=True)
+    logits_mKV.copy_(exp_mKV.div_(total_mK1).sub_(teacher_m1V))
+    return (top_mK1 + total_mK1.log()).squeeze(-1) - expected_mK, (own_mK1 >= top_mK1).squeeze(-1)
 
 
 @torch.no_grad()
-def judge_rows(head_in_MKD: Tensor, teacher: Teacher, teacher_id_M: Tensor, head_VdD: Tensor) -> tuple[Tensor, Tensor]:
+def judge_rows(head_in_MKD: Tensor, teacher: TeacherChunks, head: Tensor | TargetHead) -> tuple[Tensor, Tensor]:
     """For evaluation: (argmax equals the teacher's [M, K] bool, alpha [M, K] fp32).
 
     alpha = sum over v of min(p, q): the chance that speculative sampling keeps the token; p is the target's
     probability over its FULL vocabulary, q the draft's.
     """
-    assert teacher.lse_M is not None
-    num_tokens, num_steps, width = head_in_MKD.shape
-    correct_MK = torch.empty(num_tokens, num_steps, dtype=torch.bool, device=head_in_MKD.device)
-    alpha_MK = torch.empty(num_tokens, num_steps, device=head_in_MKD.device)
-    for chunk in equal_chunks(num_tokens, max(4, LOSS_CHUNK_ELEMENTS // (len(head_VdD) * num_steps))):
-        logits_mKV = (head_in_MKD[chunk].reshape(-1, width) @ head_VdD.T).view(-1, num_steps, len(head_VdD))
-        correct_MK[chunk] = fast_argmax(logits_mKV) == teacher_id_M[chunk, None]
-        target_mV = (teacher.draft_logits_MVd[chunk].float() - teacher.lse_M[chunk, None]).exp()
+    (num_tokens, num_steps, width), device = head_in_MKD.shape, head_in_MKD.device
+    head_VD = _head_matrix(head, head_in_MKD.dtype)
+    correct_MK = torch.empty(num_tokens, num_steps, dtype=torch.bool, device=device)
+    alpha_MK = torch.empty(num_tokens, num_steps, device=device)
+    for chunk in _chunks(num_tokens, len(head_VD) * num_steps, device):
+        logits = head_in_MKD[chunk].view(-1, width) @ head_VD.T
+        if isinstance(head, TargetHead):
+            logits, _ = head.finish(logits)
+        logits_mKV = logits.view(-1, num_steps, len(head_VD))
+        teacher_mV, teacher_id_m, lse_m = teacher.chunk(chunk, want_lse=True)
+        assert lse_m is not None
+        correct_MK[chunk] = logits_mKV.argmax(-1) == teacher_id_m[:, None]
+        target_mV = (teacher_mV.float() - lse_m[:, None]).exp()
         draft_mKV = torch.softmax(logits_mKV, -1, dtype=torch.float32)
         alpha_MK[chunk] = torch.minimum(draft_mKV, target_mV.unsqueeze(1)).sum(-1)
     return correct_MK, alpha_MK

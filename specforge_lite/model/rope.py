@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from specforge_lite.core.errors import ConfigError, suggest
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin for integer positions, fp32. `apply` rotates halves, as Llama checkpoints expect."""
+    """cos and sin of integer positions, half the head width each (the other half is the same), fp32."""
 
     inv_freq: Tensor
 
@@ -21,108 +20,60 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         inv_freq, self.attention_scaling = _frequencies(head_dim, theta, scaling, max_positions)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self._table_P2h: Tensor | None = None
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [...] int64 -> (cos, sin) [..., head_dim] fp32."""
-        inv_freq = self.inv_freq.float()
-        angles = position_ids.unsqueeze(-1).to(inv_freq.dtype) * inv_freq
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        """position_ids [...] int64 -> (cos, sin) [..., 1, head_dim / 2], to be broadcast over heads."""
+        if self._table_P2h is None:
+            both = self.table(position_ids)
+        else:
+            both = self._table_P2h.index_select(0, position_ids.reshape(-1)).view(*position_ids.shape, 2, -1)
+        cos, sin = both.unsqueeze(-3).unbind(-2)
+        return cos, sin
 
-    def tables(self, num_positions: int) -> RopeTables:
-        """The tables of the first positions."""
-        cos, sin = self(torch.arange(num_positions, device=self.inv_freq.device))
-        half = cos.shape[-1] // 2
-        return RopeTables(cos[:, :half].contiguous(), sin[:, :half].contiguous())
+    @torch.no_grad()
+    def table(self, position_ids: Tensor) -> Tensor:
+        """[..., 2, head_dim / 2]: cos and sin of positions."""
+        angles = position_ids.unsqueeze(-1) * self.inv_freq.float()
+        return torch.stack([angles.cos(), angles.sin()], -2) * self.attention_scaling
+
+    def cover(self, num_positions: int) -> None:
+        """For decoding: look positions up in a table from now on, which holds those below `num_positions`."""
+        table = self._table_P2h
+        if table is None or len(table) < num_positions or table.device != self.inv_freq.device:
+            self._table_P2h = self.table(torch.arange(max(2 * num_positions, 256), device=self.inv_freq.device))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., heads, d]; cos, sin [..., d] -> rotated x, same dtype."""
-    half = x.shape[-1] // 2
-    return _Rotate.apply(x, cos[..., :half].unsqueeze(-2), sin[..., :half].unsqueeze(-2))  # type: ignore[no-any-return]
+    """x [..., heads, d] with its halves rotated against each other, as Llama checkpoints expect; same dtype.
+    cos, sin [..., 1, d / 2]."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos, sin, 1)
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
 
 
 class _Rotate(torch.autograd.Function):
-    """x * cos + rotate_half(x) * sin. Its transpose rotates back, so nothing but cos and sin is kept."""
+    """Its transpose rotates back, so nothing but cos and sin is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos.to(grad.dtype), -sin.to(grad.dtype)), None, None
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [..., d] rotated by tables of half its width [..., d / 2], into `out` if given."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, -1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     out_first, out_second = out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=direction)
     return out
-
-
-def split_rotated(
-    rows_RO: Tensor, tables: RopeTables, position_ids_R: Tensor, heads: tuple[int, int, int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Projected rows [R, O] -> queries, keys (after RoPE) and values [R, heads, d] in `dtype`.
-
-    heads: how many of each; any may be 0.
-    """
-    return _SplitRotated.apply(rows_RO, tables, position_ids_R, heads, dtype)  # type: ignore[no-any-return]
-
-
-class _SplitRotated(torch.autograd.Function):
-    """One output buffer, one gradient buffer: queries, keys and values never need to be cut out or put together."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx,
-        rows_RO: Tensor,
-        tables: RopeTables,
-        position_ids_R: Tensor,
-        heads: tuple[int, int, int],
-        dtype: torch.dtype,
-    ):
-        ctx.save_for_backward(position_ids_R)
-        ctx.tables, ctx.heads, ctx.dtype = tables, heads, rows_RO.dtype
-        x_RHd = rows_RO.unflatten(-1, (sum(heads), -1)).to(dtype)
-        out_RHd = torch.empty_like(x_RHd, memory_format=torch.contiguous_format)
-        rotated = heads[0] + heads[1]
-        cos, sin = tables.at(position_ids_R, dtype)
-        rotate(x_RHd[:, :rotated], cos, sin, out=out_RHd[:, :rotated])
-        out_RHd[:, rotated:] = x_RHd[:, rotated:]
-        return out_RHd.split(heads, dim=1)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def, override]
-        (position_ids_R,) = ctx.saved_tensors
-        cos, sin = ctx.tables.at(position_ids_R, grads[0].dtype)
-        num_rows, _, head_dim = grads[0].shape
-        out_RHd = torch.empty(num_rows, sum(ctx.heads), head_dim, dtype=grads[0].dtype, device=grads[0].device)
-        parts = out_RHd.split(ctx.heads, dim=1)
-        for grad, part in zip(grads[:2], parts[:2]):
-            rotate(grad, cos, -sin, out=part)
-        parts[2].copy_(grads[2])
-        return out_RHd.flatten(1).to(ctx.dtype), None, None, None, None
-
-
-@dataclass(frozen=True)
-class RopeTables:
-    """cos and sin of positions 0 .. P-1, half the head width each (the other half is the same)."""
-
-    cos_Ph: Tensor
-    sin_Ph: Tensor
-
-    def at(self, position_ids_R: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables of some positions, to be broadcast over heads: [R, 1, d / 2] each."""
-        pick = lambda table: table.index_select(0, position_ids_R).unsqueeze(1).to(dtype)  # noqa: E731
-        return pick(self.cos_Ph), pick(self.sin_Ph)
 
 
 def _frequencies(

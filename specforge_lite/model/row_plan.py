@@ -18,9 +18,10 @@ subset of those of k - 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 MAX_GAP = 32
 # A step keeps rows that only earlier steps needed, up to this share of all rows: gathering the rest costs more.
 SPARE_SHARE = 1 / 16
+ALIGNMENT = 16  # bytes, of each tensor inside the one buffer that carries a plan to a device
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of one TTT step. All index tensors are int64 on the plan's device.
+    """Rows of one TTT step. All index tensors are int64.
 
     row_tokens: token index t of every row that is computed: the needed ones, and a few that only earlier steps needed.
     from_previous: its place among the previous step's rows (step 0: among this process's key rows; None: all of them,
-    in order). key_rows: its place among the step-0 key rows. embed_places: place of token t + 1 + k in
-    `RowPlan.embed_tokens`. position_ids: RoPE position, t + k counted in its document.
-    segments: the same rows cut where attention may not or need not be contiguous.
+    in order). key_rows: its place among the step-0 key rows; first_keys: that of its document's first token.
+    embed_places: place of token t + 1 + k in `RowPlan.embed_tokens`. position_ids: RoPE position, t + k counted in its
+    document. segments: the same rows cut where attention may not or need not be contiguous; stay on the host.
+    kernel: what an attention backend made of them (`ttt_attention.Backend.plan`).
     """
 
     row_tokens: Tensor
     from_previous: Tensor | None
     key_rows: Tensor
+    first_keys: Tensor
     embed_places: Tensor
     position_ids: Tensor
     segments: list[Segment]
+    kernel: Any = None
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,12 @@ class RowPlan:
     num_positions: above every RoPE position. num_keys: rows whose step-0 key and value exist (those after a document's
     last needed row do not). key_tokens: those that this process makes (all, unless processes share the batch).
     key_places: their places among all, None when these are all. key_positions: their position inside their document.
+    key_doc_lengths: tokens of that document.
     embed_tokens: every token whose embedding is read; its half of q, k, v depends on the token only, so it is projected
     once and not once per step. key_embed_places: place of token t + 1 there for each key token t.
     predicted_tokens [M]: every counted token u that one of this process's rows predicts.
-    head_places [K, M]: place of row u - 2 - k among the needed rows of step k, or -1 where it lies before the document
-    (or belongs to another process).
+    head_rows [M, K]: row t = u - 2 - k, or -1 where it lies before the document (or belongs to another process).
+    head_places [M, K]: its place when the needed rows of all steps are laid end to end, -1 as above.
     """
 
     steps: list[StepRows]
@@ -86,23 +92,49 @@ class RowPlan:
     key_tokens: Tensor
     key_places: Tensor | None
     key_positions: Tensor
+    key_doc_lengths: Tensor
     key_embed_places: Tensor
     embed_tokens: Tensor
     predicted_tokens: Tensor
-    head_places_KM: Tensor
+    head_rows_MK: Tensor
+    head_places_MK: Tensor
 
-    def to(self, device: torch.device | str) -> RowPlan:
-        """Copy the index tensors to a device."""
+    def to(self, device: torch.device | str, kernel_plan: Callable[[StepRows, int, int], Any] | None = None) -> RowPlan:
+        """Copy the index tensors to a device, all in one transfer that the host does not wait for.
+
+        kernel_plan(rows of a step, number of the step, number of keys): what the attention backend wants with them.
+        """
+        plan = self
+        if kernel_plan is not None:
+            steps = [replace(s, kernel=kernel_plan(s, k, self.num_keys)) for k, s in enumerate(self.steps)]
+            plan = replace(self, steps=steps)
         if torch.device(device).type == "cpu":
-            return self
-        steps = [cast(StepRows, _on_device(step, device)) for step in self.steps]
-        return cast(RowPlan, _on_device(replace(self, steps=steps), device))
+            return plan
+        tensors: list[Tensor] = []
+        _visit(plan, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        moved = iter(upload(tensors, device))
+        return _visit(plan, lambda _tensor: next(moved))  # type: ignore[no-any-return]
 
 
-def _on_device(plan: RowPlan | StepRows, device: torch.device | str) -> RowPlan | StepRows:
-    tensors = {f.name: getattr(plan, f.name) for f in fields(plan)}
-    moved: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items() if isinstance(x, Tensor)}
-    return replace(plan, **moved)
+def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dataclasses with every tensor outside of segments changed, in the order of their fields."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_visit(item, change) for item in value]
+    if is_dataclass(value) and not isinstance(value, Segment | type):
+        return replace(value, **{f.name: _visit(getattr(value, f.name), change) for f in fields(value)})
+    return value
+
+
+def upload(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Copies of host tensors on a device, carried over by one buffer (page-locked for CUDA, so nothing waits)."""
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    for part, tensor in zip(buffer.split(sizes), tensors):
+        part[: tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    parts = buffer.to(device, non_blocking=True).split(sizes)
+    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, tensors)]
 
 
 def predictable_tokens(loss_mask_N: Tensor, doc_offsets: list[int], mask_shift: int = 0) -> Tensor:
@@ -165,19 +197,22 @@ def plan_rows(
         embed_mask_N[1 + k : 1 + k + num_tokens] |= needed_KN[k][: len(embed_mask_N) - 1 - k]
     embed_place_N = embed_mask_N.cumsum(0) - 1
 
-    steps, places = [], []
+    steps, places, num_rows = [], [], 0
     rows = key_tokens
     for k in range(num_steps):
         previous, rows = rows, needed_KN[k].nonzero().squeeze(1)
         if k and len(previous) - len(rows) <= spare_share * len(previous):
             rows = previous  # the idle ones among them are not needed later either: they read any embedding
         place_N = torch.full((num_tokens + 1,), -1).index_put_((rows,), torch.arange(len(rows)))
-        places.append(place_N[head_rows_KM[k]])
+        place_M = place_N[head_rows_KM[k]]
+        places.append(torch.where(place_M >= 0, place_M + num_rows, -1))
+        num_rows += len(rows)
         steps.append(
             StepRows(
                 row_tokens=rows,
                 from_previous=None if len(previous) == len(rows) else torch.searchsorted(previous, rows),
                 key_rows=key_place_N[rows],
+                first_keys=key_place_N[start_of_N[rows]],
                 embed_places=torch.where(needed_KN[k, rows], embed_place_N[rows + 1 + k], 0),
                 position_ids=rows - start_of_N[rows] + k,
                 segments=_segments(rows, doc_of_N, key_place_N, start_of_N, max_gap),
@@ -190,10 +225,12 @@ def plan_rows(
         key_tokens=key_tokens,
         key_places=None if owned_N is None else key_place_N[key_tokens],
         key_positions=key_tokens - start_of_N[key_tokens],
+        key_doc_lengths=offsets.diff()[doc_of_N[key_tokens]],
         key_embed_places=embed_place_N[key_tokens + 1],
         embed_tokens=embed_mask_N.nonzero().squeeze(1),
         predicted_tokens=tokens,
-        head_places_KM=torch.stack(places),
+        head_rows_MK=head_rows_KM.T.contiguous(),
+        head_places_MK=torch.stack(places, 1),
     )
 
 

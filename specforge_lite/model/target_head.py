@@ -106,6 +106,15 @@ class TargetHead:
             raw = self.logit_softcap * torch.tanh(raw / self.logit_softcap)
         return raw
 
+    def finish(self, raw: Tensor) -> tuple[Tensor, Tensor | float | None]:
+        """Products with the whole head -> (logits, their slope d logit / d product, None for 1)."""
+        if self.head_bias_V is not None:
+            raw = raw + self.head_bias_V.to(raw.dtype)
+        logits = self.scale_logits(raw)
+        if not self.logit_softcap:
+            return logits, None if self.logit_scale == 1.0 else self.logit_scale
+        return logits, (1 - (logits / self.logit_softcap).square()) * self.logit_scale  # of cap * tanh(x / cap)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TargetHead:
         """Copy to a device; the embedding and the head stay one tensor where they were tied."""
         embed = self.embed_VH.to(device=device, dtype=dtype)

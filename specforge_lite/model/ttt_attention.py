@@ -9,8 +9,7 @@ Letters: R needed rows of this step, N step-0 key rows, H query heads, G key/val
 J = k later keys.
 
 eager           materialised scores and mask; the oracle.
-sdpa            flash attention over the step-0 block, the J single keys merged by log-sum-exp; O(R) memory. On a CPU
-                with few rows the step-0 block is dense (model/dense_attention.py), which is faster there.
+sdpa            flash attention over the step-0 block, the J single keys merged by log-sum-exp; O(R) memory.
 flex_attention  one block mask; torch has no backward for it on CPU.
 """
 
@@ -18,85 +17,91 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from specforge_lite.core.errors import ConfigError, suggest
-from specforge_lite.model.dense_attention import MAX_PROBABILITIES, CpuDense, Step0Block, num_probabilities
-from specforge_lite.model.row_plan import Segment, StepRows
+from specforge_lite.model.device import attention_dtype, choose_attention
+from specforge_lite.model.flash import CpuFlash, FlashRows, Step0Block, VarlenFlash, flash_rows
+from specforge_lite.model.row_plan import StepRows
 
-# q_RHd, k0_NGd, v0_NGd, later keys [k_RGd ...], later values [v_RGd ...], rows -> o_RHd
-TttAttention = Callable[[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], StepRows], Tensor]
-
-
-def get_attention(name: str, device_type: str = "cpu") -> TttAttention:
-    """Return a backend of ATTENTION_BACKENDS; `auto` is flex_attention on CUDA and sdpa elsewhere."""
-    if name == "auto":
-        name = "flex_attention" if device_type == "cuda" else "sdpa"
-    if name not in ATTENTION_BACKENDS:
-        raise ConfigError(f"draft_attention_backend: unknown value '{name}'{suggest(name, ATTENTION_BACKENDS)}")
-    return ATTENTION_BACKENDS[name]
+FLEX_BLOCK = 128
 
 
-def attention_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """bf16 and fp16 on a CPU attend in fp32: the CPU's 16-bit flash backward is slower than that, and less precise."""
-    half = compute_dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and device_type == "cpu" else compute_dtype
+Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R, G, d]; values alike
+
+
+class Backend(Protocol):
+    """One way to attend."""
+
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> Any:
+        """On the host: what `attend` wants to find in `rows.kernel`; its tensors go to the device with the plan."""
+        ...
+
+    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
+        """-> output [R, H, d]."""
+        ...
+
+
+def make_backend(name: str, device_type: str = "cpu") -> Backend:
+    """`name` as `--draft-attention-backend` has it; flex_attention that has to run backward on a CPU becomes sdpa."""
+    if name != "flex_attention" or device_type != "cpu" or torch.is_grad_enabled():
+        name = choose_attention(name, device_type)
+    return {"eager": Eager, "sdpa": Merged, "flex_attention": Flex}[name](device_type)
 
 
 # ---------------------------------------------------------------------------------------------------------------- eager
 
 
-def visible_step0(rows: StepRows, num_keys: int) -> Tensor:
-    """bool [R, N]: step-0 keys that each needed row sees (same document, not after the row)."""
-    document_start = torch.zeros(len(rows.key_rows), dtype=torch.int64)
-    for segment in rows.segments:
-        document_start[segment.compact_start : segment.compact_stop] = segment.key_start
-    document_start = document_start.to(rows.key_rows.device)
-    keys = torch.arange(num_keys, device=rows.key_rows.device)
-    return (keys[None] <= rows.key_rows[:, None]) & (keys[None] >= document_start[:, None])
-
-
-def eager_attention(
-    q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, later_k: list[Tensor], later_v: list[Tensor], rows: StepRows
-) -> Tensor:
+class Eager:
     """The oracle: every score exists, masked ones are minus infinity, one softmax."""
-    group = q_RHd.shape[1] // k0_NGd.shape[1]
-    scale = 1 / math.sqrt(q_RHd.shape[2])
-    expand = lambda x: x.repeat_interleave(group, dim=1)  # noqa: E731  (query head h reads key head h // group)
-    scores = [torch.einsum("rhd,nhd->hrn", q_RHd, expand(k0_NGd)) * scale]
-    scores[0] = scores[0].masked_fill(~visible_step0(rows, len(k0_NGd)), float("-inf"))
-    scores += [(torch.einsum("rhd,rhd->hr", q_RHd, expand(k)) * scale).unsqueeze(-1) for k in later_k]
-    probabilities = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(q_RHd.dtype, torch.float32))
-    probabilities = probabilities.to(q_RHd.dtype)
-    out_RHd = torch.einsum("hrn,nhd->rhd", probabilities[..., : len(k0_NGd)], expand(v0_NGd))
-    for j, value in enumerate(later_v):
-        out_RHd = out_RHd + probabilities[..., len(k0_NGd) + j].T.unsqueeze(-1) * expand(value)
-    return out_RHd
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        pass
+
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> None:
+        return None
+
+    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
+        k0_NGd, v0_NGd = keys[0], values[0]
+        group = q_RHd.shape[1] // k0_NGd.shape[1]
+        scale = 1 / math.sqrt(q_RHd.shape[2])
+        expand = lambda x: x.repeat_interleave(group, dim=1)  # noqa: E731  (query head h reads key head h // group)
+        scores = [torch.einsum("rhd,nhd->hrn", q_RHd, expand(k0_NGd)) * scale]
+        keys_N = torch.arange(len(k0_NGd), device=q_RHd.device)
+        visible_RN = (keys_N <= rows.key_rows[:, None]) & (keys_N >= rows.first_keys[:, None])
+        scores[0] = scores[0].masked_fill(~visible_RN, float("-inf"))
+        scores += [(torch.einsum("rhd,rhd->hr", q_RHd, expand(k)) * scale).unsqueeze(-1) for k in keys[1:]]
+        probabilities = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(q_RHd.dtype, torch.float32))
+        probabilities = probabilities.to(q_RHd.dtype)
+        out_RHd = torch.einsum("hrn,nhd->rhd", probabilities[..., : len(k0_NGd)], expand(v0_NGd))
+        for j, value in enumerate(values[1:]):
+            out_RHd = out_RHd + probabilities[..., len(k0_NGd) + j].T.unsqueeze(-1) * expand(value)
+        return out_RHd
 
 
 # --------------------------------------------------------------------------------------------------------- merged flash
 
 
-def merged_attention(
-    q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, later_k: list[Tensor], later_v: list[Tensor], rows: StepRows
-) -> Tensor:
+class Merged:
     """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N)."""
-    dtype = q_RHd.dtype
-    if attention_dtype(dtype, q_RHd.device.type) != dtype:
-        q_RHd, k0_NGd, v0_NGd, *later = (x.float() for x in (q_RHd, k0_NGd, v0_NGd, *later_k, *later_v))
-        return merged_attention(q_RHd, k0_NGd, v0_NGd, later[: len(later_k)], later[len(later_k) :], rows).to(dtype)
-    if q_RHd.shape[0] == 0:
-        return q_RHd + 0 * (k0_NGd.sum() + v0_NGd.sum() + sum(x.sum() for x in (*later_k, *later_v)))
-    return _Merged.apply(_step0_block(q_RHd, rows), q_RHd, k0_NGd, v0_NGd, *later_k, *later_v)
 
+    def __init__(self, device_type: str = "cpu") -> None:
+        self._on_cpu = device_type == "cpu"
 
-def _step0_block(q_RHd: Tensor, rows: StepRows) -> Step0Block:
-    if q_RHd.is_cuda:
-        return CudaFlash(rows.segments)
-    few = num_probabilities(rows.segments, q_RHd.shape[1]) <= MAX_PROBABILITIES
-    return CpuDense(rows.segments) if few else CpuFlash(rows.segments)
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlashRows | None:
+        return None if self._on_cpu else flash_rows(rows.segments, num_keys)
+
+    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
+        dtype = q_RHd.dtype
+        if attention_dtype(dtype, q_RHd.device.type) != dtype:
+            q_RHd, keys, values = q_RHd.float(), [key.float() for key in keys], [value.float() for value in values]
+        if len(q_RHd) == 0:
+            return (q_RHd + 0 * sum(x.sum() for x in (*keys, *values))).to(dtype)
+        block = CpuFlash(rows.segments) if self._on_cpu else VarlenFlash(rows.kernel)
+        return _Merged.apply(block, len(keys), q_RHd, *keys, *values).to(dtype)  # type: ignore[no-any-return]
 
 
 class _Merged(torch.autograd.Function):
@@ -107,27 +112,29 @@ class _Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block: Step0Block, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, *later: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        num_later = len(later) // 2
-        out_RHd, z_RH, kept = block.forward(q_RHd, k0_NGd, v0_NGd)
+    def forward(ctx, block: Step0Block, num_keys: int, q_RHd: Tensor, *keys_values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        keys, values = keys_values[:num_keys], keys_values[num_keys:]
+        out_RHd, z_RH = block.forward(q_RHd, keys[0], values[0])
         probabilities: list[Tensor] = []
-        if num_later:
-            out_RHd, z_RH, probabilities = merge_single_keys(q_RHd, out_RHd, z_RH, later[:num_later], later[num_later:])
-        ctx.block, ctx.num_later, ctx.num_kept = block, num_later, len(kept)
-        ctx.save_for_backward(q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *kept, *later, *probabilities)
+        if num_keys > 1:
+            out_RHd, z_RH, probabilities = merge_single_keys(q_RHd, out_RHd, z_RH, keys[1:], values[1:])
+        ctx.block, ctx.num_keys = block, num_keys
+        ctx.save_for_backward(q_RHd, out_RHd, z_RH, *keys_values, *probabilities)
         return out_RHd
 
     @staticmethod
     def backward(ctx, grad_RHd: Tensor):  # type: ignore[no-untyped-def, override]
-        q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, *rest = ctx.saved_tensors
-        kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        later, probabilities = rest[: 2 * ctx.num_later], rest[2 * ctx.num_later :]
-        dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, k0_NGd, v0_NGd, out_RHd, z_RH, kept)
-        later_grads: list[Tensor] = []
-        if ctx.num_later:
-            keys, values = later[: ctx.num_later], later[ctx.num_later :]
-            later_grads = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys, values, dq_RHd)
-        return None, dq_RHd, dk0_NGd, dv0_NGd, *later_grads
+        q_RHd, out_RHd, z_RH, *rest = ctx.saved_tensors
+        keys, values, probabilities = (
+            rest[: ctx.num_keys],
+            rest[ctx.num_keys : 2 * ctx.num_keys],
+            rest[2 * ctx.num_keys :],
+        )
+        dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, keys[0], values[0], out_RHd, z_RH)
+        dk, dv = [], []
+        if probabilities:
+            dk, dv = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys[1:], values[1:], dq_RHd)
+        return None, None, dq_RHd, dk0_NGd, *dk, dv0_NGd, *dv
 
 
 def merge_single_keys(
@@ -138,13 +145,14 @@ def merge_single_keys(
     -> (output, logsumexp of all scores, probability [R, G, g] of each single key). One key at a time: every row has its
     own, so there is no matrix product in it, and plain sums are faster than R tiny ones.
     """
-    q_RGgd, groups = _by_group(q_RHd, keys[0].shape[1]).to(lse0_RH.dtype), keys[0].shape[1]
-    scale = 1 / math.sqrt(q_RHd.shape[2])
+    groups = keys[0].shape[1]
+    q_RGgd = _by_group(q_RHd, groups).to(lse0_RH.dtype) * (1 / math.sqrt(q_RHd.shape[2]))
     lse0_RGg = lse0_RH.unflatten(1, (groups, -1))
-    scores = [(q_RGgd * key.unsqueeze(2)).sum(-1).mul_(scale) for key in keys]
-    z_RGg = torch.logsumexp(torch.stack([lse0_RGg, *scores]), 0)
-    probabilities = [(score - z_RGg).exp_() for score in scores]
-    out_RGgd = _by_group(out0_RHd, groups) * (lse0_RGg - z_RGg).exp_().unsqueeze(-1)
+    scores = [(q_RGgd * key.unsqueeze(2)).sum(-1) for key in keys]
+    all_scores = torch.stack([lse0_RGg, *scores])
+    z_RGg = torch.logsumexp(all_scores, 0)
+    share0_RGg, *probabilities = (all_scores - z_RGg).exp_().unbind()
+    out_RGgd = _by_group(out0_RHd, groups) * share0_RGg.unsqueeze(-1)
     for probability, value in zip(probabilities, values):
         out_RGgd.addcmul_(probability.unsqueeze(-1), value.unsqueeze(2))
     return out_RGgd.to(q_RHd.dtype).view(out0_RHd.shape), z_RGg.flatten(1), probabilities
@@ -158,8 +166,8 @@ def single_keys_backward(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     dq_RHd: Tensor,
-) -> list[Tensor]:
-    """Add the single keys' part to dq; -> gradients of the keys, then of the values."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Add the single keys' part to dq; -> gradients of the keys, and of the values."""
     groups, scale, wide = keys[0].shape[1], 1 / math.sqrt(q_RHd.shape[2]), probabilities[0].dtype
     q_RGgd, grad_RGgd = (_by_group(x, groups).to(wide) for x in (q_RHd, grad_RHd))
     delta_RGg = (grad_RGgd * _by_group(out_RHd, groups)).sum(-1)
@@ -170,7 +178,7 @@ def single_keys_backward(
         dq_RGgd += d_score * key.unsqueeze(2)
         key_grads.append((d_score * q_RGgd).sum(2).to(key.dtype))
         value_grads.append((probability.unsqueeze(-1) * grad_RGgd).sum(2).to(value.dtype))
-    return [*key_grads, *value_grads]
+    return key_grads, value_grads
 
 
 def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
@@ -178,199 +186,100 @@ def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
     return x_RHd.unflatten(1, (groups, -1))
 
 
-class CpuFlash:
-    """aten's flash kernel for CPUs. Its causal mask starts at the top left, so a span is two calls: all tokens before
-    it, and itself, joined by their log-sum-exp."""
-
-    def __init__(self, segments: list[Segment]) -> None:
-        self._segments = segments
-
-    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
-        z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.promote_types(q_RHd.dtype, torch.float32))
-        for segment in self._segments:
-            q = _heads_first(_segment_rows(q_RHd, segment), k0_NGd.shape[1])
-            parts = []
-            for first, stop, causal in _blocks(segment):
-                k, v = (_keys_first(x[first:stop], len(q)) for x in (k0_NGd, v0_NGd))
-                parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal))
-            out, lse = parts[-1]
-            if len(parts) == 2:
-                (out_before, lse_before), (out_own, lse_own) = parts
-                lse = torch.logaddexp(lse_before, lse_own)
-                out = out_before * (lse_before - lse).exp_().unsqueeze(-1)
-                out.addcmul_(out_own, (lse_own - lse).exp_().unsqueeze(-1))
-            _unpad(out_RHd, _tokens_first(out), segment)
-            _unpad(z_RH, _tokens_first(lse), segment)
-        return out_RHd, z_RH, []
-
-    def backward(
-        self,
-        grad_RHd: Tensor,
-        q_RHd: Tensor,
-        k0_NGd: Tensor,
-        v0_NGd: Tensor,
-        out_RHd: Tensor,
-        z_RH: Tensor,
-        kept: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = k0_NGd.shape[1]
-        dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
-        dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)
-        for segment in self._segments:
-            grad, q, out = (_heads_first(_segment_rows(x, segment), groups) for x in (grad_RHd, q_RHd, out_RHd))
-            z_TH = _segment_rows(z_RH, segment, fill=float("inf"))
-            z = z_TH.view(len(z_TH), groups, -1).permute(2, 1, 0)
-            dq_total: Tensor | None = None
-            for first, stop, causal in _blocks(segment):
-                k, v = (_keys_first(x[first:stop], len(q)) for x in (k0_NGd, v0_NGd))
-                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad, q, k, v, out, z, 0.0, causal
-                )
-                dq_total = dq if dq_total is None else dq_total.add_(dq)
-                dk0_NGd[first:stop] += dk.sum(0).transpose(0, 1)
-                dv0_NGd[first:stop] += dv.sum(0).transpose(0, 1)
-            assert dq_total is not None
-            _unpad(dq_RHd, _tokens_first(dq_total), segment)
-        return dq_RHd, dk0_NGd, dv0_NGd
-
-
-def _heads_first(x_THd: Tensor, groups: int) -> Tensor:
-    """[T, G * g, d] -> [g, G, T, d] view: the g query heads that share a key head become a batch, so that keys and
-    values need no copy per query head (they are expanded with stride 0)."""
-    return x_THd.unflatten(1, (groups, -1)).permute(2, 1, 0, 3)
-
-
-def _keys_first(x_TGd: Tensor, batch: int) -> Tensor:
-    return x_TGd.transpose(0, 1).expand(batch, -1, -1, -1)
-
-
-def _tokens_first(x_gGTd: Tensor) -> Tensor:
-    return x_gGTd.permute(2, 1, 0, *range(3, x_gGTd.ndim)).flatten(1, 2)
-
-
-def _blocks(segment: Segment) -> list[tuple[int, int, bool]]:
-    """(first key, last key + 1, causal) of the two blocks a segment sees: all tokens before it, and itself."""
-    before = [(segment.key_start, segment.start, False)] if segment.start > segment.key_start else []
-    return [*before, (segment.start, segment.stop, True)]
-
-
-def _segment_rows(x: Tensor, segment: Segment, fill: float = 0.0) -> Tensor:
-    """Rows of a segment as one contiguous token range; holes are `fill` and their results are thrown away."""
-    rows = x[segment.compact_start : segment.compact_stop]
-    if segment.index is None:
-        return rows
-    padded = x.new_full((segment.stop - segment.start, *x.shape[1:]), fill)
-    padded[segment.index.to(x.device)] = rows
-    return padded
-
-
-def _unpad(target: Tensor, rows: Tensor, segment: Segment) -> None:
-    target[segment.compact_start : segment.compact_stop] = (
-        rows if segment.index is None else rows[segment.index.to(rows.device)]
-    )
-
-
-class CudaFlash:
-    """aten's FlashAttention-2, one call per segment. It aligns a causal mask to the bottom right, which is what a span
-    of rows at the end of its keys needs."""
-
-    def __init__(self, segments: list[Segment]) -> None:
-        self._segments = segments
-
-    def forward(self, q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        out_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
-        z_RH = torch.empty(q_RHd.shape[:2], dtype=torch.float32, device=q_RHd.device)
-        for segment in self._segments:
-            q_THd = _segment_rows(q_RHd, segment)
-            k, v = (x[segment.key_start : segment.stop] for x in (k0_NGd, v0_NGd))
-            out, lse, _, _, _ = torch.ops.aten._flash_attention_forward(
-                q_THd, k, v, *_cuda_offsets(q_THd, k), len(q_THd), len(k), 0.0, True, False
-            )
-            _unpad(out_RHd, out, segment)
-            _unpad(z_RH, lse.T, segment)
-        return out_RHd, z_RH, []
-
-    def backward(
-        self,
-        grad_RHd: Tensor,
-        q_RHd: Tensor,
-        k0_NGd: Tensor,
-        v0_NGd: Tensor,
-        out_RHd: Tensor,
-        z_RH: Tensor,
-        kept: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq_RHd = torch.empty_like(q_RHd, memory_format=torch.contiguous_format)
-        dk0_NGd, dv0_NGd = torch.zeros_like(k0_NGd), torch.zeros_like(v0_NGd)
-        seed = torch.zeros(2, dtype=torch.uint64, device=q_RHd.device)
-        unused = torch.empty(0, dtype=torch.uint64, device=q_RHd.device)
-        for segment in self._segments:
-            grad, q, out = (_segment_rows(x, segment).contiguous() for x in (grad_RHd, q_RHd, out_RHd))
-            keys = slice(segment.key_start, segment.stop)
-            lse = _segment_rows(z_RH, segment, fill=float("inf")).T.contiguous()
-            dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad, q, k0_NGd[keys], v0_NGd[keys], out, lse, *_cuda_offsets(q, k0_NGd[keys]),
-                len(q), keys.stop - keys.start, 0.0, True, seed, unused,
-            )  # fmt: skip
-            _unpad(dq_RHd, dq, segment)
-            dk0_NGd[keys] += dk
-            dv0_NGd[keys] += dv
-        return dq_RHd, dk0_NGd, dv0_NGd
-
-
-def _cuda_offsets(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    make = lambda length: torch.tensor([0, length], dtype=torch.int32, device=q.device)  # noqa: E731
-    return make(len(q)), make(len(k))
-
-
 # ----------------------------------------------------------------------------------------------------------------- flex
 
 
-def flex_attention(
-    q_RHd: Tensor, k0_NGd: Tensor, v0_NGd: Tensor, later_k: list[Tensor], later_v: list[Tensor], rows: StepRows
-) -> Tensor:
+@dataclass(frozen=True)
+class FlexRows:
+    """A step's block mask: for each block of rows, its blocks of keys (int32, as torch's BlockMask wants them), partly
+    and wholly visible; and the other way round. sizes: [N, R] int64, on the device, so that they are no constants of a
+    graph."""
+
+    kv_counts: Tensor
+    kv_blocks: Tensor
+    full_kv_counts: Tensor
+    full_kv_blocks: Tensor
+    q_counts: Tensor
+    q_blocks: Tensor
+    full_q_counts: Tensor
+    full_q_blocks: Tensor
+    sizes: Tensor
+
+
+def flex_rows(rows: StepRows, num_later: int, num_keys: int) -> FlexRows:
+    """Which blocks hold visible keys: made of the rows' key ranges, without a matrix of rows and keys."""
+    num_rows = len(rows.key_rows)
+    num_blocks = -(-(num_keys + num_rows * num_later) // FLEX_BLOCK)
+    first_of_block = torch.arange(num_blocks) * FLEX_BLOCK
+    last_of_block = first_of_block + FLEX_BLOCK - 1
+    partly, wholly = [], []
+    for start in range(0, num_rows, FLEX_BLOCK):
+        stop = min(start + FLEX_BLOCK, num_rows)
+        own, first = rows.key_rows[start:stop], rows.first_keys[start:stop]
+        seen = (first_of_block <= own.max()) & (last_of_block >= first.min())
+        for j in range(num_later):
+            offset = num_keys + j * num_rows
+            seen |= (first_of_block < offset + stop) & (last_of_block >= offset + start)
+        full = (first_of_block >= first.max()) & (last_of_block <= own.min())
+        partly.append(seen & ~full)
+        wholly.append(full)
+    part, whole = torch.stack(partly), torch.stack(wholly)
+    orders = [_ordered(matrix) for matrix in (part, whole, part.T, whole.T)]
+    return FlexRows(*(tensor for order in orders for tensor in order), torch.tensor([num_keys, num_rows]))
+
+
+def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [I, J] -> (how many of each row [1, 1, I], which ones, those first [1, 1, I, J]), int32."""
+    order = torch.argsort(visible.to(torch.int8), dim=-1, descending=True, stable=True)
+    return visible.sum(-1).int()[None, None], order.int()[None, None]
+
+
+class Flex:
     """torch's flex_attention with one mask: a step-0 key by position and document, a later key by its own row."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
-    num_rows, num_keys = len(q_RHd), len(k0_NGd)
-    if num_rows == 0:
-        return merged_attention(q_RHd, k0_NGd, v0_NGd, later_k, later_v, rows)
-    document_start = torch.zeros(num_rows, dtype=torch.int64)
-    for segment in rows.segments:
-        document_start[segment.compact_start : segment.compact_stop] = segment.key_start
-    document_start, key_row = document_start.to(q_RHd.device), rows.key_rows
+    def __init__(self, device_type: str = "cpu") -> None:
+        self._compiled = device_type == "cuda"
 
-    def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        step0 = (key < num_keys) & (key <= key_row[row]) & (key >= document_start[row])
-        return step0 | ((key >= num_keys) & ((key - num_keys) % num_rows == row))
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlexRows | None:
+        return flex_rows(rows, step, num_keys) if len(rows.key_rows) else None
 
-    total = num_keys + num_rows * len(later_k)
-    block_mask = create_block_mask(visible, None, None, num_rows, total, device=q_RHd.device)
-    k_GTd, v_GTd = (torch.cat(parts).transpose(0, 1) for parts in ([k0_NGd, *later_k], [v0_NGd, *later_v]))
-    kernel: Callable[..., Tensor] = _compiled_flex(torch_flex) if q_RHd.is_cuda else torch_flex  # type: ignore[assignment]
-    out = kernel(
-        q_RHd.transpose(0, 1)[None],
-        k_GTd[None],
-        v_GTd[None],
-        block_mask=block_mask,
-        enable_gqa=q_RHd.shape[1] != k0_NGd.shape[1],
-    )
-    return out[0].transpose(0, 1)
+    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        if len(q_RHd) == 0:
+            return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
+        plan: FlexRows = rows.kernel
+        key_row_R, first_key_R, sizes = rows.key_rows, rows.first_keys, plan.sizes
+
+        def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
+            return step0 | ((key >= sizes[0]) & ((key - sizes[0]) % sizes[1] == row))
+
+        k_1GTd, v_1GTd = (torch.cat(list(x)).transpose(0, 1)[None] for x in (keys, values))
+        mask = BlockMask(
+            (len(q_RHd), k_1GTd.shape[2]), plan.kv_counts, plan.kv_blocks, plan.full_kv_counts, plan.full_kv_blocks,
+            plan.q_counts, plan.q_blocks, plan.full_q_counts, plan.full_q_blocks, (FLEX_BLOCK, FLEX_BLOCK), visible,
+        )  # fmt: skip
+        out = _flex_kernel(self._compiled)(
+            q_RHd.transpose(0, 1)[None],
+            k_1GTd,
+            v_1GTd,
+            block_mask=mask,
+            enable_gqa=q_RHd.shape[1] != k_1GTd.shape[1],
+            # its kernel for few rows has no configuration for some sizes (33 to 127 rows at 4 query heads a key head)
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        )
+        return out[0].transpose(0, 1)
 
 
 _COMPILED: dict[str, Callable[..., Tensor]] = {}
 
 
-def _compiled_flex(torch_flex: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not compiled:
+        return flex_attention  # type: ignore[return-value]
     if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(torch_flex, dynamic=True)
+        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
     return _COMPILED["flex"]
-
-
-ATTENTION_BACKENDS: dict[str, TttAttention] = {
-    "eager": eager_attention,
-    "sdpa": merged_attention,
-    "flex_attention": flex_attention,
-}

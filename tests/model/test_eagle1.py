@@ -6,17 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.reference import ReferenceConfig
-from benchmarks.reference_eagle1 import reference_eagle1_loss, reference_states
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model import losses
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.eagle1 import state_noise
+from specforge_lite.model.eagle3_reference import ReferenceConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.row_plan import plan_rows
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch
+from tests.model.reference_eagle1 import reference_eagle1_loss, reference_states
 
 VOCAB, HIDDEN = 50, 16
 MASKS = {
@@ -180,7 +180,7 @@ def test_noise_is_uniform_of_eagles_width_and_only_in_training() -> None:
     plan = plan_rows(torch.arange(320) % 64 > 1, batch.doc_offsets, 1)
     state = torch.zeros(len(plan.key_tokens), 400)
     torch.manual_seed(0)
-    noise = state_noise(state, plan, batch.doc_offsets, 0.2)
+    noise = state_noise(state, plan.key_doc_lengths, 0.2)
     for tokens, rows in ((64, noise[plan.key_tokens < 64]), (256, noise[plan.key_tokens >= 64])):
         half_width = 0.2 * 512 / tokens / 2
         assert half_width * 0.99 < rows.max() <= half_width
@@ -244,15 +244,14 @@ def test_full_vocabulary_logits_are_never_all_alive(monkeypatch: pytest.MonkeyPa
     whole = draft(batch, head, TTTSettings(num_steps=2, noise=0.0))
     whole_grads = gradients(draft, whole.loss)
     seen: list[int] = []
-    original = TargetHead.logits
+    original = TargetHead.scale_logits
 
-    def counting(self, states, rows=None):
-        logits = original(self, states, rows)
-        seen.append(logits.numel())
-        return logits
+    def counting(self, raw):
+        seen.append(raw.numel())
+        return original(self, raw)
 
-    monkeypatch.setattr(TargetHead, "logits", counting)
-    monkeypatch.setattr(losses, "LOSS_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(TargetHead, "scale_logits", counting)
+    monkeypatch.setattr(losses, "CPU_CHUNK_ELEMENTS", 1)
     chunked = draft(batch, head, TTTSettings(num_steps=2, noise=0.0))
     assert max(seen) == 4 * 2 * VOCAB  # four tokens, two steps
     torch.testing.assert_close(whole.loss, chunked.loss, rtol=1e-13, atol=0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.reference import ReferenceConfig, reference_loss
-from specforge_lite.model import dense_attention
-from specforge_lite.model import ttt_attention as attention
 from specforge_lite.model.draft import DraftConfig, TTTSettings
+from specforge_lite.model.eagle3_reference import ReferenceConfig, reference_loss
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.row_plan import plan_rows
@@ -110,17 +108,8 @@ def assert_same(draft, head, batch, backend: str, num_steps: int = STEPS, checkp
         torch.testing.assert_close(actual[name], expected_grads[name], rtol=1e-10, atol=1e-11, msg=name)
 
 
-@pytest.fixture(params=["dense", "dense, small blocks", "flash"])
-def step0_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways in which a CPU attends to the step-0 keys."""
-    if request.param == "flash":
-        monkeypatch.setattr(attention, "MAX_PROBABILITIES", -1)
-    elif request.param == "dense, small blocks":
-        monkeypatch.setattr(dense_attention, "BLOCK_ROWS", 2)
-
-
 @pytest.mark.parametrize("mask", MASKS)
-def test_step_equals_reference(mask: str, step0_kernel: None) -> None:
+def test_step_equals_reference(mask: str) -> None:
     assert_same(make_draft(), make_target_head(), make_batch([MASKS[mask]]), "sdpa")
 
 
@@ -140,17 +129,17 @@ def test_step_with_eager_attention_equals_reference(mask: str) -> None:
 
 @pytest.mark.parametrize("norm_output", [False, True])
 @pytest.mark.parametrize("fc_norm", [False, True])
-def test_packed_documents_equal_the_reference_one_by_one(norm_output: bool, fc_norm: bool, step0_kernel: None) -> None:
+def test_packed_documents_equal_the_reference_one_by_one(norm_output: bool, fc_norm: bool) -> None:
     batch = make_batch(list(MASKS.values()))
     assert_same(make_draft(norm_output, fc_norm), make_target_head(), batch, "sdpa", num_steps=7)
 
 
-def test_activation_checkpointing_gives_every_parameter_the_same_gradient(step0_kernel: None) -> None:
+def test_activation_checkpointing_gives_every_parameter_the_same_gradient() -> None:
     batch = make_batch([MASKS["gaps"], MASKS["several turns"]])
     assert_same(make_draft(), make_target_head(), batch, "sdpa", checkpointing=True)
 
 
-def test_long_gaps_are_cut_into_segments_and_short_ones_bridged(step0_kernel: None) -> None:
+def test_long_gaps_are_cut_into_segments_and_short_ones_bridged() -> None:
     mask = "0" * 5 + "1" * 3 + "0" * 60 + "1" + "0" * 20 + "11" + "0" * 10
     batch = make_batch([mask, mask])
     plan = plan_rows(batch.loss_mask_N, batch.doc_offsets, 2)
@@ -176,8 +165,9 @@ def test_needed_rows_typed_by_hand() -> None:
     assert plan.key_tokens.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert [s.row_tokens.tolist() for s in plan.steps] == [[2, 3, 4, 5, 6], [2, 3, 4, 5], [2, 3, 4]]
     assert [s.position_ids.tolist() for s in plan.steps] == [[2, 3, 4, 5, 6], [3, 4, 5, 6], [4, 5, 6]]
-    # places of rows u - 2 - k among the needed rows of the step
-    assert plan.head_places_KM.tolist() == [[2, 3, 4], [1, 2, 3], [0, 1, 2]]
+    # places of rows u - 2 - k among the needed rows of all steps (5, 4 and 3 of them), one token a line
+    assert plan.head_places_MK.tolist() == [[2, 5 + 1, 9 + 0], [3, 5 + 2, 9 + 1], [4, 5 + 3, 9 + 2]]
+    assert plan.head_rows_MK.tolist() == [[4, 3, 2], [5, 4, 3], [6, 5, 4]]
     # embeddings: x_{t+1+k}; key rows read tokens 1..7, later steps at most 7 (= 5 + 1 + 1)
     assert plan.embed_tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
 
@@ -187,7 +177,7 @@ def test_rows_before_a_document_do_not_exist() -> None:
     counted = torch.zeros(8, dtype=torch.bool)
     counted[6] = True  # token 2 of the document 4..7
     plan = plan_rows(counted, [0, 4, 8], 3)
-    assert plan.head_places_KM.tolist() == [[0], [-1], [-1]]
+    assert plan.head_places_MK.tolist() == [[0, -1, -1]]
     assert [s.row_tokens.tolist() for s in plan.steps] == [[4], [], []]
 
 
@@ -226,8 +216,8 @@ def test_loss_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch)
 
     draft, head, batch = make_draft(), make_target_head(), make_batch(list(MASKS.values()))
     whole = draft(batch, head, TTTSettings(num_steps=STEPS)).loss
-    monkeypatch.setattr(losses, "LOSS_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(losses, "TEACHER_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(losses, "CPU_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(losses, "CPU_PASS_ELEMENTS", 1)
     chunked = draft(batch, head, TTTSettings(num_steps=STEPS)).loss
     torch.testing.assert_close(whole, chunked, rtol=1e-13, atol=0)
 
@@ -261,15 +251,6 @@ def test_sampling_acceptance_is_the_overlap_with_the_full_distribution() -> None
         q = draft.logits(head_input[0, 3]).softmax(-1)
     expected = torch.minimum(p[draft.target_ids], q).sum() if draft.t2d[p.argmax()] else torch.zeros(())
     torch.testing.assert_close(output.alpha_sum_K[0].double(), expected.double(), rtol=1e-6, atol=1e-7)
-
-
-def test_fast_argmax_is_the_first_maximum() -> None:
-    from specforge_lite.model.losses import fast_argmax
-
-    x = torch.randint(0, 4, (64, 4096)).float()
-    assert torch.equal(fast_argmax(x), x.argmax(-1))
-    odd = torch.randint(0, 4, (16, 4099)).float()
-    assert torch.equal(fast_argmax(odd), odd.argmax(-1))
 
 
 def test_packed_and_unpacked_batches_give_the_same_loss_and_gradients() -> None:

@@ -14,7 +14,7 @@ from specforge_lite.core.settings import parse_config
 from specforge_lite.model import losses
 from specforge_lite.model.acceptance import LK_LOSSES, lk_pass
 from specforge_lite.model.draft import TTTSettings
-from specforge_lite.model.losses import ttt_cross_entropy
+from specforge_lite.model.losses import Teacher, chunked_cross_entropy
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.settings import TrainConfig
 from tests.model.test_eagle3 import MASKS, STEPS, make_batch, make_draft, make_target_head
@@ -97,8 +97,8 @@ def test_pass_by_gradcheck() -> None:
 def test_chunked_loss_equals_autograd_of_the_definition(
     name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOSS_CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(losses, "LOSS_PASS_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "CPU_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "CPU_PASS_ELEMENTS", chunk_elements)
     torch.manual_seed(1)
     _, teacher, lse, ids = random_case(6, 2)
     hidden = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -107,7 +107,7 @@ def test_chunked_loss_equals_autograd_of_the_definition(
     weight[3, 1] = 0
 
     def chunked(hidden: Tensor, head: Tensor) -> Tensor:
-        return ttt_cross_entropy(hidden, weight, teacher, ids, head, False, name, lse)[0]
+        return chunked_cross_entropy(hidden, weight, Teacher(teacher, ids, ids, lse), head, name)[0]
 
     def plain(hidden: Tensor, head: Tensor) -> Tensor:
         return (plain_lk(hidden @ head.T, teacher[:, None], lse[:, None], name) * weight).sum()
@@ -127,19 +127,20 @@ def test_training_step_through_the_draft(name: str) -> None:
     seen: list[Tensor] = []
 
     def plain_loss(*call):
-        head_in, weight, teacher, _ids, head_weight, _, _, lse = call
-        loss = plain_lk(head_in @ head_weight.T, teacher[:, None], lse[:, None], name)
+        head_in, weight, teacher, head_weight, _, _ = call
+        teacher_logits, _, lse = teacher.chunk(slice(None), want_lse=True)
+        loss = plain_lk(head_in @ head_weight.T, teacher_logits[:, None], lse[:, None], name)
         seen.append(loss)
         return (loss * weight).sum(), loss.detach(), torch.zeros_like(weight, dtype=torch.bool)
 
     draft.zero_grad()
     from specforge_lite.model import eagle3
 
-    original, eagle3.ttt_cross_entropy = eagle3.ttt_cross_entropy, plain_loss
+    original, eagle3.chunked_cross_entropy = eagle3.chunked_cross_entropy, plain_loss
     try:
         plain = draft(batch, head, TTTSettings(num_steps=STEPS, loss=name, collect_rows=True))
     finally:
-        eagle3.ttt_cross_entropy = original
+        eagle3.chunked_cross_entropy = original
     plain.loss.backward()
     assert len(seen) == 1
     assert len(grads) > 10
@@ -167,9 +168,7 @@ def test_acceptance_rises_above_what_cross_entropy_finds() -> None:
         optimizer = torch.optim.Adam([head], lr=0.1)
         for _ in range(120):
             optimizer.zero_grad()
-            loss, *_ = ttt_cross_entropy(
-                hidden, weight, teacher, ids, head, False, loss_name, None if loss_name == "ce" else lse
-            )
+            loss, *_ = chunked_cross_entropy(hidden, weight, Teacher(teacher, ids, ids, lse), head, loss_name)
             loss.backward()
             optimizer.step()
         q = torch.softmax(hidden[:, 0] @ head.detach().T, -1)

@@ -70,8 +70,8 @@ def test_parts_cover_the_rows_once_in_order_and_cost_the_same() -> None:
     needed = [sum(len(step.row_tokens) for step in plan.steps) for plan in plans]
     total = sum(len(step.row_tokens) for step in whole.steps)
     assert max(needed) < 1.1 * total / 3
-    heads = [int((plan.head_places_KM >= 0).sum()) for plan in plans]
-    assert sum(heads) == int((whole.head_places_KM >= 0).sum())
+    heads = [int((plan.head_places_MK >= 0).sum()) for plan in plans]
+    assert sum(heads) == int((whole.head_places_MK >= 0).sum())
 
 
 def test_front_and_back_of_a_long_document_go_together() -> None:

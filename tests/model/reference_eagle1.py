@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.reference import ReferenceConfig, rms_norm, rope, shift_left
+from specforge_lite.model.eagle3_reference import ReferenceConfig, rms_norm, rope, shift_left
 
 
 def reference_states(

@@ -1,7 +1,8 @@
 """A plain EAGLE-3 training step, as published: every row at every step, full logits, materialised attention.
 
-The oracle of tests/model/test_eagle3.py and the 1.0 of bench_training.py. One document of T tokens at a time; it
-shares no code with the package except parameter names.
+Read this first; `model/eagle3.py` computes the same faster. It is the oracle of tests/model/test_eagle3.py and the 1.0
+of benchmarks/bench_training.py. One document of T tokens at a time; it shares no code with the rest of the package
+except parameter names.
 """
 
 from __future__ import annotations

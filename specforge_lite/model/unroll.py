@@ -1,0 +1,207 @@
+"""The K steps of a training pass over packed rows, for EAGLE-1 and EAGLE-3: their layers differ in what they read.
+
+    step 0:    x = input of the layer for all key rows -> keys, values of every key row; queries of the needed rows
+    step k:    rows that are needed no longer are dropped -> q, k, v -> attention over the step-0 keys and the row's own
+               keys of steps 1..k -> o, added -> SwiGLU, added
+
+A prediction is named by the token it predicts, u = t + 2 + k: its teacher is y_{u-1}, its embedding x_{u-1}, its RoPE
+position u - 2. So the embedding's half of the input is made once per token, not once per (row, step).
+`model/row_plan.py` says which rows are computed at all.
+
+Letters: R needed rows of a step, N key rows, M predicted tokens, K steps, D draft width, E embedding rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from specforge_lite.model.deferred_grad import DeferredWeight
+from specforge_lite.model.draft import Draft, TTTSettings
+from specforge_lite.model.layers import DraftLayer, gated
+from specforge_lite.model.rope import apply_rope
+from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
+from specforge_lite.model.ttt_attention import Backend, attention_dtype, make_backend
+from specforge_lite.types import DraftBatch, StepOutput
+
+
+class LayerInput(Protocol):
+    """The part of a layer in which the drafts differ, for one training pass."""
+
+    def enter(self, state_RD: Tensor, embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
+        """State h_k of some rows and the places of their embeddings -> (residual [R, D], x [R, D])."""
+        ...
+
+    def queries(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
+        """-> [R, H d], before RoPE."""
+        ...
+
+    def keys_values(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
+        """-> [R, 2 G d], keys (before RoPE) first."""
+        ...
+
+
+def begin_pass(batch: DraftBatch, ttt: TTTSettings) -> tuple[RowPlan, Backend]:
+    """Plan a pass on the host and send the plan to the batch's device."""
+    device = batch.input_ids_N.device
+    host_mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
+    predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
+    owned_N = None
+    if ttt.sequence is not None:
+        owned_N = ttt.sequence.own_rows(predictable_N, batch.doc_offsets, ttt.num_steps)
+    backend = make_backend(ttt.attention_backend, device.type)
+    plan = plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps, owned_N=owned_N)
+    return plan.to(device, backend.plan), backend
+
+
+def step_weights(plan: RowPlan, ttt: TTTSettings) -> Tensor:
+    """[M, K] fp64: step_decay^k where the row exists, else 0."""
+    steps_K = torch.arange(ttt.num_steps, dtype=torch.float64, device=plan.head_places_MK.device)
+    return (plan.head_places_MK >= 0) * ttt.step_decay**steps_K
+
+
+@dataclass
+class _Pass:
+    """What all steps share. kv_first: step-0 keys (after RoPE) and values, [N, G, d] each."""
+
+    layer: DraftLayer
+    layer_input: LayerInput
+    o: DeferredWeight
+    gate_up: DeferredWeight
+    down: DeferredWeight
+    rope_P2h: Tensor
+    backend: Backend
+    compiled: bool
+    kv_first: tuple[Tensor, Tensor]
+
+    def split(self, rows_RO: Tensor, position_ids_R: Tensor, count: int = 1) -> tuple[Tensor, ...]:
+        """`count` (1: queries, 2: keys and values) projected parts -> [R, heads, d], all but values after RoPE."""
+        parts = rows_RO.to(self.rope_P2h.dtype).unflatten(-1, (count, -1, self.layer.head_dim)).unbind(1)
+        cos, sin = self.rope_P2h.index_select(0, position_ids_R).unsqueeze(1).unbind(2)
+        return (apply_rope(parts[0], cos, sin), *parts[1:])
+
+
+def unroll(
+    draft: Draft,
+    layer_input: LayerInput,
+    state_ND: Tensor,
+    plan: RowPlan,
+    backend: Backend,
+    ttt: TTTSettings,
+    after_step: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """-> states [M, K, D] that predict the tokens, zeros where a row does not exist.
+
+    state_ND: h_0 of the key rows. after_step: applied to the state before the next step and the head read it.
+    """
+    layer, dtype, device = draft.layer, state_ND.dtype, state_ND.device
+    mlp, positions = layer.mlp, torch.arange(plan.num_positions, device=device)
+    shared = _Pass(
+        layer=layer,
+        layer_input=layer_input,
+        o=DeferredWeight([layer.self_attn.o_proj.weight], dtype),
+        gate_up=DeferredWeight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype),
+        down=DeferredWeight([mlp.down_proj.weight], dtype),
+        rope_P2h=draft.rope.table(positions).to(attention_dtype(dtype, device.type)),
+        backend=backend,
+        compiled=ttt.compile,
+        kv_first=(state_ND, state_ND),
+    )
+    residual_RD, x_RD = layer_input.enter(state_ND, plan.key_embed_places)
+    key, value = shared.split(layer_input.keys_values(x_RD, plan.key_embed_places), plan.key_positions, 2)
+    if ttt.sequence is not None:
+        assert plan.key_places is not None
+        key, value = ttt.sequence.share(key, value, plan.key_places, plan.num_keys)
+    shared.kv_first = (key, value)
+    rows = plan.steps[0]
+    residual_RD, x_RD = _take(residual_RD, rows.from_previous), _take(x_RD, rows.from_previous)
+    later: list[tuple[Tensor, Tensor]] = []
+    states = []
+    for k, rows in enumerate(plan.steps):
+        if k == 0:
+            arguments = (_attend_and_mlp, residual_RD, x_RD, later, rows, shared)
+        else:
+            later = [(_take(key, rows.from_previous), _take(value, rows.from_previous)) for key, value in later]
+            arguments = (_later_step, _take(states[-1], rows.from_previous), None, later, rows, shared)
+        function, *values = arguments
+        if ttt.activation_checkpointing:
+            state_RD, later = checkpoint(function, *values, use_reentrant=False)
+        else:
+            state_RD, later = function(*values)
+        states.append(state_RD if after_step is None else after_step(state_RD))
+    return _head_inputs(states, plan.head_places_MK)
+
+
+Later = list[tuple[Tensor, Tensor]]
+
+
+def _later_step(state_RD: Tensor, _x: None, later: Later, rows: StepRows, shared: _Pass) -> tuple[Tensor, Later]:
+    """A step after the first: its rows have a key and a value of their own."""
+    residual_RD, x_RD = shared.layer_input.enter(state_RD, rows.embed_places)
+    key, value = shared.split(shared.layer_input.keys_values(x_RD, rows.embed_places), rows.position_ids, 2)
+    return _attend_and_mlp(residual_RD, x_RD, [*later, (key, value)], rows, shared)
+
+
+def _attend_and_mlp(
+    residual_RD: Tensor, x_RD: Tensor, later: Later, rows: StepRows, shared: _Pass
+) -> tuple[Tensor, Later]:
+    """-> (h_{k+1} before any norm, keys and values of the rows' own steps)."""
+    layer = shared.layer
+    (q_RHd,) = shared.split(shared.layer_input.queries(x_RD, rows.embed_places), rows.position_ids)
+    keys, values = zip(shared.kv_first, *later)
+    out_RHd = shared.backend.attend(q_RHd, keys, values, rows)
+    state_RD = shared.o(out_RHd.flatten(1).to(residual_RD.dtype), residual_RD)
+    gate_up = shared.gate_up(layer.post_attention_layernorm(state_RD))
+    return shared.down(gated(gate_up, layer.mlp.activation, shared.compiled), state_RD), later
+
+
+def _take(x_RD: Tensor, places: Tensor | None) -> Tensor:
+    """Rows of x by place; None: all."""
+    return x_RD if places is None else x_RD.index_select(0, places)
+
+
+def _head_inputs(states: list[Tensor], places_MK: Tensor) -> Tensor:
+    """Rows of all steps by place -> [M, K, D], predicted token first; zeros for place -1."""
+    rows_RD = torch.cat([*states, states[0].new_zeros(1, states[0].shape[1])])
+    places = torch.where(places_MK >= 0, places_MK, len(rows_RD) - 1)
+    return rows_RD.index_select(0, places.view(-1)).view(*places_MK.shape, rows_RD.shape[1])
+
+
+@dataclass
+class RowResults:
+    """Per predicted token and step [M, K]: loss, hit, whether the row exists and counts, alpha."""
+
+    loss_MK: Tensor
+    correct_MK: Tensor
+    counted_MK: Tensor
+    alpha_MK: Tensor | None
+
+
+@torch.no_grad()
+def summarize(num_tokens: int, plan: RowPlan, loss: Tensor, results: RowResults) -> StepOutput:
+    """Sums per step, and the run of correct steps of each row t = u - 2 - k."""
+    counted_MK, alpha_MK = results.counted_MK, results.alpha_MK
+    exists_MK = plan.head_places_MK >= 0
+    correct_MK = results.correct_MK & counted_MK
+    rows_MK = torch.where(exists_MK, plan.head_rows_MK, num_tokens)  # one row more takes those that do not exist
+    false_NK = torch.zeros(num_tokens + 1, counted_MK.shape[1], dtype=torch.bool, device=counted_MK.device)
+    supervised_NK = false_NK.scatter(0, rows_MK, exists_MK)[:-1]
+    correct_NK = false_NK.scatter(0, rows_MK, correct_MK)[:-1]
+    runs_N = correct_NK.int().cumprod(1).sum(1)
+    return StepOutput(
+        loss=loss,
+        loss_sum_K=torch.where(counted_MK, results.loss_MK, 0).sum(0).float(),
+        counted_K=counted_MK.sum(0).float(),
+        supervised_K=exists_MK.sum(0).float(),
+        correct_K=correct_MK.sum(0).float(),
+        run_sum=(runs_N * supervised_NK[:, 0]).sum().float(),
+        run_rows=supervised_NK[:, 0].sum().float(),
+        alpha_sum_K=None if alpha_MK is None else torch.where(counted_MK, alpha_MK, 0).sum(0),
+        correct_NK=None if alpha_MK is None else correct_NK,
+        supervised_NK=None if alpha_MK is None else supervised_NK,
+    )

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.model.draft import Attend, DraftConfig
+from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.eagle3 import Eagle3Draft
 from specforge_lite.model.layers import RMSNorm
-from specforge_lite.model.rope import apply_rope
 
 
 @dataclass(frozen=True)
@@ -50,29 +49,17 @@ class Eagle3Variant(Eagle3Draft):
         if variation.norm_before_fc:
             self.input_norm = RMSNorm(config.num_aux_layers * config.target_hidden_size, config.rms_norm_eps)
         if variation.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                self.midlayer.self_attn.add_module(name, RMSNorm(config.head_dim, config.rms_norm_eps))
+            attention = self.midlayer.self_attn
+            attention.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            attention.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def first_state(self, features: Tensor) -> Tensor:
-        return super().first_state(self.input_norm(features) if self.variation.norm_before_fc else features)
+    def first_state(self, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return super().first_state(self.input_norm(features) if self.variation.norm_before_fc else features, dtype)
 
-    def step(
-        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        layer, attention, head_dim = self.midlayer, self.midlayer.self_attn, self.config.head_dim
-        normed = layer.hidden_norm(state_BTD)
-        residual = normed if self.variation.norm_before_residual else state_BTD
-        x = torch.cat([layer.input_layernorm(embeds_BTD.to(state_BTD.dtype)), normed], -1)
-        q, k, v = (p(x).unflatten(-1, (-1, head_dim)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        if self.variation.qk_norm:
-            q, k = attention.get_submodule("q_norm")(q), attention.get_submodule("k_norm")(k)
-        cos, sin = self.rope(position_ids_BT)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        state = residual + attention.o_proj(attended)
-        state = state + layer.mlp(layer.post_attention_layernorm(state))
-        head_input = self.norm(state)
-        return (head_input if self.config.norm_output else state), head_input
+    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual_BTD = super().layer_input(state_BTD, embeds_BTD)
+        normed_BTD = x[..., -self.config.hidden_size :]
+        return x, normed_BTD if self.variation.norm_before_residual else residual_BTD
 
     def forward(self, *args: Any, **unused: Any) -> Any:
         raise NotImplementedError("this variant of the EAGLE-3 layer is loaded for inference only")

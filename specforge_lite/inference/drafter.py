@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import Candidates, TokenTree, TreeShape, best_tree, chain_tree
 from specforge_lite.inference.verify import Sampling
@@ -42,7 +41,7 @@ class Drafter:
         own_table = getattr(draft, "embed_tokens", None)
         self.table_VD = table_VD if own_table is None else own_table.weight
         self.head: Head = head or draft.logits
-        self.step = step_of(draft)
+        draft.prepare_decoding()
         self.device = table_VD.device
         self.dtype = next(draft.parameters()).dtype
         self.target_ids_Vd = draft.target_ids if bool(draft.d2t.any()) else None
@@ -184,7 +183,7 @@ class Drafter:
             return scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
         embeds_BTD = embedding(tokens_BT, self.table_VD).to(self.dtype)
-        result = self.step(state_BTD, embeds_BTD, positions_BT, attend)
+        result = self.draft.step(state_BTD, embeds_BTD, positions_BT, attend)
         self.num_forwards += 1
         if speculative:
             self.num_speculative_rows += tokens_BT.numel()
@@ -194,8 +193,7 @@ class Drafter:
     def _positions(self, width: int, offset: int, speculative: bool) -> Tensor:
         """RoPE positions [B, width] of rows planned by `cache.begin`."""
         lengths = self.cache.lengths if self.cache.plan.row is None else [self.cache.lengths[self.cache.plan.row]]
-        if isinstance(self.step, FusedStep):
-            self.step.cover(max(lengths) + offset + width, self.device, self.dtype)
+        self.draft.rope.cover(max(lengths) + offset + width)
         if speculative:
             return torch.tensor([[length + offset] * width for length in lengths], device=self.device)
         firsts_B1 = torch.tensor(lengths, device=self.device)[:, None]

@@ -42,7 +42,11 @@ class RMSNorm(nn.Module):
 
 
 class Projections(nn.Module):
-    """q, k, v of a layer's input, o back to the state. No biases, unless a checkpoint of others has them."""
+    """q, k, v of a layer's input, o back to the state. No biases, and no norms of queries and keys, unless a checkpoint
+    of others has them."""
+
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
     def __init__(self, in_width: int, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -50,13 +54,23 @@ class Projections(nn.Module):
         self.k_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.register_module("q_norm", None)
+        self.register_module("k_norm", None)
+        self.head_dim, self.num_kv_heads = head_dim, kv_heads
         self.qkv: Callable[[Tensor], Tensor] | None = None
 
-    def project(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., (H + 2 G) d], queries first."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., in] -> (queries and keys [..., H + G, d], values [..., G, d])."""
         if self.qkv is not None:
-            return self.qkv(x)
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+            qkv = self.qkv(x)
+        else:
+            qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        qk, v = heads[..., : -self.num_kv_heads, :], heads[..., -self.num_kv_heads :, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk[..., : -self.num_kv_heads, :], qk[..., -self.num_kv_heads :, :]
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], -2)
+        return qk, v
 
     def fuse(self) -> None:
         self.qkv = _joined([self.q_proj, self.k_proj, self.v_proj])
@@ -109,7 +123,6 @@ class DraftLayer(nn.Module):
     def __init__(self, config: DraftConfig, in_width: int, input_norms: bool) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.head_dim, self.num_kv_heads = config.head_dim, config.num_key_value_heads
         self.self_attn = Projections(
             in_width, width, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         )
@@ -119,23 +132,14 @@ class DraftLayer(nn.Module):
             self.input_layernorm = RMSNorm(width, eps)
         self.post_attention_layernorm = RMSNorm(width, eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual_BTD: Tensor,
-        rope: Callable[[Tensor], Tensor],
-        attend: Attend,
-        qk_norm: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """x [B, T, in] -> state [B, T, D]. rope: rotates [B, T, heads, d]. qk_norm: of queries and keys, per head."""
-        qkv_BTHd = self.self_attn.project(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv_BTHd[:, :, : -self.num_kv_heads], qkv_BTHd[:, :, -self.num_kv_heads :]
-        if qk_norm is not None:
-            qk = qk_norm(qk[:, :, : -self.num_kv_heads], qk[:, :, -self.num_kv_heads :])
+    def forward(self, x: Tensor, residual_BTD: Tensor, rope: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
+        """x [B, T, in] -> state [B, T, D]. rope: rotates [B, T, heads, d]."""
+        attention = self.self_attn
+        qk, v = attention.project(x)
         qk_BHTd = rope(qk).transpose(1, 2)
-        q, k = qk_BHTd[:, : -self.num_kv_heads], qk_BHTd[:, -self.num_kv_heads :]
+        q, k = qk_BHTd[:, : -attention.num_kv_heads], qk_BHTd[:, -attention.num_kv_heads :]
         attended = attend(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        state = residual_BTD + self.self_attn.o_proj(attended)
+        state = residual_BTD + attention.o_proj(attended)
         return state + self.mlp(self.post_attention_layernorm(state))  # type: ignore[no-any-return]
 
     def fuse(self) -> None:

@@ -81,7 +81,7 @@ class _Pass:
 
     def split(self, rows_RO: Tensor, position_ids_R: Tensor, count: int = 1) -> tuple[Tensor, ...]:
         """`count` (1: queries, 2: keys and values) projected parts -> [R, heads, d], all but values after RoPE."""
-        parts = rows_RO.to(self.rope_P2h.dtype).unflatten(-1, (count, -1, self.layer.head_dim)).unbind(1)
+        parts = rows_RO.to(self.rope_P2h.dtype).unflatten(-1, (count, -1, self.layer.self_attn.head_dim)).unbind(1)
         cos, sin = self.rope_P2h.index_select(0, position_ids_R).unsqueeze(1).unbind(2)
         return (apply_rope(parts[0], cos, sin), *parts[1:])
 

@@ -11,11 +11,10 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from specforge_lite.inference import SpeculativeModel, TreeShape
 from specforge_lite.inference.decode import Decoding
 from specforge_lite.inference.drafter import Drafter
-from specforge_lite.inference.fused import FusedStep, step_of
 from specforge_lite.inference.output import StopRules
 from specforge_lite.inference.verify import Sampling
 from tests.inference_drafts import random_draft
-from tests.speculative_cases import CHAIN, CPU, PROMPTS, TREE, oracle_for, own_answer
+from tests.speculative_cases import CHAIN, PROMPTS, TREE, oracle_for, own_answer
 from tests.target_families import HIDDEN, VOCAB
 
 # ------------------------------------------------------------------------------------------------ the draft's cache
@@ -138,11 +137,11 @@ def test_trees_are_those_of_a_plain_search_without_a_cache(families, algorithm: 
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_output": True, "fc_norm": True}, {"target_hidden_size": 48}])
-def test_the_fused_step_equals_the_drafts_own(options: dict) -> None:
-    """Also after the table of positions has grown, and with the fused matrices behind the draft's own parameters."""
+def test_a_draft_prepared_for_decoding_makes_the_same_step(options: dict) -> None:
+    """Also after the table of positions has grown, and with the joined matrices behind the draft's own parameters."""
     draft, oracle = random_draft(**options), random_draft(**options)
-    step = step_of(draft)
-    assert isinstance(step, FusedStep)
+    draft.prepare_decoding()
+    assert draft.layer.self_attn.qkv is not None
     for first, last in ((0, 5), (290, 300)):
         positions = torch.arange(first, last).expand(2, -1)
         state, embeds = torch.randn(2, last - first, 32), torch.randn(2, last - first, 32)
@@ -150,15 +149,19 @@ def test_the_fused_step_equals_the_drafts_own(options: dict) -> None:
         def attend(q, k, v):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        step.cover(last, CPU, torch.float32)
+        draft.rope.cover(last)
         torch.testing.assert_close(
-            step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
+            draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
         )
+    with torch.no_grad():  # a parameter that changes in place changes the step
+        for network in (draft, oracle):
+            network.get_parameter("midlayer.self_attn.q_proj.weight").mul_(2.0)
     torch.testing.assert_close(
         draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
     )
-    draft.requires_grad_(True)
-    assert step_of(draft) == draft.step  # a draft in training keeps its parameters
+    oracle.requires_grad_(True)
+    oracle.prepare_decoding()
+    assert oracle.layer.self_attn.qkv is None  # a draft in training keeps its parameters
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])

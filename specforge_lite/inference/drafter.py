@@ -193,7 +193,7 @@ class Drafter:
     def _positions(self, width: int, offset: int, speculative: bool) -> Tensor:
         """RoPE positions [B, width] of rows planned by `cache.begin`."""
         lengths = self.cache.lengths if self.cache.plan.row is None else [self.cache.lengths[self.cache.plan.row]]
-        self.draft.rope.cover(max(lengths) + offset + width)
+        self.draft.cover_positions(max(lengths) + offset + width)
         if speculative:
             return torch.tensor([[length + offset] * width for length in lengths], device=self.device)
         firsts_B1 = torch.tensor(lengths, device=self.device)[:, None]

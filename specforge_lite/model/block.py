@@ -41,8 +41,8 @@ class BlockProjections(Projections):
     def __init__(self, config: DraftConfig) -> None:
         width, head_dim = config.hidden_size, config.head_dim
         super().__init__(width, width, config.num_attention_heads, config.num_key_value_heads, head_dim)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.q_norm: RMSNorm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm: RMSNorm = RMSNorm(head_dim, config.rms_norm_eps)
 
 
 class BlockLayer(nn.Module):

@@ -327,23 +327,8 @@ class Draft(nn.Module):
         """Entries of the per-step sums: the unrolled steps, or the predictions of a block."""
         return ttt_length
 
-    rope: RotaryEmbedding
-
-    @property
-    def layer(self) -> DraftLayer:
-        """The only decoder layer."""
-        raise NotImplementedError
-
     def first_state(self, features: Tensor) -> Tensor:
         """Features captured from the target ([..., A*H] aux states; EAGLE-1: [..., H]) -> h_0 [..., D]."""
-        raise NotImplementedError
-
-    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (what the layer projects to q, k, v; what attention is added to)."""
-        raise NotImplementedError
-
-    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (h_{k+1}, input of the head)."""
         raise NotImplementedError
 
     def step(
@@ -353,15 +338,13 @@ class Draft(nn.Module):
 
         `attend` owns the keys: training masks, or a KV cache that the caller extends.
         """
-        x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
-        cos, sin = self.rope(position_ids_BT)
-        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
+        raise NotImplementedError
 
     def prepare_decoding(self) -> None:
-        """Make `step` cheaper for a draft that is not trained and stays on its device: joined matrices, behind the same
-        parameters."""
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.layer.fuse()
+        """Make `step` cheaper, for a draft that is not trained and stays on its device."""
+
+    def cover_positions(self, num_positions: int) -> None:
+        """The next steps have RoPE positions below this, and may look them up in a table."""
 
     def use_target_head(self, target_head: TargetHead) -> None:
         """Give a draft without a head of its own (EAGLE-1) the target's, for `logits`; others need nothing."""
@@ -411,3 +394,36 @@ class Draft(nn.Module):
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Map draft vocabulary ids to target ids."""
         return draft_ids + self.d2t[draft_ids]
+
+
+class EagleDraft(Draft):
+    """A draft of one decoder layer, with all that EAGLE-1 and EAGLE-3 have in common."""
+
+    rope: RotaryEmbedding
+
+    @property
+    def layer(self) -> DraftLayer:
+        """The decoder layer."""
+        raise NotImplementedError
+
+    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (what the layer projects to q, k, v; what attention is added to)."""
+        raise NotImplementedError
+
+    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (h_{k+1}, input of the head)."""
+        raise NotImplementedError
+
+    def step(
+        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
+        cos, sin = self.rope(position_ids_BT)
+        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
+
+    def prepare_decoding(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.layer.fuse()
+
+    def cover_positions(self, num_positions: int) -> None:
+        self.rope.cover(num_positions)

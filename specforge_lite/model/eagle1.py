@@ -22,7 +22,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
+from specforge_lite.model.draft import DraftConfig, EagleDraft, TTTSettings
 from specforge_lite.model.layers import DraftLayer
 from specforge_lite.model.losses import FrozenTeacher, chunked_cross_entropy, judge_rows
 from specforge_lite.model.rope import RotaryEmbedding
@@ -34,7 +34,7 @@ from specforge_lite.types import DraftBatch, StepOutput
 NOISE_REFERENCE_LENGTH = 512
 
 
-class Eagle1Draft(Draft):
+class Eagle1Draft(EagleDraft):
     """EAGLE-1 draft; parameter names are those of the exported checkpoint. It has the whole vocabulary of the target.
 
     `fc` has no bias: SGLang's has one and vLLM's has none, so only a zero bias is served alike by both.

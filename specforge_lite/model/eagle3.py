@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
+from specforge_lite.model.draft import DraftConfig, EagleDraft, TTTSettings
 from specforge_lite.model.layers import DraftLayer, RMSNorm
 from specforge_lite.model.losses import ask_teacher, chunked_cross_entropy, judge_rows
 from specforge_lite.model.rope import RotaryEmbedding
@@ -24,7 +24,7 @@ from specforge_lite.model.unroll import RowResults, begin_pass, step_weights, su
 from specforge_lite.types import DraftBatch, StepOutput
 
 
-class Eagle3Draft(Draft):
+class Eagle3Draft(EagleDraft):
     """EAGLE-3 draft; parameter names are those of the exported checkpoint."""
 
     def __init__(self, config: DraftConfig, d2t: Tensor, t2d: Tensor) -> None:

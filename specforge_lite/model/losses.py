@@ -74,18 +74,16 @@ class FrozenTeacher:
         return logits_mV, logits_mV.argmax(-1), lse_m
 
 
-def chunk_elements(device: torch.device) -> int:
-    """Logits that may be alive at a time on a device."""
-    if device.type == "cpu":
-        return CPU_CHUNK_ELEMENTS
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else UNKNOWN_MEMORY
-    return int(memory // BYTES_PER_CHUNK_ELEMENT)
+def chunk_elements(device_type: str, memory: int = UNKNOWN_MEMORY) -> int:
+    """Logits that may be alive at a time on a device with so many bytes of memory."""
+    return CPU_CHUNK_ELEMENTS if device_type == "cpu" else memory // BYTES_PER_CHUNK_ELEMENT
 
 
 def _chunks(num_tokens: int, columns: int, device: torch.device) -> Iterator[slice]:
     """0..num_tokens in as few chunks of `columns` logits a token as possible, of sizes as equal as they can be: a last
     chunk of a few tokens would cost a whole pass over the weights."""
-    count = -(-num_tokens // max(4, chunk_elements(device) // columns))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else UNKNOWN_MEMORY
+    count = -(-num_tokens // max(4, chunk_elements(device.type, memory) // columns))
     for i in range(count):
         yield slice(num_tokens * i // count, num_tokens * (i + 1) // count)
 

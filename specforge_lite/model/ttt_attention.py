@@ -36,6 +36,8 @@ Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R
 class Backend(Protocol):
     """One way to attend."""
 
+    def __init__(self, device_type: str = "cpu") -> None: ...
+
     def plan(self, rows: StepRows, step: int, num_keys: int) -> Any:
         """On the host: what `attend` wants to find in `rows.kernel`; its tensors go to the device with the plan."""
         ...
@@ -49,7 +51,8 @@ def make_backend(name: str, device_type: str = "cpu") -> Backend:
     """`name` as `--draft-attention-backend` has it; flex_attention that has to run backward on a CPU becomes sdpa."""
     if name != "flex_attention" or device_type != "cpu" or torch.is_grad_enabled():
         name = choose_attention(name, device_type)
-    return {"eager": Eager, "sdpa": Merged, "flex_attention": Flex}[name](device_type)
+    backends: dict[str, type[Backend]] = {"eager": Eager, "sdpa": Merged, "flex_attention": Flex}
+    return backends[name](device_type)
 
 
 # ---------------------------------------------------------------------------------------------------------------- eager
@@ -131,7 +134,8 @@ class _Merged(torch.autograd.Function):
             rest[2 * ctx.num_keys :],
         )
         dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, keys[0], values[0], out_RHd, z_RH)
-        dk, dv = [], []
+        dk: list[Tensor] = []
+        dv: list[Tensor] = []
         if probabilities:
             dk, dv = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys[1:], values[1:], dq_RHd)
         return None, None, dq_RHd, dk0_NGd, *dk, dv0_NGd, *dv
@@ -224,8 +228,9 @@ def flex_rows(rows: StepRows, num_later: int, num_keys: int) -> FlexRows:
         partly.append(seen & ~full)
         wholly.append(full)
     part, whole = torch.stack(partly), torch.stack(wholly)
-    orders = [_ordered(matrix) for matrix in (part, whole, part.T, whole.T)]
-    return FlexRows(*(tensor for order in orders for tensor in order), torch.tensor([num_keys, num_rows]))
+    return FlexRows(
+        *_ordered(part), *_ordered(whole), *_ordered(part.T), *_ordered(whole.T), torch.tensor([num_keys, num_rows])
+    )
 
 
 def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:

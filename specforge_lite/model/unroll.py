@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import Draft, TTTSettings
+from specforge_lite.model.draft import EagleDraft, TTTSettings
 from specforge_lite.model.layers import DraftLayer, gated
 from specforge_lite.model.rope import apply_rope
 from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
@@ -87,7 +87,7 @@ class _Pass:
 
 
 def unroll(
-    draft: Draft,
+    draft: EagleDraft,
     layer_input: LayerInput,
     state_ND: Tensor,
     plan: RowPlan,
@@ -112,6 +112,7 @@ def unroll(
         compiled=ttt.compile,
         kv_first=(state_ND, state_ND),
     )
+    x_RD: Tensor | None
     residual_RD, x_RD = layer_input.enter(state_ND, plan.key_embed_places)
     key, value = shared.split(layer_input.keys_values(x_RD, plan.key_embed_places), plan.key_positions, 2)
     if ttt.sequence is not None:
@@ -121,18 +122,15 @@ def unroll(
     rows = plan.steps[0]
     residual_RD, x_RD = _take(residual_RD, rows.from_previous), _take(x_RD, rows.from_previous)
     later: list[tuple[Tensor, Tensor]] = []
-    states = []
+    states: list[Tensor] = []
     for k, rows in enumerate(plan.steps):
-        if k == 0:
-            arguments = (_attend_and_mlp, residual_RD, x_RD, later, rows, shared)
-        else:
+        if k:
+            x_RD, residual_RD = None, _take(states[-1], rows.from_previous)
             later = [(_take(key, rows.from_previous), _take(value, rows.from_previous)) for key, value in later]
-            arguments = (_later_step, _take(states[-1], rows.from_previous), None, later, rows, shared)
-        function, *values = arguments
         if ttt.activation_checkpointing:
-            state_RD, later = checkpoint(function, *values, use_reentrant=False)
+            state_RD, later = checkpoint(_step, residual_RD, x_RD, later, rows, shared, use_reentrant=False)
         else:
-            state_RD, later = function(*values)
+            state_RD, later = _step(residual_RD, x_RD, later, rows, shared)
         states.append(state_RD if after_step is None else after_step(state_RD))
     return _head_inputs(states, plan.head_places_MK)
 
@@ -140,17 +138,17 @@ def unroll(
 Later = list[tuple[Tensor, Tensor]]
 
 
-def _later_step(state_RD: Tensor, _x: None, later: Later, rows: StepRows, shared: _Pass) -> tuple[Tensor, Later]:
-    """A step after the first: its rows have a key and a value of their own."""
-    residual_RD, x_RD = shared.layer_input.enter(state_RD, rows.embed_places)
-    key, value = shared.split(shared.layer_input.keys_values(x_RD, rows.embed_places), rows.position_ids, 2)
-    return _attend_and_mlp(residual_RD, x_RD, [*later, (key, value)], rows, shared)
-
-
-def _attend_and_mlp(
-    residual_RD: Tensor, x_RD: Tensor, later: Later, rows: StepRows, shared: _Pass
+def _step(
+    residual_RD: Tensor, x_RD: Tensor | None, later: Later, rows: StepRows, shared: _Pass
 ) -> tuple[Tensor, Later]:
-    """-> (h_{k+1} before any norm, keys and values of the rows' own steps)."""
+    """-> (h_{k+1} before any norm, keys and values of the rows' own steps).
+
+    Step 0 comes with x, the input of the layer; later steps with the state alone, and make a key and a value each.
+    """
+    if x_RD is None:
+        residual_RD, x_RD = shared.layer_input.enter(residual_RD, rows.embed_places)
+        key, value = shared.split(shared.layer_input.keys_values(x_RD, rows.embed_places), rows.position_ids, 2)
+        later = [*later, (key, value)]
     layer = shared.layer
     (q_RHd,) = shared.split(shared.layer_input.queries(x_RD, rows.embed_places), rows.position_ids)
     keys, values = zip(shared.kv_first, *later)

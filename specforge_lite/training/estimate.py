@@ -20,9 +20,8 @@ import math
 from dataclasses import dataclass, field
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.model.deferred_grad import MAX_PENDING_ROWS
 from specforge_lite.model.draft import DraftConfig
-from specforge_lite.model.losses import LOSS_CHUNK_ELEMENTS, LOSS_PASS_ELEMENTS, TEACHER_CHUNK_ELEMENTS
+from specforge_lite.model.losses import CPU_PASS_ELEMENTS, UNKNOWN_MEMORY, chunk_elements
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}  # per parameter; 8-bit: one fp32 scale per 256 values
@@ -37,6 +36,7 @@ class Workload:
     tokens: of a rank's micro batch (batch size x sample length, or the packing budget). supervised: share of them.
     world_size, sp_size: ranks, and how many of them share a batch. captured_ahead: micro batches of hidden states that
     wait on the host. states_bytes: per value of those. sample_length: of the longest sample (speed only).
+    device_memory: bytes of the GPU; logits are cut into chunks by it.
     """
 
     draft: DraftConfig
@@ -55,6 +55,7 @@ class Workload:
     states_bytes: int = 2
     tied_head: bool = False
     sample_length: int = 2048
+    device_memory: int = UNKNOWN_MEMORY
 
     def __post_init__(self) -> None:
         if self.precision not in BYTES:
@@ -171,7 +172,9 @@ def _activations(load: Workload) -> dict[str, float]:
         keys_of_step = 2 * keys if k else 0
         values = 4 * width + 3 * inner  # norm, after o, norm, gate and up, gated, out
         values += queries if attention != size else 0
-        attended = attention * (2 * queries + keys_of_step) + 4 * heads * (1 + k)
+        attended = 1.0 * attention * (2 * queries + keys_of_step) + 4 * heads * (1 + k)
+        if attention != size:  # on a CPU: norms and keys before RoPE in fp32 as well
+            attended += 4 * (4 * width + keys_of_step / 2)
         per_step.append(rows * (size * values + attended))
     terms = {
         "weights in the compute dtype": size * copies,
@@ -195,8 +198,7 @@ def _teacher(load: Workload, asking: bool) -> dict[str, float]:
     logits = _rows(load)[2] * draft.draft_vocab_size * size
     if not asking:
         return {"teacher logits": logits}
-    copy = 2 if load.device == "cpu" else 1  # tokens outside the draft vocabulary are left out of a second one
-    return {"teacher logits": copy * logits, "teacher chunk": TEACHER_CHUNK_ELEMENTS * size * 1.5}
+    return {"teacher logits": logits, "teacher chunk": chunk_elements(load.device, load.device_memory) * size * 1.5}
 
 
 def _loss(load: Workload) -> dict[str, float]:
@@ -204,17 +206,16 @@ def _loss(load: Workload) -> dict[str, float]:
     draft, size = load.draft, BYTES[load.precision]
     head = draft.draft_vocab_size * draft.hidden_size
     inputs = _rows(load)[2] * load.num_steps * draft.hidden_size * size
-    chunk, blocks = float(LOSS_CHUNK_ELEMENTS * size), 0.0
+    elements = chunk_elements(load.device, load.device_memory)
     if load.device == "cpu":
-        chunk = 2 * chunk + 4 * LOSS_PASS_ELEMENTS * 3  # a fresh product each time, and a few passes of fp32
-        blocks = 2 * head * size
+        chunk = 2.0 * elements * size + 4 * CPU_PASS_ELEMENTS * 3  # the product of before is freed late
     else:
-        chunk = 4 * chunk * 4 / size  # the whole chunk in fp32, several times
+        chunk = elements * (size + (4 if size == 4 else 3 * 4))  # the whole chunk in fp32, several times
     half = 0.0 if size == 4 else 2 * head * size  # the head and its product in the compute dtype
     return {
-        "head inputs and their gradients": 3 * inputs,
+        "head inputs and their gradients": 3 * inputs * (3 if load.device == "cpu" and size == 2 else 1),
         "head gradient": 4 * head,
-        "head matrices": blocks + half,
+        "head matrices": half,
         "head slices": chunk,
     }
 
@@ -226,17 +227,13 @@ def _backward(load: Workload) -> dict[str, float]:
     rows = _rows(load)[2]
     parts = _parts(draft)
     inputs = rows * load.num_steps * width
-    pending = 0.0
-    if size != 4:  # products wait until enough rows are there
-        pending = min(rows * load.num_steps, MAX_PENDING_ROWS) * size * (2 * inner + 2 * width + columns)
     return {
         "head inputs and their gradients": inputs * (2 * size + 4 * 2),
         "head gradient": 4 * draft.draft_vocab_size * width,
         "gradients of the layer": 4 * (parts["qkv"] + parts["o"] + parts["mlp"]),
         "gradients of the states": rows * load.num_steps * width * size,
         "gradients inside a step": rows * (3 * inner + 2 * width + columns) * size,
-        "rows that wait for their product": pending,
-        "gradient of the embeddings' part": rows * columns * 4,
+        "gradient of the embeddings' part": 2 * rows * columns * size,
     }
 
 

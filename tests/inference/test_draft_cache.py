@@ -149,7 +149,7 @@ def test_a_draft_prepared_for_decoding_makes_the_same_step(options: dict) -> Non
         def attend(q, k, v):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        draft.rope.cover(last)
+        draft.cover_positions(last)
         torch.testing.assert_close(
             draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
         )

@@ -173,7 +173,7 @@ def test_packing_backends_and_checkpointing_change_nothing(kind: str) -> None:
     assert sum(losses) == pytest.approx(float(total.loss), rel=2e-6)
     assert sum(weights) == pytest.approx(float(total.weight_sum), rel=1e-6)
     for name, parameter in draft.named_parameters():
-        torch.testing.assert_close(parameter.grad, grads[name], rtol=2e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=2e-4, atol=1e-4, msg=name)  # sums in fp32
     assert set(BLOCK_ATTENTION) >= {"eager", "sdpa"}
 
 

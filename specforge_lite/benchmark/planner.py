@@ -272,6 +272,22 @@ class Plan:
         """The recommendation; no draft (STEPS 0) where nothing is predicted to be faster."""
         return self.predictions[batch_size][0]
 
+    def verdict_on_trees(self, batch_size: int) -> str | None:
+        """Why the largest tree does not pay, from the measured cost of a pass over its rows; None where it does, or
+        where no tree is among the predictions."""
+        trees = [
+            p for p in self.predictions[batch_size] if not p.speculation.is_baseline and not p.speculation.is_chain
+        ]
+        if not trees or (not self.best(batch_size).speculation.is_chain and self.best(batch_size).speculation.steps):
+            return None
+        tree = max(trees, key=lambda p: (p.speculation.num_draft_tokens, p.speedup))
+        times = tree.seconds_per_pass / self.costs[batch_size].seconds_per_token_without
+        return (
+            f"trees do not pay: {tree.speculation} yields {tree.tokens_per_pass:.2f} tokens per pass, but a pass over"
+            f" {tree.speculation.num_draft_tokens} rows (drafting included) costs {times:.1f} passes without a draft:"
+            f" speed-up {tree.speedup:.2f}, the best choice has {self.best(batch_size).speedup:.2f}"
+        )
+
 
 def make_plan(rows: Sequence[SpeedupRow], candidates: Sequence[Speculation] | None = None) -> Plan:
     """Fit the rows and rank the candidates (default: everything inside what was measured) at every batch size that was

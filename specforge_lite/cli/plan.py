@@ -209,6 +209,8 @@ def _show_speculation(plan: Plan, num_shown: int) -> None:
     Console(width=max(Console().width, 100)).print(table)
     for size in plan.predictions:
         info(_recommendation(plan.best(size)))
+        if (verdict := plan.verdict_on_trees(size)) is not None:
+            info(f"batch size {size}: {verdict}")
 
 
 def _cells(prediction: Prediction) -> list[str]:

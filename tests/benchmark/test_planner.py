@@ -196,6 +196,33 @@ def test_the_longest_chain_wins_where_drafting_is_free_and_the_shortest_where_it
     assert best(0.007) == BASELINE  # 1.6/17 is less than 1/10
 
 
+def test_a_tree_of_60_nodes_does_not_pay_where_a_pass_costs_what_its_rows_cost() -> None:
+    """A CPU: a pass over n rows takes 1 + 0.2 (n - 1) units and a draft step 0.1. The same tree pays where 60 rows cost
+    hardly more than one."""
+    tree, chain1, chain3 = Speculation(7, 10, 60), Speculation(1, 1, 2), Speculation(3, 1, 4)
+    chances = [0.7, 0.5, 0.35]
+
+    def rows(per_row: float) -> list[SpeedupRow]:
+        return [
+            row(BASELINE, [], 1.0),
+            row(chain1, chances[:1], 1 + per_row + 0.1),
+            row(chain3, chances, 1 + 3 * per_row + 0.3),
+            row(tree, [0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2], 1 + 59 * per_row + 0.7),
+        ]
+
+    cpu = make_plan(rows(0.2), [chain1, chain3, tree])
+    assert cpu.best(1).speculation.is_chain
+    # 1 + 59 x 0.2 + 0.7 = 13.5 passes for 1 + 3.8 = 4.8 tokens
+    (predicted,) = [p for p in cpu.predictions[1] if p.speculation == tree]
+    assert predicted.speedup == pytest.approx(4.8 / 13.5, rel=0.02)
+    verdict = cpu.verdict_on_trees(1) or ""
+    assert verdict.startswith("trees do not pay: 7,10,60 yields")
+    assert "a pass over 60 rows (drafting included) costs 13.5 passes without a draft: speed-up 0.36" in verdict
+    gpu = make_plan(rows(0.002), [chain1, chain3, tree])
+    assert gpu.best(1).speculation == tree
+    assert gpu.verdict_on_trees(1) is None
+
+
 def test_every_batch_size_gets_its_own_answer() -> None:
     """At batch 8 verification is no longer free: each further token costs half a pass."""
     shares = [0.6, 0.36, 0.216, 0.1296, 0.07776]

@@ -275,10 +275,8 @@ class Plan:
     def verdict_on_trees(self, batch_size: int) -> str | None:
         """Why the largest tree does not pay, from the measured cost of a pass over its rows; None where it does, or
         where no tree is among the predictions."""
-        trees = [
-            p for p in self.predictions[batch_size] if not p.speculation.is_baseline and not p.speculation.is_chain
-        ]
-        if not trees or (not self.best(batch_size).speculation.is_chain and self.best(batch_size).speculation.steps):
+        trees = [p for p in self.predictions[batch_size] if p.speculation.topk > 1]
+        if not trees or self.best(batch_size).speculation.topk > 1:
             return None
         tree = max(trees, key=lambda p: (p.speculation.num_draft_tokens, p.speedup))
         times = tree.seconds_per_pass / self.costs[batch_size].seconds_per_token_without

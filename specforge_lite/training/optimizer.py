@@ -22,16 +22,20 @@ NOT_FINITE, OVERFLOW = 1.0, 2.0
 SCALER_COUNTERS = ("loss_scale", "loss_scale_steps", "loss_scale_hysteresis")
 
 
-def learning_rate_at(config: OptimizerSection, step: int, schedule_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant."""
+def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant.
+
+    total_steps: length of the schedule where the config gives none.
+    """
+    total_steps = config.schedule_steps or total_steps
     ratio = 0.015 if config.warmup_ratio is None else config.warmup_ratio
-    warmup = math.ceil(ratio * schedule_steps) if config.warmup_steps is None else config.warmup_steps
-    warmup = min(warmup, schedule_steps)
+    warmup = math.ceil(ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
+    warmup = min(warmup, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return config.learning_rate
-    progress = min(1.0, (step - warmup) / max(1, schedule_steps - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = (1 + math.cos(math.pi * progress)) / 2 if config.lr_schedule == "cosine" else 1 - progress
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
 
@@ -51,18 +55,18 @@ class DraftOptimizer:
     """AdamW over named fp32 tensors (whole parameters, or the shards of this rank).
 
     parameters: leaf tensors whose `.grad` holds the summed gradient when `step` is called, times the loss scale where
-    there is a scaler. schedule_steps: length of the learning-rate schedule.
+    there is a scaler. total_steps: length of the learning-rate schedule where the config gives none.
     """
 
     def __init__(
         self,
         parameters: dict[str, Tensor],
         config: OptimizerSection,
-        schedule_steps: int,
+        total_steps: int,
         scaler: LossScaler | None = None,
     ) -> None:
         self.parameters, self.scaler = parameters, scaler
-        self._config, self.schedule_steps = config, schedule_steps
+        self._config, self.total_steps = config, total_steps
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
         decayed = ((matrices, config.weight_decay), (vectors, 0.0))
@@ -71,7 +75,7 @@ class DraftOptimizer:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (0-based)."""
-        return learning_rate_at(self._config, step, self.schedule_steps)
+        return learning_rate_at(self._config, step, self.total_steps)
 
     def step(self, step: int, count: Tensor, loss_sum: Tensor, square_sum: Tensor) -> UpdateResult:
         """Update with gradient / count, clipped; do nothing where the loss or the gradient is not finite.

@@ -31,6 +31,7 @@ from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
+from specforge_lite.serving.environment import choose_backend
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.checkpoint import find_resume, restore_run
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, FollowerDataloader, share_batch
@@ -59,19 +60,30 @@ def run_training(config: TrainConfig) -> int:
 
 
 def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """What this device cannot do, before anything is loaded: replaced with one line, or refused with ConfigError."""
+    """The config with what a CPU cannot do replaced, one line each, before anything is loaded."""
     if device.type == "cuda":
         return config
-    if config.distributed.cpu_offload:
-        raise ConfigError("--cpu-offload: there is no GPU here, so nothing to offload from; leave it out")
-    changes = {}
+    training: dict[str, Any] = {}
     if config.training.draft_attention_backend == "flex_attention":
-        info("draft_attention_backend: flex_attention has no backward on a CPU; training with sdpa")
-        changes["draft_attention_backend"] = "sdpa"
+        info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
+        training["draft_attention_backend"] = "sdpa"
     if config.training.precision == "fp16":
-        info("precision: fp16 is emulated on a CPU, a hundred times slower; training in fp32")
-        changes["precision"] = "fp32"
-    return config.model_copy(update={"training": config.training.model_copy(update=changes)}) if changes else config
+        info("--precision fp16: CPUs have no fast fp16 arithmetic (a hundred times slower); training in fp32")
+        training["precision"] = "fp32"
+    sections: dict[str, Any] = {"training": config.training.model_copy(update=training)}
+    if config.distributed.cpu_offload:
+        info("--cpu-offload: there is no GPU here, everything lies in CPU memory already; without it")
+        sections["distributed"] = config.distributed.model_copy(update={"cpu_offload": False})
+    backend: str = config.target.target_backend
+    if config.target.tp_size > 1 and (choose_backend(config.target) if backend == "auto" else backend) == "hf":
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks % config.target.tp_size:
+            info(
+                f"--tp-size {config.target.tp_size}: the hf engine splits a target over torchrun ranks, here"
+                f" {ranks}; the whole target runs in each"
+            )
+            sections["target"] = config.target.model_copy(update={"tp_size": 1})
+    return config.model_copy(update=sections)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -354,7 +366,7 @@ def _restore_or_start(
     training = config.training
     # Epochs are counted in samples: what is left of them takes more or fewer steps in other batch sizes.
     total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
-    optimizer.schedule_steps = config.optimizer.schedule_steps or training.total_steps or total
+    optimizer.total_steps = training.total_steps or total
     if eagle_state is not None and progress.step >= total:
         raise ConfigError(
             f"{eagle_state.path}: {eagle_state.epoch + 1} epochs are done ({progress.step} steps), the run ends after"

@@ -28,7 +28,7 @@ def make_pair(optim: str, shape: tuple[int, int] = (64, 128)) -> tuple[dict[str,
     torch.manual_seed(0)
     parameters = {"matrix": torch.nn.Parameter(torch.randn(shape)), "vector": torch.nn.Parameter(torch.randn(8))}
     config = OptimizerSection.model_validate({**SETTINGS, "optim": optim})
-    return dict(parameters), DraftOptimizer(dict(parameters), config, schedule_steps=50)
+    return dict(parameters), DraftOptimizer(dict(parameters), config, total_steps=50)
 
 
 def update(optimizer: DraftOptimizer, step: int, bad: bool = False) -> float:

@@ -146,7 +146,9 @@ CASES: dict[str, Case] = {
     # what the target cannot do
     "a layer the target has not": flags("aux_layer_ids", "--aux-layer-ids", "1", "3", "40"),
     "the same layer twice": flags("aux_layer_ids", "--aux-layer-ids", "1", "3", "3"),
-    "a target that is not there": flags("target_model_path OUT/nobody: ", "--target-model-path", "OUT/nobody"),
+    "a target that is not there": flags(
+        "--target-model-path OUT/nobody: no such directory", "--target-model-path", "OUT/nobody"
+    ),
     "a server's flag for the fake": flags(
         "--target-url: only for --target-backend sglang or vllm", "--target-url", "h:1"
     ),

@@ -113,7 +113,7 @@ def make_parameters() -> dict[str, torch.Tensor]:
 def test_update_equals_plain_adamw_on_divided_and_clipped_gradients() -> None:
     config = OptimizerSection(learning_rate=0.01, weight_decay=0.1, warmup_steps=0, lr_schedule="constant")
     ours, plain = make_parameters(), make_parameters()
-    optimizer = DraftOptimizer(ours, config, schedule_steps=5)
+    optimizer = DraftOptimizer(ours, config, total_steps=5)
     groups = [{"params": [plain["matrix"]], "weight_decay": 0.1}, {"params": [plain["vector"]], "weight_decay": 0.0}]
     oracle = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), foreach=False)
     for step in range(5):
@@ -133,7 +133,7 @@ def test_update_equals_plain_adamw_on_divided_and_clipped_gradients() -> None:
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken: str) -> None:
     parameters = make_parameters()
-    optimizer = DraftOptimizer(parameters, OptimizerSection(), schedule_steps=5)
+    optimizer = DraftOptimizer(parameters, OptimizerSection(), total_steps=5)
     for name, parameter in parameters.items():
         parameter.grad = torch.ones_like(parameter)
         del name

@@ -4,7 +4,9 @@ refused samples are skipped within their budgets."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from specforge_lite.capture.offline import CaptureSection, OfflineEngine, Offlin
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import CaptureError, CheckpointError, ConfigError, DataError, TrainingError
 from specforge_lite.data.sampler import PlannedStep
-from specforge_lite.model.draft import TTTSettings
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, bad_documents
 from specforge_lite.training.distributed import World
 from specforge_lite.training.loop import Trainer
@@ -24,7 +26,7 @@ from specforge_lite.training.metrics import WEIGHT_AT, empty_row, output_row
 from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.run_dir import RunDirectory
 from specforge_lite.training.settings import DistributedSection
-from tests.training_runs import INFO, Run, capture, make_dataset, make_head, make_models, train, weights
+from tests.training_runs import INFO, Run, capture, make_dataset, make_head, make_models, run_ranks, train, weights
 
 ONE = World(0, 1, torch.device("cpu"), 60.0)
 CPU = torch.device("cpu")
@@ -173,6 +175,56 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path: Path) -> None:
     assert summary.restarts == 2
     assert train(parts).reason == "finished"  # nothing left to do, nothing changed
     assert_same_checkpoint(whole.output_dir / "step_16", parts.output_dir / "step_16")
+
+
+@pytest.mark.parametrize(
+    ("training", "world_size", "total_steps"),
+    [
+        ({"batch_size": 4}, 1, 5 + 4 + 6),  # 14 samples left of the first epoch, 24 of the second
+        ({"batch_size": 1}, 1, 5 + 14 + 24),
+        ({"accumulation_steps": 3}, 1, 5 + 3 + 4),
+        ({"max_tokens_per_batch": None, "batch_size": 5}, 2, 5 + 2 + 3),
+    ],
+)
+def test_a_resume_in_other_batches_trains_every_sample_of_every_epoch_once(
+    tmp_path: Path, training: dict[str, Any], world_size: int, total_steps: int
+) -> None:
+    epochs = {"num_epochs": 2, "total_steps": None}
+    with pytest.raises(SystemExit):
+        train(Run(tmp_path, settings={"training": epochs}), stop_after(5))
+    other = Run(tmp_path, settings={"training": epochs | training})
+    log = tmp_path / "log"
+    resume = lambda: run_ranks(2, train, (other,), log) if world_size > 1 else train(other)  # noqa: E731
+    resume()
+    summary = json.loads((other.output_dir / "exit_summary.json").read_text())
+    assert (summary["reason"], summary["step"]) == ("finished", total_steps)
+    state = json.loads((other.output_dir / f"step_{total_steps}" / "state.json").read_text())
+    assert (state["data"]["epoch"], state["data"]["consumed"]) == (2, 0)
+    trained = sum(row["supervised_tokens"] for row in other.metrics() if "loss" in row)
+    assert trained == 2 * supervised_rows(tmp_path)
+    assert [row["epochs_done"] for row in other.metrics() if "epochs_done" in row] == [1, 2]
+    resume()  # nothing is left to train
+    assert sum(row["supervised_tokens"] for row in other.metrics() if "loss" in row) == trained
+
+
+def test_total_steps_shape_the_rate_of_a_run_that_epochs_end(tmp_path: Path) -> None:
+    long = Run(tmp_path, "long", {"training": {"num_epochs": 1, "total_steps": 1000}, "optimizer": {"warmup_steps": 0}})
+    assert train(long).step == 12
+    rates = [row["learning_rate"] for row in long.metrics() if "loss" in row]
+    expected = [3e-3 * (1 + math.cos(math.pi * step / 1000)) / 2 for step in range(12)]
+    assert rates == pytest.approx(expected)
+
+
+def test_samples_beyond_the_drafts_positions_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests import training_runs
+
+    monkeypatch.setattr(training_runs, "DraftConfig", partial(DraftConfig, max_position_embeddings=30))
+    lengths = make_dataset(tmp_path / "data-24").lengths
+    train(Run(tmp_path))
+    expected = f"{int((lengths > 30).sum())} of 24 samples are longer than the draft's 30 positions"
+    assert expected in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,9 @@ from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.model.block_attention import BlockAttention, QueryRows, get_block_attention
+from specforge_lite.model.block_attention import BLOCK_ATTENTION, BlockAttention, choose_block_attention
 from specforge_lite.model.block_loss import BlockLossWeights, BlockResults, BlockRows, block_loss
-from specforge_lite.model.block_plan import BlockPlan, anchor_candidates, draw_anchors, plan_blocks
+from specforge_lite.model.block_plan import BlockPlan, QueryRows, anchor_candidates, draw_anchors, plan_blocks
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.layers import Projections, RMSNorm, SwiGLU, gated
 from specforge_lite.model.rope import RotaryEmbedding, apply_rope
@@ -183,10 +183,10 @@ class BlockDraft(Draft):
         self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings, plan: BlockPlan, device: torch.device
     ) -> StepOutput:
         """The pass over planned blocks."""
-        rows = _query_rows(plan, device)
-        host_plan, plan = plan, plan.to(device)
-        dtype = ttt.compute_dtype or self.fc.weight.dtype
-        h_RH = self._blocks(batch, target_head, ttt, plan, rows, dtype)
+        backend = choose_block_attention(ttt.attention_backend, device.type)
+        host_plan, plan = plan, plan.to(device, with_flex_masks=backend == "flex_attention")
+        dtype = self.compute_dtype(ttt, device)
+        h_RH = self._blocks(batch, target_head, ttt, plan, backend, dtype)
         labels_U = plan.labels_U
         previous_U = batch.input_ids_N[(labels_U - 1).clamp(min=0)]
         decay_P = torch.exp(-torch.arange(plan.num_predictions, device=device) / self.config.loss_gamma)
@@ -214,12 +214,11 @@ class BlockDraft(Draft):
         target_head: TargetHead,
         ttt: TTTSettings,
         plan: BlockPlan,
-        rows: tuple[QueryRows, QueryRows, Tensor],
+        backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
         """Normed states [R, H] of the counted slots, in the order of their labels."""
-        every, counted, back_R = rows
-        attend = get_block_attention(ttt.attention_backend, batch.input_ids_N.device.type)
+        attend = BLOCK_ATTENTION[backend]
         c_CH = self.first_state(batch.aux_NG.index_select(0, plan.context_tokens_C).to(dtype))
         ids_nB = self.block_input(batch.input_ids_N[plan.anchors_n])
         state = target_head.embed(ids_nB.flatten()).to(dtype)
@@ -228,15 +227,14 @@ class BlockDraft(Draft):
         layers = self.block_layers
         for index, layer in enumerate(layers):
             last = index == len(layers) - 1
-            queries = counted if last else every
-            places = counted_places(plan, counted) if last else None
-            run = (layer, state, c_CH, context_rope, slot_rope, queries, places, plan, attend)
+            queries = plan.counted if last else plan.every
+            run = (layer, state, c_CH, context_rope, slot_rope, queries, last, plan, attend)
             state = (
                 checkpoint(_run_layer, *run, use_reentrant=False)
                 if ttt.activation_checkpointing and torch.is_grad_enabled()
                 else _run_layer(*run)
             )
-        return self.norm(state.index_select(0, back_R))  # type: ignore[no-any-return]
+        return self.norm(state.index_select(0, plan.counted_back_R))  # type: ignore[no-any-return]
 
 
 def _run_layer(
@@ -246,37 +244,19 @@ def _run_layer(
     context_rope: tuple[Tensor, Tensor],
     slot_rope: tuple[Tensor, Tensor],
     queries: QueryRows,
-    places_R: Tensor | None,
+    last: bool,
     plan: BlockPlan,
     attend: BlockAttention,
 ) -> Tensor:
-    """One layer; of the slots `places_R` only, if given (the last layer: nobody reads the others)."""
+    """One layer; the last computes the slots of `queries` only."""
     k_CGd, v_CGd = layer.keys_values(c_CH, *context_rope)
     x_SH = layer.input_layernorm(state_SH)
     k_SGd, v_SGd = layer.keys_values(x_SH, *slot_rope)
     cos, sin = slot_rope
-    if places_R is not None:
-        state_SH, x_SH, cos, sin = (t.index_select(0, places_R) for t in (state_SH, x_SH, cos, sin))
+    if last:
+        state_SH, x_SH, cos, sin = (t.index_select(0, queries.slots_R) for t in (state_SH, x_SH, cos, sin))
     attended = attend(layer.queries(x_SH, cos, sin), k_CGd, v_CGd, k_SGd, v_SGd, queries, plan)
     return layer.finish(state_SH, attended)
-
-
-def counted_places(plan: BlockPlan, counted: QueryRows) -> Tensor:
-    """Slots of the counted rows, block by block (attention wants them so; the loss wants them by label)."""
-    return plan.counted_slots_R.sort().values
-
-
-def _query_rows(plan: BlockPlan, device: torch.device) -> tuple[QueryRows, QueryRows, Tensor]:
-    """(all slots, counted slots by block, place of each counted slot in that order); `plan` on the host."""
-    num_blocks, size = len(plan.anchors_n), plan.block_size
-    every = QueryRows(
-        torch.arange(num_blocks).repeat_interleave(size).to(device), list(range(0, num_blocks * size + 1, size))
-    )
-    by_slot = plan.counted_slots_R.sort().values
-    blocks = by_slot // size
-    bounds = torch.searchsorted(blocks, torch.arange(num_blocks + 1)).tolist()
-    back_R = torch.searchsorted(by_slot, plan.counted_slots_R)
-    return every, QueryRows(blocks.to(device), bounds), back_R.to(device)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,24 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specforge_lite.core.errors import ConfigError, suggest
-from specforge_lite.model.block_plan import BlockPlan
-
-
-@dataclass(frozen=True)
-class QueryRows:
-    """The slots that ask: all of them in order (`bounds` = block * B), or the counted ones of the last layer, sorted by
-    block. block_R: block of each row; bounds: n + 1 python ints, rows of block i are bounds[i] .. bounds[i+1]-1."""
-
-    block_R: Tensor
-    bounds: list[int]
-
+from specforge_lite.model.block_plan import BlockPlan, QueryRows
+from specforge_lite.model.device import attention_dtype, choose_attention
+from specforge_lite.model.flex import run_flex
 
 # q_RHd, context k and v [C, G, d], own k and v [S, G, d], rows, plan -> o_RHd
 BlockAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, QueryRows, BlockPlan], Tensor]
@@ -60,7 +50,7 @@ def masked_attention(
 ) -> Tensor:
     """One call of torch's attention for the blocks of each `plan.calls`; exact, memory O(R + C)."""
     dtype = q_RHd.dtype
-    if dtype in (torch.bfloat16, torch.float16) and q_RHd.device.type == "cpu":  # slower and less precise in 16 bits
+    if attention_dtype(dtype, q_RHd.device.type) != dtype:
         q, k, v, k_own, v_own = (x.float() for x in (q_RHd, k_CGd, v_CGd, k_SGd, v_SGd))
         return masked_attention(q, k, v, k_own, v_own, rows, plan).to(dtype)
     if not len(q_RHd):
@@ -91,16 +81,33 @@ def _grouped(q_RHd: Tensor, k_KGd: Tensor, v_KGd: Tensor, mask_RK: Tensor) -> Te
     return out[0].unflatten(1, (share, -1)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
+def flex_attention(
+    q_RHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, k_SGd: Tensor, v_SGd: Tensor, rows: QueryRows, plan: BlockPlan
+) -> Tensor:
+    """One call for all documents and blocks."""
+    if not len(q_RHd) or rows.kernel is None:
+        return masked_attention(q_RHd, k_CGd, v_CGd, k_SGd, v_SGd, rows, plan)
+    block_R, start_n, stop_n, sizes = rows.block_R, plan.key_start_n, plan.key_stop_n, rows.kernel.sizes
+
+    def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        block = block_R[row]
+        own = (key >= sizes[0]) & ((key - sizes[0]) // sizes[1] == block)
+        return own | ((key >= start_n[block]) & (key < stop_n[block]))
+
+    keys, values = torch.cat([k_CGd, k_SGd]), torch.cat([v_CGd, v_SGd])
+    return run_flex(q_RHd, keys, values, visible, rows.kernel, q_RHd.is_cuda)
+
+
 BLOCK_ATTENTION: dict[str, BlockAttention] = {
     "eager": eager_attention,
     "sdpa": masked_attention,
+    "flex_attention": flex_attention,
 }
 
 
-def get_block_attention(name: str, device_type: str) -> BlockAttention:
-    """A backend; `auto` is flex_attention on CUDA and sdpa elsewhere."""
-    if name == "auto":
-        name = "flex_attention" if device_type == "cuda" else "sdpa"
-    if name not in BLOCK_ATTENTION:
-        raise ConfigError(f"draft_attention_backend: unknown value '{name}'{suggest(name, BLOCK_ATTENTION)}")
-    return BLOCK_ATTENTION[name]
+def choose_block_attention(name: str, device_type: str) -> str:
+    """The backend that `--draft-attention-backend` means on this machine; flex_attention that has to run backward on a
+    CPU becomes sdpa, whose masked attention takes any dtype and width on a GPU."""
+    if name == "flex_attention" and device_type == "cpu" and not torch.is_grad_enabled():
+        return name
+    return name if name == "sdpa" else choose_attention(name, device_type)

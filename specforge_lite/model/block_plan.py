@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from specforge_lite.model.flex import FLEX_BLOCK, FlexRows
+from specforge_lite.model.row_plan import on_device
 
 # Anchors whose attention is one call: its mask is [BLOCKS_PER_CALL * B, context] booleans.
 BLOCKS_PER_CALL = 64
@@ -45,6 +47,18 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class QueryRows:
+    """Slots that ask: all of them, or the counted ones (the last layer). slots_R: ascending places in 0..S-1; block_R:
+    the block of each; bounds: n + 1 python ints, rows of block i are bounds[i] .. bounds[i+1]-1. kernel: block mask of
+    flex_attention, where that attends."""
+
+    slots_R: Tensor
+    block_R: Tensor
+    bounds: list[int]
+    kernel: FlexRows | None = None
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """Everything index-like of a step, made on the host. Index tensors are int64.
 
@@ -52,7 +66,8 @@ class BlockPlan:
     context_tokens_C: tokens that some block sees, with their positions. key_stop_n: place after the last context key a
     block sees (its first is that of its document: key_start_n). counted_slots_R: place in 0..S-1, in the order of their
     labels; label_places_R: their place in labels_U, the distinct label tokens, ascending. prediction_R: k of each.
-    row_of_block_n, calls: see AttentionCall. counted_nP bool.
+    calls: see AttentionCall. counted_nP bool. every, counted: the slots that ask in all layers but the last, and in the
+    last; counted_back_R: place in `counted` of each of counted_slots_R.
     """
 
     block_size: int
@@ -68,22 +83,39 @@ class BlockPlan:
     prediction_R: Tensor
     labels_U: Tensor
     counted_nP: Tensor
-    num_positions: int
     calls: list[AttentionCall]
+    every: QueryRows
+    counted: QueryRows
+    counted_back_R: Tensor
 
-    def to(self, device: torch.device) -> BlockPlan:
-        """Copy the index tensors to a device: one transfer of all of them."""
-        if device.type == "cpu":
-            return self
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        packed = torch.cat([value.flatten().to(torch.int64) for value in tensors.values()])
-        packed = packed.pin_memory() if device.type == "cuda" else packed
-        parts = packed.to(device, non_blocking=True).split([value.numel() for value in tensors.values()])
-        moved: dict[str, Any] = {
-            name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(tensors.items(), parts)
-        }
-        return BlockPlan(**{**named, **moved})
+    def to(self, device: torch.device, with_flex_masks: bool = False) -> BlockPlan:
+        """Copy the index tensors to a device, all in one transfer that the host does not wait for."""
+        plan = self
+        if with_flex_masks:
+            masks = {
+                name: replace(rows, kernel=self._flex_rows(rows))
+                for name, rows in (("every", self.every), ("counted", self.counted))
+                if len(rows.slots_R)
+            }
+            plan = replace(self, **masks)  # type: ignore[arg-type]
+        return on_device(plan, device)
+
+    def _flex_rows(self, rows: QueryRows) -> FlexRows:
+        """Key blocks of every block of rows: the context before its last anchor, and the slots of its own blocks."""
+        num_context, num_slots = len(self.context_tokens_C), len(self.slot_positions_S)
+        first_key = torch.arange(-(-(num_context + num_slots) // FLEX_BLOCK)) * FLEX_BLOCK
+        last_key = first_key + FLEX_BLOCK - 1
+        partly, wholly = [], []
+        for start in range(0, len(rows.block_R), FLEX_BLOCK):
+            blocks = rows.block_R[start : start + FLEX_BLOCK]
+            starts, stops = self.key_start_n[blocks], self.key_stop_n[blocks]
+            seen = (first_key < stops.max()) & (last_key >= starts.min())
+            own = num_context + self.block_size * torch.stack([blocks[0], blocks[-1] + 1])
+            seen |= (first_key < own[1]) & (last_key >= own[0])
+            full = (first_key >= starts.max()) & (last_key < stops.min())
+            partly.append(seen & ~full)
+            wholly.append(full)
+        return FlexRows.of(torch.stack(partly), torch.stack(wholly), [num_context, self.block_size])
 
 
 def anchor_candidates(loss_mask_N: Tensor, doc_offsets: Sequence[int]) -> Tensor:
@@ -146,6 +178,8 @@ def plan_blocks(
     labels_U, label_places_R = label_R.unique(return_inverse=True)
     positions_nB = (anchors_n - start_n)[:, None] + torch.arange(block_size)
     doc_of_C = torch.bucketize(context_tokens_C, offsets[1:], right=True)
+    slots_R = block_R * block_size + first_slot + prediction_R
+    counted = _query_rows(slots_R.sort().values, len(anchors_n), block_size)
     return BlockPlan(
         block_size=block_size,
         num_predictions=num_predictions,
@@ -155,14 +189,21 @@ def plan_blocks(
         context_positions_C=context_tokens_C - offsets[doc_of_C],
         key_start_n=key_start_n,
         key_stop_n=key_stop_n,
-        counted_slots_R=block_R * block_size + first_slot + prediction_R,
+        counted_slots_R=slots_R,
         label_places_R=label_places_R,
         prediction_R=prediction_R,
         labels_U=labels_U,
         counted_nP=counted_nP,
-        num_positions=int(positions_nB.max()) + 1 if len(anchors_n) else 1,
         calls=_calls(doc_n, key_start_n, key_stop_n),
+        every=_query_rows(torch.arange(len(anchors_n) * block_size), len(anchors_n), block_size),
+        counted=counted,
+        counted_back_R=torch.searchsorted(counted.slots_R, slots_R),
     )
+
+
+def _query_rows(slots_R: Tensor, num_blocks: int, block_size: int) -> QueryRows:
+    block_R = slots_R // block_size
+    return QueryRows(slots_R, block_R, torch.searchsorted(block_R, torch.arange(num_blocks + 1)).tolist())
 
 
 def _last_anchors(anchors_n: Tensor, doc_n: Tensor, offsets: Tensor) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,12 +108,21 @@ class RowPlan:
         if kernel_plan is not None:
             steps = [replace(s, kernel=kernel_plan(s, k, self.num_keys)) for k, s in enumerate(self.steps)]
             plan = replace(self, steps=steps)
-        if torch.device(device).type == "cpu":
-            return plan
-        tensors: list[Tensor] = []
-        _visit(plan, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        moved = iter(upload(tensors, device))
-        return _visit(plan, lambda _tensor: next(moved))  # type: ignore[no-any-return]
+        return on_device(plan, device)
+
+
+PlanT = TypeVar("PlanT")
+
+
+def on_device(plan: PlanT, device: torch.device | str) -> PlanT:
+    """Nested dataclasses of host tensors with all tensors on a device, in one transfer that the host does not wait
+    for."""
+    if torch.device(device).type == "cpu":
+        return plan
+    tensors: list[Tensor] = []
+    _visit(plan, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    moved = iter(upload(tensors, device))
+    return _visit(plan, lambda _tensor: next(moved))  # type: ignore[no-any-return]
 
 
 def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -16,8 +16,7 @@ flex_attention  one block mask; torch has no backward for it on CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +24,8 @@ from torch import Tensor
 
 from specforge_lite.model.device import attention_dtype, choose_attention
 from specforge_lite.model.flash import CpuFlash, FlashRows, Step0Block, VarlenFlash, flash_rows
+from specforge_lite.model.flex import FLEX_BLOCK, FlexRows, run_flex
 from specforge_lite.model.row_plan import StepRows
-
-FLEX_BLOCK = 128
-
 
 Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R, G, d]; values alike
 
@@ -193,23 +190,6 @@ def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- flex
 
 
-@dataclass(frozen=True)
-class FlexRows:
-    """A step's block mask: for each block of rows, its blocks of keys (int32, as torch's BlockMask wants them), partly
-    and wholly visible; and the other way round. sizes: [N, R] int64, on the device, so that they are no constants of a
-    graph."""
-
-    kv_counts: Tensor
-    kv_blocks: Tensor
-    full_kv_counts: Tensor
-    full_kv_blocks: Tensor
-    q_counts: Tensor
-    q_blocks: Tensor
-    full_q_counts: Tensor
-    full_q_blocks: Tensor
-    sizes: Tensor
-
-
 def flex_rows(rows: StepRows, num_later: int, num_keys: int) -> FlexRows:
     """Which blocks hold visible keys: made of the rows' key ranges, without a matrix of rows and keys."""
     num_rows = len(rows.key_rows)
@@ -227,16 +207,7 @@ def flex_rows(rows: StepRows, num_later: int, num_keys: int) -> FlexRows:
         full = (first_of_block >= first.max()) & (last_of_block <= own.min())
         partly.append(seen & ~full)
         wholly.append(full)
-    part, whole = torch.stack(partly), torch.stack(wholly)
-    return FlexRows(
-        *_ordered(part), *_ordered(whole), *_ordered(part.T), *_ordered(whole.T), torch.tensor([num_keys, num_rows])
-    )
-
-
-def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [I, J] -> (how many of each row [1, 1, I], which ones, those first [1, 1, I, J]), int32."""
-    order = torch.argsort(visible.to(torch.int8), dim=-1, descending=True, stable=True)
-    return visible.sum(-1).int()[None, None], order.int()[None, None]
+    return FlexRows.of(torch.stack(partly), torch.stack(wholly), [num_keys, num_rows])
 
 
 class Flex:
@@ -249,8 +220,6 @@ class Flex:
         return flex_rows(rows, step, num_keys) if len(rows.key_rows) else None
 
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
-        from torch.nn.attention.flex_attention import BlockMask
-
         if len(q_RHd) == 0:
             return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
         plan: FlexRows = rows.kernel
@@ -260,31 +229,4 @@ class Flex:
             step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
             return step0 | ((key >= sizes[0]) & ((key - sizes[0]) % sizes[1] == row))
 
-        k_1GTd, v_1GTd = (torch.cat(list(x)).transpose(0, 1)[None] for x in (keys, values))
-        mask = BlockMask(
-            (len(q_RHd), k_1GTd.shape[2]), plan.kv_counts, plan.kv_blocks, plan.full_kv_counts, plan.full_kv_blocks,
-            plan.q_counts, plan.q_blocks, plan.full_q_counts, plan.full_q_blocks, (FLEX_BLOCK, FLEX_BLOCK), visible,
-        )  # fmt: skip
-        out = _flex_kernel(self._compiled)(
-            q_RHd.transpose(0, 1)[None],
-            k_1GTd,
-            v_1GTd,
-            block_mask=mask,
-            enable_gqa=q_RHd.shape[1] != k_1GTd.shape[1],
-            # its kernel for few rows has no configuration for some sizes (33 to 127 rows at 4 query heads a key head)
-            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-        )
-        return out[0].transpose(0, 1)
-
-
-_COMPILED: dict[str, Callable[..., Tensor]] = {}
-
-
-def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if not compiled:
-        return flex_attention  # type: ignore[return-value]
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
-    return _COMPILED["flex"]
+        return run_flex(q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self._compiled)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.model.block import BlockDraft, _query_rows
+from specforge_lite.model.block import BlockDraft
 from specforge_lite.model.block_attention import BLOCK_ATTENTION, visible_keys
 from specforge_lite.model.block_plan import anchor_candidates, draw_anchors, plan_blocks
 from specforge_lite.model.draft import DraftConfig, TTTSettings
@@ -61,9 +61,8 @@ def test_the_mask_of_two_blocks_typed_by_hand() -> None:
     """T = 6, anchors 2 and 4, B = 3: the drawing at the top of model/block_plan.py."""
     plan = plan_blocks(torch.ones(6, dtype=torch.bool), [0, 6], torch.tensor([2, 4]), 3, 0)
     assert plan.context_tokens_C.tolist() == [0, 1, 2, 3]
-    every, _, _ = _query_rows(plan, CPU)
     expected = ["xx..xxx...", "xx..xxx...", "xx..xxx...", "xxxx...xxx", "xxxx...xxx", "xxxx...xxx"]
-    seen = visible_keys(every, plan, 4)
+    seen = visible_keys(plan.every, plan, 4)
     assert ["".join("x" if flag else "." for flag in row) for row in seen.tolist()] == expected
     assert plan.slot_positions_S.tolist() == [2, 3, 4, 4, 5, 6]
 
@@ -72,8 +71,7 @@ def test_a_block_sees_its_own_document_only_and_positions_start_anew() -> None:
     plan = plan_blocks(torch.ones(7, dtype=torch.bool), [0, 3, 7], torch.tensor([1, 5]), 2, 0)
     assert plan.context_tokens_C.tolist() == [0, 3, 4]
     assert plan.context_positions_C.tolist() == [0, 0, 1]
-    every, _, _ = _query_rows(plan, CPU)
-    seen = ["".join("x" if flag else "." for flag in row) for row in visible_keys(every, plan, 3).tolist()]
+    seen = ["".join("x" if flag else "." for flag in row) for row in visible_keys(plan.every, plan, 3).tolist()]
     assert seen == ["x..xx..", "x..xx..", ".xx..xx", ".xx..xx"]
     assert plan.slot_positions_S.tolist() == [1, 2, 2, 3]
 
@@ -124,7 +122,7 @@ def test_gradients_equal_autograd_of_the_plain_formula(kind: str, settings: dict
     output.loss.backward()
     found = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
     draft.zero_grad()
-    h = draft._blocks(batch, head, ttt, plan, _query_rows(plan, CPU), torch.float64)
+    h = draft._blocks(batch, head, ttt, plan, "eager", torch.float64)
     labels = plan.labels_U[plan.label_places_R]
     previous = batch.input_ids_N[labels - 1]
     logits = head.logits(h)
@@ -175,6 +173,23 @@ def test_packing_backends_and_checkpointing_change_nothing(kind: str) -> None:
     for name, parameter in draft.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name], rtol=2e-4, atol=1e-4, msg=name)  # sums in fp32
     assert set(BLOCK_ATTENTION) >= {"eager", "sdpa"}
+
+
+@torch.no_grad()
+def test_flex_attention_sees_the_same_keys() -> None:
+    """Several blocks of 128 rows and keys, wholly and partly visible, documents of many sizes; torch's own reference of
+    flex_attention, which knows the block mask."""
+    draft, head = make_draft("dspark"), make_head()
+    batch = make_batch([400, 9, 150], ["." * 40 + "x" * 360, "...xxxxxx", "." * 30 + "xxxxx....." * 12])
+    eager = draft(batch, head, TTTSettings(attention_backend="eager", collect_rows=True))
+    flex = draft(batch, head, TTTSettings(attention_backend="flex_attention", collect_rows=True))
+    assert float(flex.loss) == pytest.approx(float(eager.loss), rel=2e-6)
+    torch.testing.assert_close(flex.loss_sum_K, eager.loss_sum_K, rtol=2e-6, atol=1e-5)
+    anchors = anchor_candidates(batch.loss_mask_N, batch.doc_offsets)
+    plan = plan_blocks(batch.loss_mask_N, batch.doc_offsets, anchors, 4, 0)
+    kernel = plan.to(CPU, with_flex_masks=True).every.kernel
+    assert kernel is not None
+    assert int(kernel.full_kv_counts.sum()) > 0
 
 
 def test_a_batch_without_an_anchor_gives_zero_and_no_error() -> None:

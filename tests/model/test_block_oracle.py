@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.reference_block import reference_pass
-from specforge_lite.model.block import BlockDraft, _query_rows
+from specforge_lite.model.block import BlockDraft
 from specforge_lite.model.block_attention import visible_keys
 from specforge_lite.model.block_plan import plan_blocks
 from specforge_lite.model.draft import DraftConfig, TTTSettings
@@ -106,8 +106,7 @@ def test_masks_equal_the_authors(name: str) -> None:
     plan = plan_blocks(batch.loss_mask_N, batch.doc_offsets, anchors_n, size, draft.first_slot)
     keep = tensors["block_keep_mask"]
     assert torch.equal(plan.counted_nP, tensors["eval_mask"][keep])
-    every, _, _ = _query_rows(plan, CPU)
-    ours = visible_keys(every, plan, len(plan.context_tokens_C))
+    ours = visible_keys(plan.every, plan, len(plan.context_tokens_C))
     length = tensors["input_ids"].shape[1]
     theirs = tensors["attention_mask"]  # [row, slots of the row, tokens + slots of the row]
     num_context = len(plan.context_tokens_C)

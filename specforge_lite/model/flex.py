@@ -1,0 +1,81 @@
+"""torch's flex_attention over packed rows: block masks made on the host from key ranges, and one compiled kernel.
+
+Letters: R query rows, T keys, I blocks of rows, J blocks of keys, H query heads, G key heads, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLEX_BLOCK = 128
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, row, key -> visible
+
+
+@dataclass(frozen=True)
+class FlexRows:
+    """A step's block mask: for each block of rows, its blocks of keys (int32, as torch's BlockMask wants them), partly
+    and wholly visible; and the other way round. sizes: int64 numbers that the mask function reads, on the device, so
+    that they are no constants of a graph."""
+
+    kv_counts: Tensor
+    kv_blocks: Tensor
+    full_kv_counts: Tensor
+    full_kv_blocks: Tensor
+    q_counts: Tensor
+    q_blocks: Tensor
+    full_q_counts: Tensor
+    full_q_blocks: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, partly_IJ: Tensor, wholly_IJ: Tensor, sizes: Sequence[int]) -> FlexRows:
+        """From which blocks see which, bool; none is in both."""
+        both = (partly_IJ, wholly_IJ, partly_IJ.T, wholly_IJ.T)
+        tensors = [tensor for visible in both for tensor in _ordered(visible)]
+        return cls(*tensors, sizes=torch.tensor(list(sizes)))
+
+
+def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [I, J] -> (how many of each row [1, 1, I], which ones, those first [1, 1, I, J]), int32."""
+    order = torch.argsort(visible.to(torch.int8), dim=-1, descending=True, stable=True)
+    return visible.sum(-1).int()[None, None], order.int()[None, None]
+
+
+def run_flex(
+    q_RHd: Tensor, k_TGd: Tensor, v_TGd: Tensor, visible: MaskFunction, rows: FlexRows, compiled: bool
+) -> Tensor:
+    """-> output [R, H, d]. compiled: through Inductor and Triton; else torch's own reference of it."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    mask = BlockMask(
+        (len(q_RHd), len(k_TGd)), rows.kv_counts, rows.kv_blocks, rows.full_kv_counts, rows.full_kv_blocks,
+        rows.q_counts, rows.q_blocks, rows.full_q_counts, rows.full_q_blocks, (FLEX_BLOCK, FLEX_BLOCK), visible,
+    )  # fmt: skip
+    out = _kernel(compiled)(
+        q_RHd.transpose(0, 1)[None],
+        k_TGd.transpose(0, 1)[None],
+        v_TGd.transpose(0, 1)[None],
+        block_mask=mask,
+        enable_gqa=q_RHd.shape[1] != k_TGd.shape[1],
+        # its kernel for few rows has no configuration for some sizes (33 to 127 rows at 4 query heads a key head)
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
+    return out[0].transpose(0, 1)
+
+
+_COMPILED: dict[str, Callable[..., Tensor]] = {}
+
+
+def _kernel(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not compiled:
+        return flex_attention  # type: ignore[return-value]
+    if "flex" not in _COMPILED:
+        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
+    return _COMPILED["flex"]

@@ -31,7 +31,8 @@ from specforge_lite.model.draft import ARCHITECTURES, DraftConfig
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check. level: `ok`, `warning` (may be meant) or `broken` (an engine refuses or serves it wrong)."""
+    """Result of one check. level: `ok`, `skipped` (not checked), `warning` (may be meant) or `broken` (refused by an
+    engine, or served wrong)."""
 
     check: str
     level: str

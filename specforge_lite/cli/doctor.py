@@ -46,8 +46,9 @@ def main() -> int:
 
 def target() -> int:
     config = parse_config(VerifyConfig, description=TARGET_HELP, positional="--target-model-path")
+    from specforge_lite.doctor.files import VerifyOptions
     from specforge_lite.doctor.table import print_findings
-    from specforge_lite.doctor.target import VerifyOptions, verify_target
+    from specforge_lite.doctor.target import verdict, verify_target
 
     findings = verify_target(
         VerifyOptions(
@@ -64,8 +65,5 @@ def target() -> int:
     print_findings(config.target_model_path, findings)
     if any(finding.is_broken for finding in findings):
         return USER_ERROR_EXIT_CODE
-    info(
-        "works; train with: python scripts/train_eagle3_online.py"
-        f" --target-model-path {config.target_model_path} --train-data-path TRAIN.jsonl --output-dir OUTPUT"
-    )
+    info(verdict(findings, config.target_model_path))
     return 0

@@ -9,28 +9,11 @@ import subprocess
 from collections.abc import Iterator
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.serving.environment import Interpreter, check_plugin, find_interpreter, has_gpu
+from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter, check_plugin, find_interpreter, has_gpu
 
 Problem = tuple[str, str]  # (level, message)
 
 QUERY_TIMEOUT_SECONDS = 300.0
-# Each prints one JSON object as its last line: is the architecture known, and does it hand out aux hidden states.
-QUERIES = {
-    "sglang": """
-import json, sys
-from sglang.srt.models.registry import ModelRegistry
-model = ModelRegistry.models.get(sys.argv[1])
-print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagle3_layers_to_capture")}))
-""",
-    "vllm": """
-import json, sys
-from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.interfaces import supports_eagle3
-model = ModelRegistry.models.get(sys.argv[1])
-eagle3 = model is not None and bool(supports_eagle3(model.load_model_cls()))
-print(json.dumps({"known": model is not None, "eagle3": eagle3}))
-""",
-}
 
 
 def check_engine(engine: str, architecture: str, python: str | None = None) -> Iterator[Problem]:
@@ -61,7 +44,7 @@ def ask_engine(interpreter: Interpreter, architecture: str) -> tuple[dict[str, b
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if not has_gpu(None):
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-    command = [interpreter.python, "-c", QUERIES[interpreter.engine], architecture]
+    command = [interpreter.python, "-c", SERVING_ENGINES[interpreter.engine].registry_query, architecture]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_SECONDS, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -26,6 +26,8 @@ Problem = tuple[str, str]  # (level, message)
 
 QUESTION, ANSWER = "Name a colour and a number.", "Blue, and 42. Is that what you wanted?"
 FOLLOW_UP, SECOND_ANSWER = "Another one, please.", "Green, and 7."
+TURNS = (("user", QUESTION), ("assistant", ANSWER), ("user", FOLLOW_UP), ("assistant", SECOND_ANSWER))
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 DRAFT_VOCAB = 32000
 
 
@@ -45,7 +47,7 @@ class VerifyOptions:
 
 @dataclass
 class Examination:
-    """What the checks have found out so far; each fills in what later ones need."""
+    """Results so far; each check fills in what later ones need."""
 
     options: VerifyOptions
     config: Any = None
@@ -159,17 +161,12 @@ def check_template(x: Examination) -> Iterator[Problem]:
     yield "ok", f"{template.name} ({how})"
     if warning := template_warning(template, spec):
         yield "warning", warning
-    elif not spec.chat_template:
-        yield "warning", "the tokenizer has no chat template to compare with; a base model answers no chat"
 
 
 def check_mask(x: Examination) -> Iterator[Problem]:
     """The answers of a made-up conversation, and nothing else, must be trained."""
     assert x.tokenize is not None
-    turns = (("user", QUESTION), ("assistant", ANSWER), ("user", FOLLOW_UP), ("assistant", SECOND_ANSWER))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    row = x.tokenize(Conversation("verify", messages))
-    x.sample = row.to_sample()
+    x.sample = x.tokenize(Conversation("verify", list(MESSAGES))).to_sample()
     ids, mask = x.sample.input_ids_L, x.sample.loss_mask_L
     trained, masked = (x.tokenizer.decode(ids[keep].tolist()) for keep in (mask, ~mask))
     for answer in (ANSWER, SECOND_ANSWER):
@@ -182,3 +179,23 @@ def check_mask(x: Examination) -> Iterator[Problem]:
     if not ending.strip():
         yield "warning", "no end token is trained after an answer: the draft will not learn where answers end"
     yield "ok", f"{int(mask.sum())} of {len(ids)} tokens trained; answers end with {ending.strip()!r}"
+
+
+def check_prompt(x: Examination) -> Iterator[Problem]:
+    """What the last answer is trained after must be what it is asked for with: the tokenizer's own template."""
+    assert x.tokenize is not None
+    if not x.tokenizer.chat_template:
+        yield "warning", "the tokenizer has no chat template to compare with; a base model answers no chat"
+        return
+    asked = x.tokenizer.apply_chat_template(MESSAGES[:-1], add_generation_prompt=True, return_dict=True)
+    served = list(asked["input_ids"])
+    ids = x.tokenize(Conversation("verify", list(MESSAGES))).to_sample().input_ids_L.tolist()
+    if ids[: len(served)] == served:
+        yield "ok", f"the {len(served)} tokens before the last answer are those of the tokenizer's own template"
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ids, served)) if a != b), min(len(ids), len(served)))
+    trained, own = (repr(x.tokenizer.decode(part[max(0, at - 2) : at + 10])) for part in (ids, served))
+    yield (
+        "broken",
+        f"token {at}: the draft would be trained after {trained}, but served after {own}; use --chat-template auto",
+    )

@@ -15,6 +15,7 @@ from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.model.initialize import init_from_target, init_random
+from specforge_lite.model.losses import ask_teacher
 from specforge_lite.types import TokenizedSample, collate
 
 MAX_SAMPLE_TOKENS = 512
@@ -24,8 +25,7 @@ NUM_DECODED = 24
 def check_load(x: Examination) -> Iterator[Problem]:
     options, start = x.options, time.perf_counter()
     if not options.load_model:
-        x.broken.add("model")
-        yield "warning", "not loaded (--no-load-model)"
+        yield "skipped", "not loaded (--no-load-model)"
         return
     x.engine = HfEngine(
         options.target_model_path,
@@ -63,7 +63,8 @@ def check_states(x: Examination) -> Iterator[Problem]:
 
 
 def check_logits(x: Examination) -> Iterator[Problem]:
-    """Teacher logits from the three frozen tensors against the model's own."""
+    """Teacher logits from the three frozen tensors against the model's own, on both paths of training: of EAGLE-1
+    (`TargetHead.logits`) and of EAGLE-3 (`ask_teacher`, which also decides what counts by its argmax)."""
     assert x.engine is not None
     assert x.head is not None
     assert x.sample is not None
@@ -71,8 +72,15 @@ def check_logits(x: Examination) -> Iterator[Problem]:
     head = x.head.to(x.engine.device, x.engine.model.dtype)
     with torch.no_grad():
         own = x.engine.model(input_ids=x.sample.input_ids_L[None].to(x.engine.device), use_cache=False).logits[0]
-    ours = head.logits(x.states.last_LH.to(x.engine.device))
+    last = x.states.last_LH.to(x.engine.device)
+    ours = head.logits(last)
+    draft_ids = torch.arange(0, len(head.lm_head_VH), 2, device=last.device)  # any part of the vocabulary
+    teacher = ask_teacher(head, last, draft_ids)
     problems = list(_compare("teacher logits", ours, own))
+    problems += _compare("training's teacher logits", teacher.draft_logits_MVd, own[:, draft_ids])
+    # Equal tokens but for near ties: the model's own logit of the chosen token is its largest.
+    chosen = own.gather(1, teacher.argmax_M[:, None])[:, 0]
+    problems += _compare("logits of the teacher's choice", chosen, own.max(-1).values)
     yield from problems
     if not problems:
         yield "ok", f"equal to the model's own within {_distance(ours, own):.1e} of their size"

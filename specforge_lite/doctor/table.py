@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specforge_lite.checkpoints.contract import Finding
 
-COLOURS = {"ok": "green", "warning": "yellow", "broken": "bold red"}
+COLOURS = {"ok": "green", "skipped": "yellow", "warning": "yellow", "broken": "bold red"}
 
 
 def print_findings(title: str, findings: Sequence[Finding]) -> None:

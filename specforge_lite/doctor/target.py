@@ -1,12 +1,12 @@
 """Will everything work with this target? Each check answers one question of docs/new-target.md on the model itself.
 
 Cheap checks come first (config, weights, tokenizer), then those that run the model. A check whose ground is missing is
-reported as not tried.
+skipped, and reported as that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.errors import SpecforgeError
@@ -20,6 +20,7 @@ from specforge_lite.doctor.files import (
     check_draft_shape,
     check_head,
     check_mask,
+    check_prompt,
     check_template,
     check_tokenizer,
     check_weights,
@@ -42,15 +43,28 @@ def verify_target(options: VerifyOptions) -> list[Finding]:
         missing = [ground for ground in grounds if ground in examination.broken]
         if missing:
             examination.broken.add(name)
-            findings.append(Finding(name, "warning", f"not tried, because of: {', '.join(missing)}"))
+            findings.append(Finding(name, "skipped", f"not checked, because of: {', '.join(missing)}"))
             continue
         for level, message in _answers(check, examination):
             findings.append(Finding(name, level, message))
-            if level == "broken":
+            if level in ("broken", "skipped"):
                 examination.broken.add(name)
     if examination.engine is not None:
         examination.engine.close()
     return findings
+
+
+def verdict(findings: Sequence[Finding], target_model_path: str) -> str:
+    """The last line for a target without a broken check: that it works, only if everything was checked."""
+    train = f"python scripts/train_eagle3_online.py --target-model-path {target_model_path}"
+    skipped = [finding.check for finding in findings if finding.level == "skipped"]
+    if not skipped:
+        return f"works; train with: {train} --train-data-path TRAIN.jsonl --output-dir OUTPUT"
+    checked = dict.fromkeys(finding.check for finding in findings if finding.check not in skipped)
+    return (
+        f"checked and in order: {', '.join(checked)}; NOT checked: {', '.join(skipped)}:"
+        " run again without --no-load-model"
+    )
 
 
 def _answers(check: Callable[[Examination], Iterator[Problem]], examination: Examination) -> Iterator[Problem]:
@@ -79,6 +93,7 @@ CHECKS: dict[str, tuple[Callable[[Examination], Iterator[Problem]], tuple[str, .
     "draft": (check_draft_shape, ("aux layers",)),
     "tokenizer": (check_tokenizer, ("config",)),
     "chat template": (check_template, ("tokenizer",)),
+    "prompt": (check_prompt, ("chat template",)),
     "loss mask": (check_mask, ("chat template",)),
     "model": (check_load, ("weights",)),
     "hidden states": (check_states, ("model", "aux layers")),
@@ -88,5 +103,3 @@ CHECKS: dict[str, tuple[Callable[[Examination], Iterator[Problem]], tuple[str, .
     "decoding": (check_decoding, ("model", "training")),
     "engines": (check_engines, ("config",)),
 }
-
-__all__ = ["CHECKS", "VerifyOptions", "verify_target"]

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.cli import doctor as script
-from specforge_lite.doctor import engines, installation
-from specforge_lite.doctor.target import CHECKS, VerifyOptions, verify_target
-from specforge_lite.model import target_head
-from specforge_lite.serving.environment import Interpreter
+from specforge_lite.doctor import engines, installation, model
+from specforge_lite.doctor.files import VerifyOptions
+from specforge_lite.doctor.target import CHECKS, verify_target
+from specforge_lite.model import losses, target_head
+from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter
 from tests.target_families import save_family
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:
     """check -> its worst level."""
-    order = ("ok", "warning", "broken")
+    order = ("ok", "skipped", "warning", "broken")
     worst: dict[str, str] = {}
     for finding in findings:
         worst[finding.check] = max(worst.get(finding.check, "ok"), finding.level, key=order.index)
@@ -48,17 +52,61 @@ def test_a_good_target_passes_every_check(tiny_target: Path) -> None:
     assert "answers end with '<|im_end|>'" in message(findings, "loss mask", "ok")
 
 
-def test_files_only(tiny_target: Path) -> None:
+def test_files_only_says_what_was_not_checked(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     found = levels(examine(tiny_target, load_model=False))
-    assert found["teacher logits"] == found["decoding"] == "warning"
+    assert found["teacher logits"] == found["decoding"] == "skipped"
     assert "broken" not in found.values()
+    monkeypatch.setattr(sys, "argv", ["verify_target.py", str(tiny_target), "--engines", "--no-load-model"])
+    assert script.target() == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "works" not in last
+    assert last.startswith("checked and in order: config, weights, embedding and head, aux layers, draft, tokenizer, ")
+    assert "NOT checked: model, hidden states, teacher logits, final norm, training, decoding" in last
+    assert last.endswith("run again without --no-load-model")
+
+
+def test_a_target_that_passes_everything_works(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify_target.py", str(tiny_target), "--engines", "--target-dtype", "float32"])
+    assert script.target() == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("works; train with: ")
+
+
+def test_the_teacher_that_training_asks_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head with a bias (Phi-2): dropping it in the teacher alone, as `TargetHead.logits` keeps it, is found."""
+    family = save_family("phi2", tmp_path / "model")
+    weights = load_file(family / "model.safetensors")
+    weights["lm_head.bias"] = torch.linspace(-2, 2, len(weights["lm_head.bias"]))
+    save_file(weights, family / "model.safetensors", {"format": "pt"})
+    assert levels(examine(family))["teacher logits"] == "ok"
+
+    def without_bias(head, last_MH, draft_ids_Vd, want_lse=False):
+        return losses.ask_teacher(replace(head, head_bias_V=None), last_MH, draft_ids_Vd, want_lse)
+
+    monkeypatch.setattr(model, "ask_teacher", without_bias)
+    findings = examine(family)
+    assert "training's teacher logits differ from the model's own by" in message(findings, "teacher logits", "broken")
+
+
+def test_another_prompt_than_the_tokenizers_own_is_found(copy_of_tiny: Path) -> None:
+    """A system prompt that the target's template adds and the chosen family does not."""
+    file = copy_of_tiny / "chat_template.jinja"
+    file.write_text("<|im_start|>system\nBe kind.<|im_end|>\n" + file.read_text())
+    assert levels(examine(copy_of_tiny, load_model=False))["prompt"] == "ok"
+    findings = examine(copy_of_tiny, load_model=False, chat_template="chatml")
+    text = message(findings, "prompt", "broken")
+    assert "trained after '<|im_start|>user" in text
+    assert "served after '<|im_start|>system" in text
 
 
 def test_without_a_tokenizer_the_model_is_still_checked(tmp_path: Path) -> None:
     findings = examine(save_family("gemma3", tmp_path / "model"))
     found = levels(findings)
     assert found["tokenizer"] == "broken"
-    assert message(findings, "loss mask", "warning") == "not tried, because of: chat template"
+    assert message(findings, "loss mask", "skipped") == "not checked, because of: chat template"
     assert [found[name] for name in ("teacher logits", "final norm", "training", "decoding")] == ["ok"] * 4
     assert "embedding scale 5.65685, soft cap 3" in message(findings, "embedding and head", "ok")
 
@@ -98,7 +146,7 @@ def test_weights_that_are_not_there(copy_of_tiny: Path) -> None:
     (copy_of_tiny / "model.safetensors").unlink()
     findings = examine(copy_of_tiny)
     assert "no *.safetensors here" in message(findings, "weights", "broken")
-    assert message(findings, "model", "warning") == "not tried, because of: weights"
+    assert message(findings, "model", "skipped") == "not checked, because of: weights"
 
 
 def test_script_ends_with_2_and_says_why(
@@ -125,7 +173,8 @@ def test_script_ends_with_2_and_says_why(
 def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = Interpreter(sys.executable, "sglang", "0.5.23", "0.2.0")
     monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
-    monkeypatch.setitem(engines.QUERIES, "sglang", f"import sys; print('noise'); print({json.dumps(answer)!r})")
+    query = f"import sys; print('noise'); print({json.dumps(answer)!r})"
+    monkeypatch.setattr(SERVING_ENGINES["sglang"], "registry_query", query)
     ((found, text),) = engines.check_engine("sglang", "Arch")
     assert found == level
     assert words in text
@@ -133,7 +182,7 @@ def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytes
 
 def test_an_engine_that_fails_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = Interpreter(sys.executable, "vllm", "0.32.0", "0.2.0")
-    monkeypatch.setitem(engines.QUERIES, "vllm", "raise SystemExit('no such library')")
+    monkeypatch.setattr(SERVING_ENGINES["vllm"], "registry_query", "raise SystemExit('no such library')")
     assert engines.ask_engine(interpreter, "Arch") == (None, "exit code 1: no such library")
 
 

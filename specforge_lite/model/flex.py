@@ -37,7 +37,7 @@ class FlexRows:
         """From which blocks see which, bool; none is in both."""
         both = (partly_IJ, wholly_IJ, partly_IJ.T, wholly_IJ.T)
         tensors = [tensor for visible in both for tensor in _ordered(visible)]
-        return cls(*tensors, sizes=torch.tensor(list(sizes)))
+        return cls(*[*tensors, torch.tensor(list(sizes))])
 
 
 def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:

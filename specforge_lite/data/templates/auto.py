@@ -12,7 +12,8 @@ from typing import Any
 
 from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
-from specforge_lite.data.templates.rendering import PROBE_TOOL, ChatTemplate, Message, marks_generation
+from specforge_lite.data.templates.jinja import PROBE_TOOL, Message, marks_generation
+from specforge_lite.data.templates.rendering import ChatTemplate
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

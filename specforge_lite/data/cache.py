@@ -1,15 +1,16 @@
 """A data file -> the tokenized dataset of it, built once by as many processes as asked for.
 
-The directory's name is a hash of the file's content, the tokenizer's content, what the template draws, and the options:
-moving a file changes nothing, changing one byte of it does. Two processes may ask at once; one builds, both open.
+The directory's name is a hash of the file's content, the tokenizer's content, the template, and the options: moving a
+file changes nothing, changing one byte of it does. Two processes may ask at once; one builds, both open.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import multiprocessing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,21 +20,15 @@ from typing import Any
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors
+from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors, write_json
 from specforge_lite.core.sections import DataSection
-from specforge_lite.data.conversations import RowRejected
+from specforge_lite.data.conversations import RowRejected, ignored_fields
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
 from specforge_lite.data.templates.auto import template_warning
-from specforge_lite.data.tokenize import (
-    TOKENIZATION_VERSION,
-    NoForm,
-    RowTokenizer,
-    TokenizeOptions,
-    TokenRow,
-)
+from specforge_lite.data.tokenize import TOKENIZATION_VERSION, NoForm, RowTokenizer, TokenizeOptions, TokenRow
 
 ROWS_PER_BATCH = 64
 SMALL_FILE_BYTES = 1 << 20  # tokenized sooner than other processes would have started
@@ -50,17 +45,15 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
         path=path,
         spec=TokenizerSpec.from_tokenizer(tokenizer),
         options=TokenizeOptions.from_section(section),
-        data_format=section.data_format if section.data_format != "auto" else recognise_format(path),
+        data_format=section.data_format if section.data_format != "auto" else _recognise_format(path),
         num_proc=section.build_num_proc,
     )
     rows = job.tokenizer()
-    key = dataset_key(job, rows)
-    if rows.template is not None and log.is_main_rank():
-        warning = template_warning(rows.template, job.spec)
-        if warning is not None:
-            log.warn(warning)
-    directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
+    if rows.template is not None and log.is_main_rank() and (warning := template_warning(rows.template, job.spec)):
+        log.warn(warning)
     with user_errors(section.cache_dir):
+        key = _dataset_key(job, rows, section.cache_dir)
+        directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
         dataset = _open_whole(directory, key)
         if dataset is None:
             with exclusive(directory, str(directory)):
@@ -69,9 +62,8 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
                     _build(directory, job, key)
                     dataset = TokenizedDataset.open(directory, key)
     log.info(f"{path}: {dataset.stats.summary()}")
-    if log.is_main_rank():
-        for warning in dataset.stats.warnings():
-            log.warn(f"{path}: {warning}")
+    for warning in dataset.stats.warnings() if log.is_main_rank() else ():
+        log.warn(f"{path}: {warning}")
     return dataset
 
 
@@ -89,13 +81,13 @@ class _Job:
         return RowTokenizer(self.spec, self.options, self.data_format)
 
 
-def dataset_key(job: _Job, rows: RowTokenizer) -> dict[str, Any]:
+def _dataset_key(job: _Job, rows: RowTokenizer, cache_dir: Path) -> dict[str, Any]:
     """Everything that decides ids and masks, as a JSON object."""
     options = dataclasses.asdict(job.options)
     used = ("max_length",) if job.data_format == "fim" else ("max_length", "train_only_last_turn", "system_prompt")
     return {
         "version": TOKENIZATION_VERSION,
-        "file": _digest(job.path),
+        "file": _content_hash(job.path, cache_dir),
         "format": job.data_format,
         "tokenizer": job.spec.fingerprint,
         **rows.key(),
@@ -103,16 +95,29 @@ def dataset_key(job: _Job, rows: RowTokenizer) -> dict[str, Any]:
     }
 
 
-def recognise_format(path: Path) -> str:
+def _content_hash(path: Path, cache_dir: Path) -> str:
+    """sha256 of a data file; remembered beside the cache for as long as size and modification time are the same, so
+    that a start does not read the file once per rank."""
+    with user_errors(path):
+        facts = path.stat()
+        known = {"path": str(path.resolve()), "bytes": facts.st_size, "modified": facts.st_mtime_ns}
+        memo = cache_dir / f".sha256-{key_digest({'path': known['path']})[:20]}.json"
+        try:
+            remembered = json.loads(memo.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            remembered = {}
+        if {name: remembered.get(name) for name in known} == known and isinstance(remembered.get("sha256"), str):
+            return str(remembered["sha256"])
+        digest = sha256_of(path)
+    write_json(memo, {**known, "sha256": digest}, sync=False)
+    return digest
+
+
+def _recognise_format(path: Path) -> str:
     """`fim` or `chat`, by the first row that is one."""
     with RowFile(path) as rows:
         first = next((row for row in rows if isinstance(row, Row)), None)
     return "fim" if first is not None and is_fim_row(first.value) else "chat"
-
-
-def _digest(path: Path) -> str:
-    with user_errors(path):
-        return sha256_of(path)
 
 
 def _open_whole(directory: Path, key: dict[str, Any], announce: bool = False) -> TokenizedDataset | None:
@@ -135,8 +140,10 @@ def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
                 for batch in _tokenized_batches(rows, job):
                     _store(batch, writer, job.path)
                     bar.update(rows.bytes_read - bar.n)
-            _check_result(job.path, writer)
-            if _digest(job.path) != key["file"]:
+            if writer.stats.num_samples == 0:
+                reasons = "; ".join(writer.stats.warnings()) or "it has no rows"
+                raise DataError(f"{job.path}: nothing to train on: {reasons}")
+            if sha256_of(job.path) != key["file"]:
                 raise DataError(f"{job.path}: changed while it was read")
             writer.finish(key)
         finally:
@@ -144,21 +151,27 @@ def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
 
 
 @dataclass
-class TokenBatch:
-    """What a worker made of some rows: (line, tokens) in order, refused (line, id) pairs, or the first error."""
+class _Batch:
+    """What a worker made of some rows: (line, tokens) in order, refused ones as "id: reason", fields without effect,
+    or the first error."""
 
     rows: list[tuple[int, TokenRow]] = field(default_factory=list)
-    refused: list[tuple[int, str]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
     error: tuple[int, str] | None = None
 
 
-def _store(batch: TokenBatch, writer: StoreWriter, path: Path) -> None:
+def _store(batch: _Batch, writer: StoreWriter, path: Path) -> None:
     stats = writer.stats
     stats.num_rows += len(batch.rows) + len(batch.refused)
-    for _, sample_id in batch.refused:
-        stats.note("refused", sample_id)
+    for example in batch.refused:
+        stats.note("refused", example)
+    for name, count in batch.ignored.items():
+        stats.ignored[name] = stats.ignored.get(name, 0) + count
     for line, row in batch.rows:
         stats.num_truncated += row.num_cut > 0
+        if row.lost_reasoning:
+            stats.note("lost_reasoning", row.sample_id)
         if row.loss_mask.any():
             writer.add(row.sample_id, line, row.input_ids, row.loss_mask)
         else:
@@ -167,23 +180,18 @@ def _store(batch: TokenBatch, writer: StoreWriter, path: Path) -> None:
         raise DataError(f"{path}:{batch.error[0]}: {batch.error[1]}")
 
 
-def _check_result(path: Path, writer: StoreWriter) -> None:
-    if writer.stats.num_samples == 0:
-        reasons = "; ".join(writer.stats.warnings()) or "it has no rows"
-        raise DataError(f"{path}: nothing to train on: {reasons}")
-
-
-def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[TokenBatch]:
+def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[_Batch]:
     """Batches in the order of the file. At most a few per process are under way, so memory stays bounded."""
-    batches = _batched(iter(rows))
+    stream = iter(rows)
+    batches = iter(lambda: list(itertools.islice(stream, ROWS_PER_BATCH)), [])
     if job.num_proc == 1 or rows.num_bytes < SMALL_FILE_BYTES:
         tokenizer = job.tokenizer()
-        yield from (tokenize_rows(batch, tokenizer) for batch in batches)
+        yield from (_tokenize(batch, tokenizer) for batch in batches)
         return
     # spawn: a fork of a process with torch and CUDA threads may hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(job.num_proc, context, initializer=_start_worker, initargs=(job,)) as pool:
-        waiting: deque[Future[TokenBatch]] = deque()
+        waiting: deque[Future[_Batch]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_work, batch))
@@ -197,11 +205,6 @@ def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[TokenBatch]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _batched(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
-        yield batch
-
-
 _worker: RowTokenizer | None = None
 
 
@@ -210,14 +213,14 @@ def _start_worker(job: _Job) -> None:
     _worker = job.tokenizer()
 
 
-def _work(rows: list[Row | BadRow]) -> TokenBatch:
+def _work(rows: list[Row | BadRow]) -> _Batch:
     assert _worker is not None
-    return tokenize_rows(rows, _worker)
+    return _tokenize(rows, _worker)
 
 
-def tokenize_rows(rows: list[Row | BadRow], tokenizer: RowTokenizer) -> TokenBatch:
+def _tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer) -> _Batch:
     """Tokenize parsed rows; stops at the first that cannot be read."""
-    batch = TokenBatch()
+    batch = _Batch()
     for row in rows:
         if isinstance(row, BadRow):
             batch.error = (row.line, f"{row.detail}; expected one JSON object per line")
@@ -228,5 +231,6 @@ def tokenize_rows(rows: list[Row | BadRow], tokenizer: RowTokenizer) -> TokenBat
             batch.error = (row.line, f"{error} (scripts/prepare_data.py leaves out such rows and counts them)")
             break
         except NoForm as error:
-            batch.refused.append((row.line, error.sample_id))
+            batch.refused.append(f"{error.sample_id}: {error}")
+        batch.ignored.update(ignored_fields(row.value))
     return batch

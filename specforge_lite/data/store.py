@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import sha256_of
+from specforge_lite.core.files import quick_fingerprint, sha256_of
 from specforge_lite.types import TokenizedSample
 
-FORMAT = 1
+FORMAT = 2
 NUM_EXAMPLES = 5
 _DTYPES = {
     "input_ids": np.int32,
@@ -39,36 +39,43 @@ class CacheDamaged(DataError):
     """A cache whose bytes are not those that were written: truncated, changed, or without its manifest."""
 
 
+# Kinds of rows that a person should know about before training, and what is said of them.
+NOTES = {
+    "without_span": "without an assistant span were left out",
+    "span_cut_off": "were left out: --max-length cuts off all of their answer",
+    "refused": "were left out: the chat template has no form for them",
+    "lost_reasoning": "are trained without the reasoning of their last answer: the chat template has no place for it",
+}
+
+
 @dataclass
 class DatasetStats:
-    """What became of the rows of a file. Rows without a trained token are left out of the dataset and counted:
-    `without_span` had no assistant text, `span_cut_off` had it beyond the maximal length only; `refused` hold what
-    the template has no form for. Each list holds the first few sample ids."""
+    """What became of the rows of a file. Rows without a trained token are left out of the dataset.
+
+    notes: rows of each kind in NOTES; examples: the first few of them, an id and, where there is one, the reason.
+    ignored: fields that look as if they decided what is trained, and have no effect -> rows that have them.
+    """
 
     num_rows: int = 0
     num_samples: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
     num_truncated: int = 0
-    num_without_span: int = 0
-    num_span_cut_off: int = 0
-    num_refused: int = 0
     num_renamed: int = 0
-    without_span: list[str] = field(default_factory=list)
-    span_cut_off: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
 
     @property
     def supervised_share(self) -> float:
         """Supervised tokens over tokens, 0..1."""
         return self.num_supervised / max(self.num_tokens, 1)
 
-    def note(self, kind: str, sample_id: str) -> None:
-        """Count a row of `kind` (without_span, span_cut_off, refused) and keep its id if it is among the first."""
-        setattr(self, f"num_{kind}", getattr(self, f"num_{kind}") + 1)
-        examples: list[str] = getattr(self, kind)
-        if len(examples) < NUM_EXAMPLES:
-            examples.append(sample_id)
+    def note(self, kind: str, example: str) -> None:
+        """Count a row of a kind and keep it as an example if it is among the first."""
+        self.notes[kind] = self.notes.get(kind, 0) + 1
+        if len(self.examples.setdefault(kind, [])) < NUM_EXAMPLES:
+            self.examples[kind].append(example)
 
     def summary(self) -> str:
         """One line for people."""
@@ -79,12 +86,18 @@ class DatasetStats:
 
     def warnings(self) -> list[str]:
         """What a person should know before training on this."""
-        cases = (
-            (self.num_without_span, self.without_span, "without an assistant span were left out"),
-            (self.num_span_cut_off, self.span_cut_off, "were left out: --max-length cuts off all of their answer"),
-            (self.num_refused, self.refused, "were left out: the chat template has no form for them"),
-        )
-        return [f"{count:,} rows {text} (e.g. {', '.join(ids)})" for count, ids, text in cases if count]
+        lines = [
+            f"{self.notes[kind]:,} rows {text} (e.g. {', '.join(self.examples[kind])})"
+            for kind, text in NOTES.items()
+            if kind in self.notes
+        ]
+        return lines + ignored_warning(self.ignored)
+
+
+def ignored_warning(ignored: dict[str, int]) -> list[str]:
+    """A line about fields without effect, where there are any."""
+    fields = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(ignored.items()))
+    return [f"fields without effect: {fields}; a turn with weight 0 is not trained"] if ignored else []
 
 
 class StoreWriter:
@@ -127,12 +140,14 @@ class StoreWriter:
         self._hashes[name].update(data)
 
     def finish(self, key: dict[str, Any]) -> None:
-        """Close the arrays and write the manifest with their sizes and hashes."""
+        """Close the arrays, read them once to see that they are as written, and write the manifest."""
         self.close()
-        files = {
-            name: {"bytes": (self._directory / f"{name}.bin").stat().st_size, "sha256": digest.hexdigest()}
-            for name, digest in self._hashes.items()
-        }
+        files = {}
+        for name, digest in self._hashes.items():
+            path = self._directory / f"{name}.bin"
+            if sha256_of(path) != digest.hexdigest():
+                raise CacheDamaged(f"{path}: read back otherwise than it was written; is the disk sound?")
+            files[name] = {"fingerprint": quick_fingerprint(path), "sha256": digest.hexdigest()}
         manifest = {"format": FORMAT, "key": key, "files": files, "stats": dataclasses.asdict(self.stats)}
         manifest["check"] = key_digest(manifest)
         (self._directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -165,7 +180,8 @@ class TokenizedDataset(Sequence[TokenizedSample]):
 
     @classmethod
     def open(cls, directory: str | Path, expected_key: dict[str, Any] | None = None) -> TokenizedDataset:
-        """Open a finished cache after checking every byte of it.
+        """Open a finished cache after checking sizes, and the first and last MiB of every file (all of it was read when
+        it was built; ranks would spend minutes on reading it again at every start).
 
         Raises CacheDamaged if it is not as written, DataError if it was built from something else.
         """
@@ -178,7 +194,9 @@ class TokenizedDataset(Sequence[TokenizedSample]):
                 f"{directory}: built with {name} {manifest['key'].get(name)!r}, expected {expected_key.get(name)!r}"
             )
         for name, facts in manifest["files"].items():
-            _check_file(directory / f"{name}.bin", facts)
+            path = directory / f"{name}.bin"
+            if not path.exists() or quick_fingerprint(path) != facts["fingerprint"]:
+                raise CacheDamaged(f"{path}: missing, or changed since it was written")
         return cls(directory, manifest)
 
     def __len__(self) -> int:
@@ -234,11 +252,3 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cache format {manifest['format']}, expected {FORMAT}; delete the directory")
     result: dict[str, Any] = manifest
     return result
-
-
-def _check_file(path: Path, facts: dict[str, Any]) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    if size != facts["bytes"]:
-        raise CacheDamaged(f"{path}: {size} bytes, {facts['bytes']} were written")
-    if sha256_of(path) != facts["sha256"]:
-        raise CacheDamaged(f"{path}: its content changed since it was written")

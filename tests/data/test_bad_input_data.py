@@ -307,19 +307,19 @@ FLAGS: dict[str, tuple[str, list[str], str]] = {
     "sample of nothing": (
         "prepare",
         ["--dataset", "DATA", "--sample-size", "0"],
-        "sample_size: Input should be greater",
+        "--sample-size: Input should be greater",
     ),
     "sample size in words": (
         "prepare",
         ["--dataset", "DATA", "--sample-size", "ten"],
-        "sample_size: Input should be a",
+        "--sample-size: Input should be a",
     ),
     "split over one": (
         "prepare",
         ["--dataset", "DATA", "--split-eval", "1.5"],
-        "split_eval: Input should be less than 1",
+        "--split-eval: Input should be less than 1",
     ),
-    "split is not a number": ("prepare", ["--dataset", "DATA", "--split-eval", "nan"], "split_eval: "),
+    "split is not a number": ("prepare", ["--dataset", "DATA", "--split-eval", "nan"], "--split-eval: "),
     "output that is json": (
         "prepare",
         ["--dataset", "DATA", "--output-path", "OUT/x.json"],
@@ -330,7 +330,7 @@ FLAGS: dict[str, tuple[str, list[str], str]] = {
     "unknown data set": ("prepare", ["--dataset", "ultrachatt"], "did you mean 'ultrachat'?"),
     "no training data": ("build", [], "data.train_data_path: required (flag --train-data-path)"),
     "unknown template": ("build", ["--train-data-path", "DATA", "--chat-template", "chatlm"], "did you mean 'chatml'?"),
-    "length of four": ("build", ["--train-data-path", "DATA", "--max-length", "4"], "max_length: Input should be"),
+    "length of four": ("build", ["--train-data-path", "DATA", "--max-length", "4"], "--max-length: Input should be"),
     "draft vocabulary too large": (
         "build",
         ["--train-data-path", "DATA", "--draft-vocab-size", "5000"],

@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from specforge_lite.core import files
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
-from specforge_lite.data import cache
+from specforge_lite.data import cache, store
 from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.conversations import to_conversation
-from specforge_lite.data.store import CacheDamaged, TokenizedDataset
+from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset
 from specforge_lite.data.tokenize import tokenize_conversation
 from specforge_lite.data.vocab import count_supervised_tokens, open_or_build_vocab_map
 from tests.data_tokenizers import byte_level
@@ -128,6 +129,47 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path, data: Path) -> Non
     other = open_or_build_dataset(data, byte_level(), section(tmp_path, max_length=32))
     with pytest.raises(DataError, match="built with max_length 32, expected 64"):
         TokenizedDataset.open(other.directory, one.key)
+
+
+def test_the_data_file_is_read_again_only_when_it_changed(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_or_build_dataset(data, byte_level(), section(tmp_path))
+    monkeypatch.setattr(cache, "sha256_of", None)  # would fail if it were called
+    assert open_or_build_dataset(data, byte_level(), section(tmp_path)).directory == first.directory
+    monkeypatch.undo()
+    os.utime(data, ns=(1, 1))
+    assert open_or_build_dataset(data, byte_level(), section(tmp_path)).directory == first.directory
+
+
+def test_a_start_reads_a_sample_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, and the first and last MiB of each file: not one byte more, however large the cache."""
+    writer = StoreWriter(tmp_path)
+    ids = np.arange(1 << 20, dtype=np.int32)
+    for index in range(3):
+        writer.add(str(index), index, ids, ids > 0)
+    writer.finish({"a": 1})
+    read: list[int] = []
+    original = files.quick_fingerprint
+    monkeypatch.setattr(store, "sha256_of", None)
+    monkeypatch.setattr(store, "quick_fingerprint", lambda path: (read.append(1), original(path))[1])
+    assert len(TokenizedDataset.open(tmp_path)) == 3
+    assert len(read) == 7
+    with open(tmp_path / "input_ids.bin", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(CacheDamaged, match=r"input_ids\.bin: missing, or changed since it was written"):
+        TokenizedDataset.open(tmp_path)
+
+
+def test_what_is_read_back_otherwise_than_written_is_found_when_it_is_built(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path)
+    writer.add("a", 1, np.arange(9, dtype=np.int32), np.ones(9, dtype=bool))
+    writer.close()
+    content = (tmp_path / "input_ids.bin").read_bytes()
+    (tmp_path / "input_ids.bin").write_bytes(content[:-1] + b"x")
+    with pytest.raises(CacheDamaged, match="read back otherwise than it was written"):
+        writer.finish({})
 
 
 # ---------------------------------------------------------------------------------------------------- damage, several
@@ -245,8 +287,8 @@ def test_rows_without_anything_to_train(tmp_path: Path, capsys: pytest.CaptureFi
     assert [sample.sample_id for sample in dataset] == ["fine", "fine#11"]
     stats = dataset.stats
     assert (stats.num_rows, stats.num_samples, stats.num_truncated, stats.num_renamed) == (11, 2, 2, 1)
-    assert (stats.num_without_span, stats.num_span_cut_off, stats.num_refused) == (7, 1, 1)
-    assert stats.without_span == [f"prompt{i}" for i in range(5)]
+    assert stats.notes == {"without_span": 7, "span_cut_off": 1, "refused": 1}
+    assert stats.examples["without_span"] == [f"prompt{i}" for i in range(5)]
     assert stats.num_tokens == int(dataset.lengths.sum())
     assert stats.supervised_share == dataset.supervised_counts.sum() / dataset.lengths.sum()
     captured = capsys.readouterr()
@@ -256,7 +298,17 @@ def test_rows_without_anything_to_train(tmp_path: Path, capsys: pytest.CaptureFi
         "7 rows without an assistant span were left out (e.g. prompt0, prompt1, prompt2, prompt3, prompt4)" in warnings
     )
     assert "1 rows were left out: --max-length cuts off all of their answer (e.g. long)" in warnings
-    assert "1 rows were left out: the chat template has no form for them (e.g. calls)" in warnings
+    assert "1 rows were left out: the chat template has no form for them (e.g. calls: template 'gemma' has" in warnings
+
+
+def test_what_has_no_effect_and_what_is_lost_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"role": "assistant", "content": "It", "weight": 0.5, "reasoning_content": "Why"}
+    rows = [{"id": f"r{i}", "messages": [{"role": "user", "content": "Hi"}, answer]} for i in range(3)]
+    dataset = open_or_build_dataset(write_rows(tmp_path / "d.jsonl", rows), byte_level(), section(tmp_path))
+    assert len(dataset) == 3
+    warnings = capsys.readouterr().err
+    assert "fields without effect: weight 0.5 (3 rows); a turn with weight 0 is not trained" in warnings
+    assert "3 rows are trained without the reasoning of their last answer" in warnings
 
 
 def test_nothing_to_train_at_all(tmp_path: Path) -> None:

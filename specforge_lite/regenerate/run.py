@@ -93,9 +93,20 @@ async def run_async(config: RegenerateConfig, source: RowSource) -> Summary:
         if prompts.retry_errors:
             log.info(f"--retry-errors: {store.retry_errors()} row(s) will be asked again")
         summary = await Run(config, source, store, backend).go(stopped)
-        if prompts.output_file is not None and not summary.stopped:
-            log.info(f"{store.write_merged(prompts.output_file)} rows in {prompts.output_file}")
+        if not summary.stopped:
+            _merge(store, prompts.output_file)
     return summary
+
+
+def _merge(store: ShardStore, output_file: Path | None) -> None:
+    """All answers as one file, if one is asked for, and all errors as error.jsonl, if there are any."""
+    if output_file is not None:
+        log.info(f"{store.write_merged(output_file)} rows in {output_file}")
+    errors = store.directory / "error.jsonl"
+    if store.complete_files("error"):
+        log.info(f"{store.write_merged(errors, 'error')} rows without an answer in {errors}")
+    else:
+        errors.unlink(missing_ok=True)
 
 
 @asynccontextmanager

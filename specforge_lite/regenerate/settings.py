@@ -20,7 +20,7 @@ class PromptSection(Section):
         description="json, jsonl (plain or gzip) or parquet of conversations or fill-in-the-middle rows"
     )
     output_dir: Path = Field(
-        description="shard_A-B.jsonl with the answers to rows A..B-1, error_A-B.jsonl with reasons"
+        description="shard_A-B.jsonl with the answers to rows A..B-1, error_A-B.jsonl with reasons (all: error.jsonl)"
     )
     output_file: Path | None = Field(
         None, description="at the end, also all answered rows as one file, in the order of the input"

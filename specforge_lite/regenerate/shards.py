@@ -52,7 +52,7 @@ class ShardStore:
         try:
             remove_leftovers(directory, held=True)
             check_manifest(directory, settings, resume)
-            for shard in self.complete_shards():  # a crash between the final name and the end of its part
+            for shard in self.complete_files():  # a crash between the final name and the end of its part
                 for final in (shard, shard.with_name(shard.name.replace("shard_", "error_", 1))):
                     _part(final).unlink(missing_ok=True)
         except BaseException:
@@ -113,17 +113,18 @@ class ShardStore:
             path.unlink()
         return count
 
-    def complete_shards(self) -> list[Path]:
-        """Final shard files, in the order of their rows."""
-        return sorted(self.directory.glob("shard_*.jsonl"), key=lambda p: int(p.stem.split("_")[1].split("-")[0]))
+    def complete_files(self, kind: str = "shard") -> list[Path]:
+        """Final files of a kind, in the order of their rows."""
+        return sorted(self.directory.glob(f"{kind}_*.jsonl"), key=lambda p: int(p.stem.split("_")[1].split("-")[0]))
 
-    def write_merged(self, path: Path) -> int:
-        """Copy all answered rows, in the order of the input, to one file; return their number."""
+    def write_merged(self, path: Path, kind: str = "shard") -> int:
+        """Copy all answered rows (or those of kind `error`), in the order of the input, to one file; return their
+        number."""
         count = 0
         with atomic_file(path, "wb") as merged:
-            for shard in self.complete_shards():
-                with open(shard, "rb") as file:
-                    for line in file:
+            for file in self.complete_files(kind):
+                with open(file, "rb") as lines:
+                    for line in lines:
                         merged.write(line)
                         count += 1
         return count

@@ -332,6 +332,11 @@ def test_bad_rows_are_errors_with_a_place_and_the_rest_goes_on(tmp_path: Path) -
     assert errors["line-2"][0] == "not-json"
     assert errors["odd"][0] == "not-a-list"
     assert "line 3" in errors["odd"][1]
+    assert [row["id"] for row in read(tmp_path, "error.jsonl")] == ["line-2", "odd"]
+    (tmp_path / "in.jsonl").write_text(f"{good}\n")
+    (tmp_path / "out").rename(tmp_path / "first")
+    with_servers(1, lambda server: regenerate(tmp_path, [server]))
+    assert not (tmp_path / "out" / "error.jsonl").exists()
 
 
 def test_never_more_rows_in_work_than_the_window(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class CaptureServer:
             "enable_return_aux_hidden_states": True,
             "disable_radix_cache": True,
             "chunked_prefill_size": -1,
+            "prefill_max_requests": None,
+            "cuda_graph_config": {"decode": {"backend": "disabled"}, "prefill": {"backend": "disabled"}},
             "max_req_input_len": info.max_length,
         }
         self.num_requests = self.in_flight = self.most_in_flight = 0

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ MAX_ATTEMPTS = 6
 # Connections of one sample that may break while the server's health path answers.
 MAX_BREAKS = 20
 PROBE_TOKENS = 16
+NUM_PROBES = 4
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 0.2
 
@@ -50,11 +51,15 @@ class CaptureDialect(Protocol):
     health_path: str
 
     def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
-        """Path and JSON body of the request for one sample."""
+        """Path and JSON body of the request for one sample; one token is generated, greedily."""
         ...
 
     def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
         """The plugin's part of the reply, or None if the plugin was not at work."""
+        ...
+
+    def generated_token(self, reply: dict[str, Any]) -> int | None:
+        """The token that follows the sample, None if the reply does not hold it."""
         ...
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
@@ -64,6 +69,15 @@ class CaptureDialect(Protocol):
     async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
         """Ask the server; raises EngineError for a setting that makes capture impossible."""
         ...
+
+
+@dataclass(frozen=True)
+class ProbeReply:
+    """What a server answered to one probe sample. next_token: its own greedy continuation, None if not reported."""
+
+    url: str
+    states: CapturedStates
+    next_token: int | None
 
 
 class Server(Protocol):
@@ -109,23 +123,27 @@ class RemoteEngine:
         self._http = HttpLoop(requests_in_flight + 2)
         self._slots = asyncio.Semaphore(requests_in_flight)
 
-    def probe(self) -> None:
-        """Ask every server about itself and for one sample; raises EngineError or CaptureError if it will not do.
+    def probe(self) -> list[ProbeReply]:
+        """Ask every server about itself and for a few samples; raises EngineError or CaptureError if it will not do.
 
         Sets `info.max_length` to what all servers accept.
         """
-        limits = [self.info.max_length]
+        limits, replies = [self.info.max_length], []
         for url in self._urls:
             server = self._http.run(self._ask_info(url))
             limits.append(server.max_input_length)
             length = min(PROBE_TOKENS, server.max_input_length)
-            ids = torch.arange(length, dtype=torch.int64) % self.info.vocab_size
-            sample = TokenizedSample("probe", ids, torch.ones(length, dtype=torch.bool))
-            states = self._http.run(self._capture_one(sample, url))
-            check_capture(sample, states, self.info)
-            if not (torch.isfinite(states.aux_LAH).all() and torch.isfinite(states.last_LH).all()):
-                raise CaptureError(f"{url}: the probe's hidden states are not finite")
-        self.info = TargetInfo(**{**self.info.__dict__, "max_length": min(limits)})
+            for number in range(NUM_PROBES):
+                # The upper part of a vocabulary holds special tokens, images' placeholders among them.
+                ids = (torch.arange(length) * (7 + 30 * number) + number) % max(1, self.info.vocab_size * 3 // 4)
+                sample = TokenizedSample("probe", ids, torch.ones(length, dtype=torch.bool))
+                states, next_token = self._http.run(self._capture_one(sample, url))
+                check_capture(sample, states, self.info)
+                if not (torch.isfinite(states.aux_LAH).all() and torch.isfinite(states.last_LH).all()):
+                    raise CaptureError(f"{url}: the probe's hidden states are not finite")
+                replies.append(ProbeReply(url, states, next_token))
+        self.info = replace(self.info, max_length=min(limits))
+        return replies
 
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """See TargetEngine. Samples of a call are asked for at the same time."""
@@ -133,7 +151,7 @@ class RemoteEngine:
             self._check_sample(sample)
         futures = [self._http.submit(self._capture_one(sample, next(self._next_url))) for sample in samples]
         try:
-            states = [future.result() for future in futures]
+            states = [future.result()[0] for future in futures]
         except CancelledError:
             raise EngineError("the engine was closed") from None
         finally:
@@ -173,13 +191,14 @@ class RemoteEngine:
                 f" 0..{self.info.vocab_size - 1}; was the data tokenized for another model?"
             )
 
-    async def _capture_one(self, sample: TokenizedSample, url: str) -> CapturedStates:
+    async def _capture_one(self, sample: TokenizedSample, url: str) -> tuple[CapturedStates, int | None]:
+        """The states of a sample and the token that the server would continue it with."""
         token_ids = sample.input_ids_L.tolist()
         attempt = breaks = 0
         async with self._slots:
             while True:
                 try:
-                    blob = await self._ask(token_ids, url)
+                    blob, next_token = await self._ask(token_ids, url)
                     break
                 except ServerGone as error:
                     breaks += 1
@@ -199,7 +218,7 @@ class RemoteEngine:
                         ) from None
                     self._warn_once(f"sample {sample.sample_id}: {error}; asking again")
                     await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
-        return CapturedStates(
+        states = CapturedStates(
             sample_id=sample.sample_id,
             input_ids_L=blob.input_ids_L,
             aux_LAH=blob.aux_LAH,
@@ -207,8 +226,9 @@ class RemoteEngine:
             aux_layer_ids=self._dialect.output_layer_ids(blob.layer_ids),
             last_is_normed=blob.last_is_normed,
         )
+        return states, next_token
 
-    async def _ask(self, token_ids: list[int], url: str) -> Blob:
+    async def _ask(self, token_ids: list[int], url: str) -> tuple[Blob, int | None]:
         key = secrets.token_hex(16)
         path, body = self._dialect.capture_request(token_ids, key)
         try:
@@ -219,6 +239,7 @@ class RemoteEngine:
             raise
         try:
             facts = self._dialect.capture_reply(reply)
+            next_token = self._dialect.generated_token(reply)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise BadReply("wrong-form", f"a reply that is not understood ({error!r})", url) from None
         if not isinstance(facts, dict):
@@ -230,7 +251,7 @@ class RemoteEngine:
             raise CaptureError(f"{url}: {facts['error']}")
         if facts.get("plugin") != PLUGIN_VERSION:
             raise CaptureError(f"{url}: capture plugin {facts.get('plugin')}, expected {PLUGIN_VERSION}")
-        return await self._transport(str(facts.get("place")), url).take(key, transport.TAKE_SECONDS)
+        return await self._transport(str(facts.get("place")), url).take(key, transport.TAKE_SECONDS), next_token
 
     def _transport(self, place: str, url: str) -> Transport:
         if self._place is not None and not place.startswith(self._place):

@@ -70,6 +70,9 @@ class TargetSection(TargetPathSection, EngineFlags):
         None, description="0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
     )
     requests_in_flight: int = Field(16, ge=1, description="capture requests in flight per rank")
+    verify_capture: bool = Field(
+        True, description="hold a server's hidden states against transformers at start (first layers only, seconds)"
+    )
     transport: Literal["tmpfs", "mooncake"] = Field(
         "tmpfs",
         description="how hidden states travel from a server",

@@ -1,19 +1,14 @@
-"""Asks an installed serving engine, in its own environment, whether it knows a model architecture and serves EAGLE-3
-for it. The engine's registry is imported, no model is loaded; that alone takes about 20 seconds."""
+"""Whether an installed serving engine knows a model architecture and captures the right states of it."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter, check_plugin, find_interpreter, has_gpu
+from specforge_lite.serving.environment import SERVING_ENGINES, ask_registry, check_plugin, find_interpreter
+from specforge_lite.serving.families import support_of
 
 Problem = tuple[str, str]  # (level, message)
-
-QUERY_TIMEOUT_SECONDS = 300.0
 
 
 def check_engine(engine: str, architecture: str, python: str | None = None) -> Iterator[Problem]:
@@ -24,8 +19,12 @@ def check_engine(engine: str, architecture: str, python: str | None = None) -> I
     except ConfigError as error:
         yield "warning", f"{error}; capture with --target-backend hf works without it"
         return
-    answer, problem = ask_engine(interpreter, architecture)
     name = f"{engine} {interpreter.version}"
+    support = support_of(SERVING_ENGINES[engine], architecture)
+    if support is not None and support.status == "refused":
+        yield "warning", f"{name}: no EAGLE-3 capture of {architecture}: {support.note}; use --target-backend hf"
+        return
+    answer, problem = ask_registry(interpreter, architecture)
     if answer is None:
         yield "warning", f"{name} could not be asked: {problem}"
     elif not answer["known"]:
@@ -36,25 +35,5 @@ def check_engine(engine: str, architecture: str, python: str | None = None) -> I
             f"{name} serves {architecture}, but hands out no aux hidden states for it: no EAGLE-3 capture or serving",
         )
     else:
-        yield "ok", f"{name} serves {architecture}, with EAGLE-3"
-
-
-def ask_engine(interpreter: Interpreter, architecture: str) -> tuple[dict[str, bool] | None, str]:
-    """({"known", "eagle3"}, "") or (None, why it gave no answer)."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if not has_gpu(None):
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-    command = [interpreter.python, "-c", SERVING_ENGINES[interpreter.engine].registry_query, architecture]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_SECONDS, env=environment)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return None, str(error)
-    lines = done.stdout.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if lines else None
-    except ValueError:
-        answer = None
-    if done.returncode or not isinstance(answer, dict):
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        return None, f"exit code {done.returncode}: {' '.join(last)}"
-    return answer, ""
+        condition = f" ({support.note})" if support is not None and support.note else ""
+        yield "ok", f"{name} serves {architecture}, with EAGLE-3{condition}"

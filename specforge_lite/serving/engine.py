@@ -155,6 +155,13 @@ class Engine(ABC):
                 f"{self.name} {version}: supported are versions from {lowest} up to, not including, {below}"
             )
 
+    @abstractmethod
+    def target_problem(
+        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
+    ) -> str | None:
+        """Why these settings would capture other states than the target's, in one clause; None if they do not. dtype:
+        what the target runs in (`bfloat16`, ...), resolved."""
+
     def draft_algorithm(self, draft_path: str) -> str:
         """What the engine calls the algorithm of an exported draft; raises ConfigError."""
         path = Path(draft_path) / "config.json"
@@ -173,6 +180,9 @@ class Engine(ABC):
 
     @abstractmethod
     def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None: ...
+
+    @abstractmethod
+    def generated_token(self, reply: dict[str, Any]) -> int | None: ...
 
     @abstractmethod
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]: ...

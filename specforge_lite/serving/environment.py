@@ -11,7 +11,9 @@ from pathlib import Path
 
 from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import write_json
 from specforge_lite.core.http import HttpFailure, HttpStatus, fetch
+from specforge_lite.core.log import info, warn
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.engine import Engine
 from specforge_lite.serving.sglang import Sglang
@@ -19,6 +21,7 @@ from specforge_lite.serving.vllm import Vllm
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PLUGIN_DIR = Path(__file__).resolve().parent / "plugins"
+REGISTRY_SECONDS = 300.0
 _PLUGIN_DISTRIBUTION = "specforge-capture"
 # In the order in which `auto` chooses.
 SERVING_ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Sglang(), Vllm())}
@@ -110,6 +113,47 @@ def check_plugin(interpreter: Interpreter) -> None:
         raise ConfigError(f"{interpreter.python}: {there}; {install}")
     if found != PLUGIN_VERSION:
         raise ConfigError(f"{interpreter.python}: capture plugin {found}, expected {PLUGIN_VERSION}; {install}")
+
+
+def ask_registry(interpreter: Interpreter, architecture: str) -> tuple[dict[str, bool] | None, str]:
+    """({"known", "eagle3"}, "") from the engine's registry of models, or (None, why it gave no answer).
+
+    The engine is imported, no model is loaded; that takes about 20 seconds, so the answer is kept for this version.
+    """
+    key = f"{interpreter.engine} {interpreter.version} {architecture}"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge_lite" / "architectures.json"
+    try:
+        known: dict[str, dict[str, bool]] = json.loads(kept.read_text())
+        return known[key], ""
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    info(f"asking {interpreter.engine} {interpreter.version} whether it captures {architecture} (once per version)")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({} if has_gpu(None) else {"SGLANG_USE_CPU_ENGINE": "1"})
+    command = [interpreter.python, "-c", SERVING_ENGINES[interpreter.engine].registry_query, architecture]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REGISTRY_SECONDS, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+    try:
+        answer = json.loads(done.stdout.strip().rpartition("\n")[2])
+        found = {name: bool(answer[name]) for name in ("known", "eagle3")}
+    except (ValueError, KeyError, TypeError):
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        return None, f"exit code {done.returncode}: {' '.join(last)}"
+    _keep(kept, key, found)
+    return found, ""
+
+
+def _keep(path: Path, key: str, answer: dict[str, bool]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        write_json(path, {**(known if isinstance(known, dict) else {}), key: answer})
+    except OSError as error:  # a home that cannot be written costs 20 seconds at the next start
+        warn(f"{path}: {error.strerror or error}; the engine will be asked again")
 
 
 def engine_of_url(url: str) -> str:

@@ -22,6 +22,8 @@ from specforge_lite.core.errors import ConfigError, EngineError, SpecforgeError
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.engine import Engine, Launch, engine_arg_words
 from specforge_lite.serving.environment import SERVING_ENGINES, check_plugin, choose_backend, find_interpreter, has_gpu
+from specforge_lite.serving.families import check_target
+from specforge_lite.serving.probe import verify_capture
 from specforge_lite.serving.process import LaunchedServer, RunDirectory, ServerSpec, collect_leftovers, free_port
 
 # Tokens a server keeps back beside the prompt: SGLang 6 (tokenizer_manager), vLLM 1 new token and 1 draft token.
@@ -34,12 +36,14 @@ def open_remote(engine: Engine, target: TargetSection, context: EngineContext) -
     """Return a probed engine. Raises ConfigError, EngineError or CaptureError; nothing is left running then."""
     wanted = _limit_length(read_target_info(target, engine.name), context.max_length)
     opened = (_attach if target.target_url else _launch)(engine, target, context, wanted)
-    return _probed(opened)
+    return _probed(opened, target)
 
 
-def _probed(opened: RemoteEngine) -> RemoteEngine:
+def _probed(opened: RemoteEngine, target: TargetSection) -> RemoteEngine:
     try:
-        opened.probe()
+        replies = opened.probe()
+        if target.verify_capture and os.environ.get("LOCAL_RANK", "0") == "0":
+            verify_capture(replies, target.target_model_path, target.trust_remote_code)
     except BaseException:
         opened.close()
         raise
@@ -55,6 +59,7 @@ def _attach(engine: Engine, target: TargetSection, context: EngineContext, wante
     for flag in ("engine_python", "engine_arg", "engine_devices", "mem_frac"):
         if getattr(target, flag):
             raise ConfigError(f"--{flag.replace('_', '-')}: the server at --target-url is not ours to configure")
+    check_target(engine, target, wanted, None)
     # An attached server names its directory itself; its store must be the one we know.
     place = f"mooncake:{mooncake_address(target.mooncake_address)}" if target.transport == "mooncake" else "tmpfs:"
     urls = [_full_url(url) for url in target.target_url]
@@ -121,6 +126,7 @@ def start_capture_server(
     """
     interpreter = find_interpreter(engine.name, target.engine_python)
     check_plugin(interpreter)
+    check_target(engine, target, wanted, interpreter)
     num_requests = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * target.requests_in_flight
     place = ""
     if target.transport == "mooncake":
@@ -221,7 +227,7 @@ class CaptureHost:
         wanted = _limit_length(read_target_info(target, self.engine), max_length)
         context = EngineContext(max_length, log_dir, startup_minutes)
         self.server = start_capture_server(engine, target, context, wanted, host, port)
-        self._client = _probed(RemoteEngine(engine, wanted, [self.url], None, 1, startup_minutes, self.server))
+        self._client = _probed(RemoteEngine(engine, wanted, [self.url], None, 1, startup_minutes, self.server), target)
 
     @property
     def url(self) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from specforge_lite.core.errors import ConfigError, EngineError
@@ -26,6 +28,13 @@ from specforge_lite.serving import watchdog
 MAX_RESTARTS = 3
 STOP_GRACE_SECONDS = 5.0
 TAIL_LINES = 25
+MAX_ERROR = 300
+SEARCHED_LOG_BYTES = 1 << 20
+# Before each line of a traceback vLLM writes `(Worker pid=7) ERROR 11-27 16:46:10 [core.py:133] `, SGLang nothing.
+_LOG_PREFIX = re.compile(r"^(?:\([\w-]+ pid=\d+\)\s*)?(?:(?:ERROR|CRITICAL)\s[\d-]+ [\d:]+ \[[^\]]+\]\s)?")
+# Unindented, as the line that ends a traceback is: `ValueError: ...`, `torch.OutOfMemoryError: ...`.
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure)\b(?:: .*)?$")
+_ERROR_LINE = re.compile(r"((?:\berror: |\bERROR\b|\bCRITICAL\b).*)")
 RUN_PREFIX = "specforge-"
 OWNER_FILE = ".owner"
 SESSION_FILE = ".session"
@@ -159,6 +168,7 @@ class LaunchedServer:
         """Set when the server will not come back: what happened, in one line."""
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0  # where the log of the present server begins in its file
         self._stopping = threading.Event()
         self._monitor = threading.Thread(target=self._watch, name=f"{spec.name}-monitor", daemon=True)
 
@@ -205,6 +215,7 @@ class LaunchedServer:
         (run_dir / RENDEZVOUS_FILE).unlink(missing_ok=True)  # that of the server before a restart
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         with spec.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, watchdog.__file__, json.dumps(order)],
                 stdin=subprocess.PIPE,
@@ -227,10 +238,8 @@ class LaunchedServer:
                 if self._stopping.is_set():
                     raise EngineError(f"{spec.name} was stopped while it started")
                 if process.poll() is not None:
-                    raise EngineError(
-                        f"{spec.name} ended with status {_status(process.returncode)} while it started;"
-                        f" log: {spec.log_path}"
-                    )
+                    status = _status(process.returncode)
+                    raise EngineError(f"{spec.name} ended with status {status} while it started{self._cause()}")
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"{spec.name} was not ready after {format_seconds(spec.startup_seconds)} (--dist-timeout);"
@@ -251,17 +260,13 @@ class LaunchedServer:
             if self._stopping.is_set():
                 return
             if self.restarts >= MAX_RESTARTS:
-                self.failure = (
-                    f"{self.spec.name} died (status {_status(code)}) after {self.restarts} restarts;"
-                    f" log: {self.spec.log_path}"
-                )
+                what = f"died (status {_status(code)}) after {self.restarts} restarts"
+                self.failure = f"{self.spec.name} {what}{self._cause()}"
                 self._show_tail()
                 return
             self.restarts += 1
-            warn(
-                f"{self.spec.name} died (status {_status(code)}); restart {self.restarts} of at most {MAX_RESTARTS},"
-                f" log {self.spec.log_path}"
-            )
+            restart = f"restart {self.restarts} of at most {MAX_RESTARTS}"
+            warn(f"{self.spec.name} died (status {_status(code)}); {restart}{self._cause()}")
             self._spawn()
             try:
                 self._wait_ready(show=False)
@@ -282,9 +287,39 @@ class LaunchedServer:
         except OSError:
             return []
 
+    def _cause(self) -> str:
+        """The end of a message about a server that ended: its first error, and where its log is."""
+        try:
+            with self.spec.log_path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)  # far back in a long log are errors that it survived
+                file.seek(max(self._log_start, end - SEARCHED_LOG_BYTES))
+                found = first_error(file.read().decode(errors="replace"))
+        except OSError:
+            found = None
+        return f"{f': {found}' if found else ''}; log: {self.spec.log_path}"
+
     def _show_tail(self) -> None:
         tail = self._tail(TAIL_LINES)
         warn(f"last lines of {self.spec.log_path}:\n  " + "\n  ".join(tail))
+
+
+def first_error(log: str) -> str | None:
+    """The first error of any worker in a server's log, as one line; None if there is none that looks like one.
+
+    The last lines of a log tell how the other processes ended because one did: what came first is the reason. It is the
+    exception that ends the first traceback, else the first line that an argument parser or a logger calls an error.
+    """
+    lines = log.splitlines()
+    starts = [place for place, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    plain = [_LOG_PREFIX.sub("", line) for line in lines[starts[0] :]] if starts else []
+    for line, after in zip_longest(plain, plain[1:], fillvalue=""):
+        if found := _EXCEPTION.match(line):
+            more = after if after.startswith("  ") else ""  # pydantic says what is wrong in the second line
+            return " ".join(f"{found[0]} {more}".split())[:MAX_ERROR]
+    for line in lines:
+        if found := _ERROR_LINE.search(line):
+            return " ".join(found[1].split())[:MAX_ERROR]
+    return None
 
 
 def own_environment(run_dir: Path) -> dict[str, str]:

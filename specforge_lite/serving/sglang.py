@@ -20,7 +20,9 @@ from specforge_lite.serving.engine import (
     Generation,
     Launch,
     ServingOptions,
+    Support,
     cpu_thread_binding,
+    engine_arg,
     refuse_reported_error,
     without_compiler,
 )
@@ -28,6 +30,14 @@ from specforge_lite.serving.engine import (
 # With CUDA graphs of the prefill the last hidden states are those of another batch, and nothing reports it.
 NO_GRAPHS = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
 MAX_POOLED_TOKENS_CPU = 32768
+PAGE_TOKENS = 128  # a multiple of every page size
+NO_AUX = Support("refused", "it hands out no aux hidden states")
+FIRST_ID_ONE = Support("read", "aux layer ids must start at 1")
+# Their models take the ids as layer inputs unless the first one is 1, in capture and in EAGLE-3 serving.
+_FIRST_ID_ONE = (
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM",
+    "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration",
+)  # fmt: skip
 
 
 class Sglang(Engine):
@@ -43,6 +53,38 @@ from sglang.srt.models.registry import ModelRegistry
 model = ModelRegistry.models.get(sys.argv[1])
 print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagle3_layers_to_capture")}))
 """
+    support = {
+        "Llama 2, 3": Support("run"),
+        "Llama 4": Support("read"),
+        "Mistral, Ministral": Support("read"),
+        "Mistral 3 (vision)": NO_AUX,
+        "Mixtral": NO_AUX,
+        "Qwen 2, 2.5": Support("read"),
+        "Qwen 3": Support("read"),
+        "Qwen 2 MoE": Support("read"),
+        "Qwen 3 MoE": Support("read"),
+        "Qwen 3 Next": Support("read"),
+        "Qwen 2.5 VL, 3 VL": Support("read"),
+        "Phi 3, 4": Support("read"),
+        "Phi 2": NO_AUX,
+        "Phi MoE": NO_AUX,
+        "Gemma 2": NO_AUX,
+        "Gemma 3": Support("refused", "it hands out what one layer adds, without the residual stream (to drafts, too)"),
+        "Gemma 4": Support("read"),
+        "gpt-oss": Support("read"),
+        "DeepSeek V2, V3, R1": FIRST_ID_ONE,
+        "Kimi K2.5": FIRST_ID_ONE,
+        "GLM 4": NO_AUX,
+        "GLM 4 MoE": Support("read"),
+        "GLM 4 MoE Lite": FIRST_ID_ONE,
+        "GLM MoE DSA": FIRST_ID_ONE,
+        "MiniCPM 4": NO_AUX,
+        "MiniMax M2": Support("read"),
+        "Cohere": NO_AUX,
+        "Granite": NO_AUX,
+        "OLMo 1, 2, 3": NO_AUX,
+        "Nemotron H": NO_AUX,
+    }
     draft_algorithms = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE"}
     cumulative_stream = True
 
@@ -53,7 +95,7 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         words += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
         words += ["--return-aux-hidden-state-layer-ids", *(str(i) for i in info.aux_layer_ids)]
         # A cached prefix or a chunk of a prompt would leave rows out.
-        words += ["--disable-radix-cache", "--chunked-prefill-size", "-1", *NO_GRAPHS]
+        words += ["--disable-radix-cache", *_whole_prompts(launch), *NO_GRAPHS]
         if not launch.gpu:
             wanted = launch.num_requests * launch.context_length
             pooled = max(2 * launch.context_length, min(MAX_POOLED_TOKENS_CPU, wanted))
@@ -89,6 +131,21 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         mem_frac = launch.mem_frac or (None if launch.gpu else 0.1)
         return words + (["--mem-fraction-static", str(mem_frac)] if mem_frac is not None else [])
 
+    def target_problem(
+        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
+    ) -> str | None:
+        ids = list(info.aux_layer_ids)
+        if architecture in _FIRST_ID_ONE and ids[0] != 1:
+            return (
+                f"aux_layer_ids {ids}: it captures the outputs of layers {[i - 1 for i in ids]} instead, here and when"
+                f" it serves the draft; give ids that start at 1, e.g. --aux-layer-ids 1 {' '.join(map(str, ids[1:]))}"
+            )
+        if (size := engine_arg(engine_args, "pp-size") or engine_arg(engine_args, "pipeline-parallel-size")) not in (
+            None, "1",
+        ):  # fmt: skip
+            return f"--engine-arg pp-size={size}: aux hidden states come from the last pipeline rank only"
+        return None
+
     def environment(self, launch: Launch) -> dict[str, str]:
         env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a few tokens beside the longest sample
         if launch.gpu:
@@ -109,6 +166,9 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         found: dict[str, Any] | None = states[0].get("specforge_capture")
         return found
 
+    def generated_token(self, reply: dict[str, Any]) -> int | None:
+        return int(reply["output_ids"][0]) if reply.get("output_ids") else None
+
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(server_layer_ids)
 
@@ -120,9 +180,17 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
             raise EngineError(f"{url}: sglang was started without --enable-return-aux-hidden-states")
         if not found.get("disable_radix_cache"):
             raise EngineError(f"{url}: sglang drops cached rows; start it with --disable-radix-cache")
-        if (found.get("chunked_prefill_size") or -1) > 0:
+        longest, chunk = int(found["max_req_input_len"]), int(found.get("chunked_prefill_size") or -1)
+        if chunk > 0 and (chunk < longest or found.get("prefill_max_requests") != 1):
             raise EngineError(f"{url}: sglang drops rows of chunks; start it with --chunked-prefill-size -1")
-        return ServerInfo(version, int(found["max_req_input_len"]))
+        for phase in ("decode", "prefill"):
+            backend = found.get("cuda_graph_config", {}).get(phase, {}).get("backend", "disabled")
+            if backend != "disabled":
+                raise EngineError(
+                    f"{url}: sglang returns other rows as last hidden states with CUDA graphs ({phase}: {backend});"
+                    f" start it with {' '.join(NO_GRAPHS)}"
+                )
+        return ServerInfo(version, longest)
 
     # ------------------------------------------------------------------------------------------------------- decoding
     def generate_request(
@@ -146,3 +214,12 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
 
     def flush_request(self) -> tuple[str, str] | None:
         return "POST", "/flush_cache"
+
+
+def _whole_prompts(launch: Launch) -> list[str]:
+    """Flags that keep a prompt in one forward pass. FlashInfer's MoE all-to-all refuses to run without chunks: then one
+    prompt per batch, in chunks (of whole pages) that hold the longest."""
+    if engine_arg(launch.engine_args, "moe-a2a-backend") != "flashinfer":
+        return ["--chunked-prefill-size", "-1"]
+    chunk = -(-launch.context_length // PAGE_TOKENS) * PAGE_TOKENS
+    return ["--chunked-prefill-size", str(chunk), "--prefill-max-requests", "1"]

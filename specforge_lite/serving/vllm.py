@@ -24,10 +24,16 @@ from specforge_lite.serving.engine import (
     Generation,
     Launch,
     ServingOptions,
+    Support,
     cpu_thread_binding,
+    engine_arg,
     refuse_reported_error,
     without_compiler,
 )
+
+NO_AUX = Support("refused", "it hands out no aux hidden states")
+THROUGH_TRANSFORMERS = Support("read", "run through its transformers backend")
+MLA = Support("refused", "with multi-head latent attention its hidden states share a cache group with the keys")
 
 _PASSES = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})?\s+(\S+)", re.M)
 _ACCEPTED_AT = re.compile(
@@ -50,6 +56,38 @@ model = ModelRegistry.models.get(sys.argv[1])
 eagle3 = model is not None and bool(supports_eagle3(model.load_model_cls()))
 print(json.dumps({"known": model is not None, "eagle3": eagle3}))
 """
+    support = {
+        "Llama 2, 3": Support("run"),
+        "Llama 4": Support("read"),
+        "Mistral, Ministral": Support("read"),
+        "Mistral 3 (vision)": Support("read"),
+        "Mixtral": NO_AUX,
+        "Qwen 2, 2.5": Support("read"),
+        "Qwen 3": Support("read"),
+        "Qwen 2 MoE": NO_AUX,
+        "Qwen 3 MoE": Support("run"),
+        "Qwen 3 Next": Support("read"),
+        "Qwen 2.5 VL, 3 VL": Support("read"),
+        "Phi 3, 4": Support("read"),
+        "Phi 2": THROUGH_TRANSFORMERS,
+        "Phi MoE": NO_AUX,
+        "Gemma 2": NO_AUX,
+        "Gemma 3": NO_AUX,
+        "Gemma 4": Support("read"),
+        "gpt-oss": Support("run"),
+        "DeepSeek V2, V3, R1": MLA,
+        "Kimi K2.5": MLA,
+        "GLM 4": NO_AUX,
+        "GLM 4 MoE": NO_AUX,
+        "GLM 4 MoE Lite": NO_AUX,
+        "GLM MoE DSA": MLA,
+        "MiniCPM 4": Support("run"),
+        "MiniMax M2": Support("read"),
+        "Cohere": NO_AUX,
+        "Granite": Support("read"),
+        "OLMo 1, 2, 3": THROUGH_TRANSFORMERS,
+        "Nemotron H": Support("read"),
+    }
     draft_algorithms = {"LlamaForCausalLMEagle3": "eagle3", "LlamaForCausalLMEagle": "eagle"}
     metrics_path = "/metrics"
 
@@ -101,6 +139,19 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
             words += ["--gpu-memory-utilization", str(launch.mem_frac)]
         return words
 
+    def target_problem(
+        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
+    ) -> str | None:
+        if getattr(text_config, "kv_lora_rank", None):  # as upstream's own hidden-states connector
+            return MLA.note
+        # deepseek_v2.py, openpangu.py, AXK1.py divide the stream in float16, to keep it in range.
+        if dtype == "float16" and getattr(text_config, "routed_scaling_factor", None):
+            return "in float16 it divides the hidden states by routed_scaling_factor; give --target-dtype bfloat16"
+        for flag in ("pipeline-parallel-size", "pp"):
+            if (size := engine_arg(engine_args, flag)) not in (None, "1"):
+                return f"--engine-arg {flag}={size}: hidden states are kept on one pipeline rank only"
+        return None
+
     def environment(self, launch: Launch) -> dict[str, str]:
         env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
         if launch.gpu:
@@ -115,12 +166,18 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
 
     # -------------------------------------------------------------------------------------------------------- capture
     def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
-        body = {"prompt": token_ids, "max_tokens": 1, "temperature": 0.0, "detokenize": False}
-        return "/v1/completions", {**body, "kv_transfer_params": {"specforge_capture": key}}
+        body = {"prompt": token_ids, "max_tokens": 1, "temperature": 0.0, "detokenize": False, "return_token_ids": True}
+        # The model's generation_config.json may hold a penalty; the token is to be the largest logit's.
+        body |= {"repetition_penalty": 1.0, "kv_transfer_params": {"specforge_capture": key}}
+        return "/v1/completions", body
 
     def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
         found: dict[str, Any] | None = (reply.get("kv_transfer_params") or {}).get("specforge_capture")
         return found
+
+    def generated_token(self, reply: dict[str, Any]) -> int | None:
+        token_ids = reply["choices"][0].get("token_ids")
+        return int(token_ids[0]) if token_ids else None
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(i - 1 for i in server_layer_ids)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.cli import doctor as script
 from specforge_lite.doctor import engines, installation, model
 from specforge_lite.doctor.files import VerifyOptions
 from specforge_lite.doctor.target import CHECKS, verify_target
 from specforge_lite.model import losses, target_head
-from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter
+from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter, ask_registry
 from tests.target_families import save_family
 
 
@@ -170,20 +171,34 @@ def test_script_ends_with_2_and_says_why(
         ({"known": False, "eagle3": False}, "warning", "does not serve Arch"),
     ],
 )
-def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", "0.2.0")
+def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", PLUGIN_VERSION)
     monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
-    query = f"import sys; print('noise'); print({json.dumps(answer)!r})"
-    monkeypatch.setattr(SERVING_ENGINES["sglang"], "registry_query", query)
-    ((found, text),) = engines.check_engine("sglang", "Arch")
-    assert found == level
-    assert words in text
+    first = f"import sys; print('noise'); print({json.dumps(answer)!r})"
+    for query in (first, "raise SystemExit('asked again')"):  # the answer is kept
+        monkeypatch.setattr(type(SERVING_ENGINES["sglang"]), "registry_query", query)
+        ((found, text),) = engines.check_engine("sglang", "Arch")
+        assert found == level
+        assert words in text
 
 
-def test_an_engine_that_fails_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter = Interpreter(sys.executable, "vllm", "0.32.0", "0.2.0")
-    monkeypatch.setattr(SERVING_ENGINES["vllm"], "registry_query", "raise SystemExit('no such library')")
-    assert engines.ask_engine(interpreter, "Arch") == (None, "exit code 1: no such library")
+def test_a_family_that_an_engine_gets_wrong_is_not_called_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = Interpreter(sys.executable, "sglang", "0.5.23", PLUGIN_VERSION)
+    monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
+    ((found, text),) = engines.check_engine("sglang", "Gemma3ForCausalLM")
+    assert found == "warning"
+    assert "without the residual stream" in text
+
+
+def test_an_engine_that_fails_to_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    interpreter = Interpreter(sys.executable, "vllm", "0.32.0", PLUGIN_VERSION)
+    monkeypatch.setattr(type(SERVING_ENGINES["vllm"]), "registry_query", "raise SystemExit('no such library')")
+    assert ask_registry(interpreter, "Arch") == (None, "exit code 1: no such library")
+    (tmp_path / "specforge_lite").mkdir()
+    (tmp_path / "specforge_lite" / "architectures.json").write_text("[not json")
+    assert ask_registry(interpreter, "Arch") == (None, "exit code 1: no such library")
 
 
 def test_an_interpreter_without_the_engine() -> None:

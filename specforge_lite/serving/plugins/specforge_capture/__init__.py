@@ -3,4 +3,4 @@
 `tmpfs:/dev/shm/some-directory` (one host) or `mooncake:tcp://HOST:PORT` (a store that other hosts reach).
 """
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"

@@ -55,7 +55,24 @@ def print_table(rows: Sequence[SpeedupRow], dtype: str = "float32", greedy: bool
             if row.benchmark == name:
                 table.add_row(*_cells(row))
         table.add_section()
-    Console(width=max(Console().width, 132)).print(table)
+    console = Console(width=max(Console().width, 132))
+    console.print(table)
+    drafted = [row for row in rows if row.steps and row.per_category]
+    if not drafted:
+        return
+    table = Table(title="per category", title_justify="left")
+    for name in ("benchmark", "B,steps,topk,verified", "category"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/pass", "tokens", "requests", "ms/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in drafted:
+        for category, found in row.per_category.items():
+            length = _interval(found["acc_length"], found.get("acc_length_interval"))
+            counts = (str(found["completion_tokens"]), str(found["num_requests"]))
+            latency = _number(found["latency_per_token_ms"], 2)
+            table.add_row(row.benchmark, str(row.key.config), category, length, *counts, latency)
+        table.add_section()
+    console.print(table)
 
 
 def _cells(row: SpeedupRow) -> list[str]:

@@ -1,4 +1,4 @@
-"""Benchmark prompts: mtbench, gsm8k, humaneval, math500, alpaca, or any file of prompts.
+"""Benchmark prompts: mtbench, gsm8k, humaneval, math500, mbpp, aime, livecodebench, alpaca, or any file of prompts.
 
 Where the rows come from: `--data-dir` if it has a file of that name; else the package, where the licence lets it ship
 them; else `datasets`, by name (also with `--from-hub`). Only the last uses the network.
@@ -87,6 +87,34 @@ def read_alpaca(row: dict[str, Any], place: str) -> Prompt:
     return Prompt(place, "all", (text,), place=place)
 
 
+def read_mbpp(row: dict[str, Any], place: str) -> Prompt:
+    """`text` (or `prompt`, in the sanitized set) and `test_list`, asked as the authors do (Austin et al. 2021, 3.1)."""
+    text, tests = row.get("text", row.get("prompt")), row.get("test_list")
+    if not isinstance(text, str) or not text.strip() or not isinstance(tests, list):
+        raise DataError(f"{place}: expected a text under 'text' and a list under 'test_list'")
+    form = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}"
+    number = row.get("task_id", place)
+    return Prompt(str(number), "code", (form.format(text, "\n".join(map(str, tests))),), place=place)
+
+
+def read_livecodebench(row: dict[str, Any], place: str) -> Prompt:
+    """`question_content`, with `starter_code` where there is some; categories are the difficulties."""
+    text, starter = row.get("question_content"), row.get("starter_code")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{place}: expected a text under 'question_content'")
+    if isinstance(starter, str) and starter.strip():
+        text += f"\n\nUse this starter code:\n\n```python\n{starter}\n```"
+    number, category = row.get("question_id", place), row.get("difficulty")
+    return Prompt(str(number), category if isinstance(category, str) and category else "code", (text,), place=place)
+
+
+def read_file_row(row: dict[str, Any], place: str) -> Prompt:
+    """A row of a user's file: of a benchmark above that no conversation looks like, else of any form."""
+    if "question_content" in row:
+        return read_livecodebench(row, place)
+    return read_mbpp(row, place) if "test_list" in row else read_prompt(row, place)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     bench.name: bench
     for bench in (
@@ -118,6 +146,27 @@ BENCHMARKS: dict[str, Benchmark] = {
             ("math500", "MATH-500", "test"),
             _text_reader(("problem",), "math", "{}" + MATH_SUFFIX.replace("{}", "{{}}")),
         ),
+        Benchmark(
+            "mbpp",
+            HubDataset("google-research-datasets/mbpp", split="test"),
+            None,
+            ("mbpp", "sanitized-mbpp"),
+            read_mbpp,
+        ),
+        Benchmark(
+            "aime",
+            HubDataset("HuggingFaceH4/aime_2024"),
+            None,
+            ("aime", "aime24", "aime_2024", "aime25", "aime_2025"),
+            _text_reader(("problem", "question", "Problem"), "math", "{}" + MATH_SUFFIX.replace("{}", "{{}}")),
+        ),
+        Benchmark(
+            "livecodebench",
+            HubDataset("livecodebench/code_generation_lite", split="test"),
+            None,
+            ("livecodebench", "test6", "test5", "test"),
+            read_livecodebench,
+        ),
         Benchmark("alpaca", HubDataset("tatsu-lab/alpaca"), None, ("alpaca", "alpaca80", "alpaca_data"), read_alpaca),
     )
 }
@@ -136,7 +185,7 @@ def load_prompts(
     """
     bench = BENCHMARKS.get(request.name)
     source = _source(request, bench, data_dir, from_hub)
-    prompts = read_rows(source, request.num_prompts, bench.read if bench else read_prompt)
+    prompts = read_rows(source, request.num_prompts, bench.read if bench else read_file_row)
     if request.num_prompts is not None and len(prompts) < request.num_prompts:
         info(f"{request.label}: all of its {len(prompts)} prompts ({request.num_prompts} asked for)")
     if request.name == "gsm8k" and num_shots:

@@ -198,15 +198,17 @@ def _positions(records: Sequence[Record], measured: Measurement, passes: int) ->
 
 
 def _categories(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """acc_length, tokens, requests and latency per category, where there is more than one."""
+    """acc_length with its interval, tokens, requests and latency per category, where there is more than one."""
     groups = by_category(records)
     if len(groups) < 2:
         return {}
     found = {}
     for name, group in groups.items():
         per_token = [value for record in group if (value := record.latency_per_token) is not None]
+        sums, known = sums_by_prompt(group), _all_known(group)
         found[name] = {
-            "acc_length": acceptance_length(group) if _all_known(group) else None,
+            "acc_length": acceptance_length(group) if known else None,
+            "acc_length_interval": bootstrap_ratio([sums.tokens], [sums.passes]) if known else None,
             "completion_tokens": sum(record.num_tokens for record in group),
             "num_requests": len(group),
             "latency_per_token_ms": _ms(quantile(per_token, 0.5)),

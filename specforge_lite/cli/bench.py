@@ -52,7 +52,9 @@ class WorkSection(Section):
 
     config_list: tuple[str, ...] = Field(("1,3,1,4",), description="B,STEPS,TOPK,VERIFY; STEPS 0: no draft")
     benchmark_list: tuple[str, ...] = Field(
-        DEFAULT_BENCHMARKS, description="mtbench, gsm8k, humaneval, math500, alpaca or a file of prompts; NAME:COUNT"
+        DEFAULT_BENCHMARKS,
+        description="mtbench, gsm8k, humaneval, math500, mbpp, aime, livecodebench, alpaca, or a file of prompts (with"
+        " `category`, if you like); NAME:COUNT",
     )
     data_dir: Path | None = Field(None, description="local copies of the benchmarks' files")
     from_hub: bool = Field(False, description="fetch benchmarks through `datasets` rather than from the package")

@@ -90,6 +90,34 @@ def test_any_file_of_prompts(tmp_path: Path) -> None:
     assert [m["content"] for m in chat.context] == ["S", "u1", "a1"]
 
 
+MBPP = {
+    "task_id": 11,
+    "text": "Reverse a list.",
+    "code": "x",
+    "test_list": ["assert f([1]) == [1]", "assert f([]) == []"],
+}
+LCB = {"question_id": "abc", "question_content": "Add them.", "difficulty": "easy", "starter_code": "def f():"}
+
+
+def test_local_files_of_code_and_contest_benchmarks(tmp_path: Path) -> None:
+    """By name in --data-dir, and as files of any name."""
+    write_jsonl(tmp_path / "mbpp.jsonl", [MBPP])
+    write_jsonl(tmp_path / "livecodebench.jsonl", [LCB, {**LCB, "difficulty": "hard", "starter_code": ""}])
+    write_jsonl(tmp_path / "aime24.jsonl", [{"id": 60, "problem": "Find x.", "answer": "1"}])
+    (mbpp,) = load("mbpp", tmp_path)
+    assert mbpp.turns == (
+        "You are an expert Python programmer, and here is your task: Reverse a list. Your code should pass these tests:"
+        "\n\nassert f([1]) == [1]\nassert f([]) == []",
+    )
+    easy, hard = load("livecodebench", tmp_path)
+    assert easy.turns == ("Add them.\n\nUse this starter code:\n\n```python\ndef f():\n```",)
+    assert (easy.category, hard.category, hard.turns) == ("easy", "hard", ("Add them.",))
+    (aime,) = load("aime:5", tmp_path)
+    assert aime.turns[0].startswith("Find x.\nPlease reason step by step")
+    mine = write_jsonl(tmp_path / "mine.jsonl", [MBPP, LCB, {"prompt": "Hi", "category": "talk"}])
+    assert [p.category for p in load(str(mine))] == ["code", "easy", "talk"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

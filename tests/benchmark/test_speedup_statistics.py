@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, check_backend, plan
 from specforge_lite.benchmark.measure import Measurement
-from specforge_lite.benchmark.present import exactness
+from specforge_lite.benchmark.present import exactness, print_table
 from specforge_lite.benchmark.rows import ResultFile, RowKey, fingerprint, make_row, read_rows
 from specforge_lite.benchmark.session import Counters
 from specforge_lite.benchmark.statistics import (
@@ -81,7 +81,8 @@ def test_a_row_by_hand() -> None:
     assert row.identical_share == 1.0
     assert (base.speedup, base.acc_length, base.verification_passes) == (1.0, 1.0, None)
     assert row.per_category["math"] == {
-        "acc_length": 11 / 4, "completion_tokens": 11, "num_requests": 1, "latency_per_token_ms": pytest.approx(100),
+        "acc_length": 11 / 4, "acc_length_interval": None,
+        "completion_tokens": 11, "num_requests": 1, "latency_per_token_ms": pytest.approx(100),
     }  # fmt: skip
     assert row.per_category["code"]["acc_length"] == 6 / 4
     assert (row.completion_tokens, row.num_requests, row.num_prompts, row.batch_size) == (17, 2, 2, 2)
@@ -98,6 +99,20 @@ def test_an_engine_s_own_count_wins_over_requests_that_do_not_add_up() -> None:
     _, agreeing = rows_of(Measurement(DRAFTED, 1.7, Counters(8, (4, 2, 1)), 0))
     assert agreeing.acceptance_per_position == [4 / 8, 2 / 8, 1 / 8]
     assert agreeing.per_category["math"]["acc_length"] == 11 / 4
+
+
+def test_categories_have_intervals_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two prompts of one category: 11 tokens in 4 passes, and 6 in 4: resampling them gives from 6/4 to 11/4."""
+    records = [*DRAFTED, replace(DRAFTED[1], prompt=2, category="math")]
+    row = make_row(KEY, Measurement(records, 1.7, Counters(), 0), {}, True)
+    math = row.per_category["math"]
+    assert math["acc_length"] == 17 / 8
+    assert math["acc_length_interval"] == (6 / 4, 11 / 4)
+    assert row.per_category["code"]["acc_length_interval"] is None  # one prompt
+    print_table([row])
+    table = capsys.readouterr().out.split("per category")[1]
+    assert "2.12 [1.50, 2.75]" in table
+    assert "code" in table
 
 
 def test_sampled_outputs_are_not_compared() -> None:

@@ -177,7 +177,7 @@ def make_target(name: str, config: BenchConfig) -> tuple[Any, Draft, list[list[i
     if name == "tiny":
         model = load_target_model(str(TINY_TARGET), "float32", CPU, False)
         if config.draft_model_path is not None:
-            draft = load_draft(config.draft_model_path, model.config.num_hidden_layers, torch.float32)
+            draft = load_draft(config.draft_model_path, model.config, torch.float32)
         else:
             draft = random_draft(model, 2048)
         return model, draft, tiny_prompts(config.num_prompts)

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from specforge_lite.capture.base import default_aux_layer_ids
 from specforge_lite.checkpoints.draft_files import (
-    AUX_IDS_KEY,
+    TRAINING_CONFIG,
     DraftFiles,
     algorithm_of,
     canonical_name,
     draft_config_of,
     expected_shapes,
-    read_draft_files,
 )
+from specforge_lite.checkpoints.loading import find_draft, read_draft_files
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
-from specforge_lite.model.draft import ARCHITECTURES, DraftConfig
+from specforge_lite.core.weight_files import unused_weight_files
+from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,25 @@ def check_draft(
     default: the `aux_layer_ids` that our export records in config.json.
     """
     try:
-        files = read_draft_files(directory)
+        folder = find_draft(directory)
+        if (folder / TRAINING_CONFIG).exists():
+            export = f"scripts/export_draft.py --checkpoint {folder} --output-dir DRAFT"
+            return [Finding("files", "broken", f"{folder}: a training checkpoint, which engines do not read: {export}")]
+        files = read_draft_files(folder)
     except (CheckpointError, ConfigError) as error:
         return [Finding("files", "broken", str(error))]
     algorithm = algorithm_of(files.config, list(files.tensors))
     recorded = trained_aux_layer_ids or tuple(files.config.get("aux_layer_ids") or ()) or None
     shape, problem = None, None
     try:
-        shape = draft_config_of(files, _num_layers(target))
+        shape = draft_config_of(files)
     except (ConfigError, CheckpointError) as error:
         problem = str(error)
     tensors = {canonical_name(name, algorithm): tensor for name, tensor in files.tensors.items()}
     subject = Subject(files, algorithm, shape, tensors, _text_config(target), recorded)
     findings = [Finding("files", "ok", f"config.json, {files.weight_file}")]
+    if unused := ", ".join(file.name for file in unused_weight_files(folder)):
+        findings = [Finding("files", "broken", f"{unused} beside {files.weight_file}: engines read both; delete it")]
     findings.append(Finding("shape of the draft", "broken" if problem else "ok", problem or _describe(shape)))
     for name, check in CHECKS.items():
         problems = list(check(subject))

@@ -1,14 +1,10 @@
-"""What lies in a draft directory: config.json and weights in any of the layouts in use, told in one set of names.
+"""What lies in a draft directory: config.json and weights in any of the layouts in use, in one set of names.
 
     ours, SafeAILab/EAGLE, SpecForge   config.json + `midlayer.*` or `layers.0.*`, safetensors or pytorch_model.bin
-    speculators                        config.json with `transformer_layer_config`, `layers.0.*`
     a training checkpoint `step_N`     draft_config.json + draft.safetensors
+    speculators, EAGLE's `state_N`     see `compat`
 
-Layer ids. Engines read two keys of config.json and mean different things by them: vLLM prefers the top-level
-`eagle_aux_hidden_state_layer_ids` and captures the INPUT of layer i (vllm/v1/worker/gpu_model_runner.py,
-`_get_eagle3_aux_layers_from_config`); SGLang reads `eagle_config.eagle_aux_hidden_state_layer_ids` only and captures
-the OUTPUT of layer i (sglang/srt/models/llama.py, `set_eagle3_layers_to_capture` adds 1). Our export writes each key in
-its reader's convention and `aux_layer_ids` in ours (outputs).
+`loading.read_draft_files` reads a directory; here is what its files mean.
 """
 
 from __future__ import annotations
@@ -23,38 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.capture.base import default_aux_layer_ids
 from specforge_lite.core.errors import CheckpointError, first_line
-from specforge_lite.model.draft import DraftConfig, check_kinds
+from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
+from specforge_lite.model.draft import AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
 
-AUX_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
 
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """A draft directory as it lies on disk: config.json flattened (see `flatten_config`), raw tensor names."""
+    """A draft directory as it lies on disk: keys of config.json at the top level, raw tensor names."""
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     weight_file: str
     is_speculators: bool
-
-
-def read_draft_files(directory: str | Path) -> DraftFiles:
-    """Read config.json and all tensors of a draft directory; raises CheckpointError or ConfigError naming the file."""
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory")
-    if (folder / TRAINING_CONFIG).exists():
-        values = read_config(folder / TRAINING_CONFIG)
-        return DraftFiles(folder, values, read_safetensors([folder / TRAINING_WEIGHTS]), TRAINING_WEIGHTS, False)
-    raw = read_config(folder / "config.json")
-    tensors, weight_file = read_tensors(folder)
-    flat = flatten_config(raw)
-    check_kinds(flat, str(folder / "config.json"))
-    return DraftFiles(folder, flat, tensors, weight_file, "speculators_model_type" in raw)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -71,12 +51,14 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """All tensors by name, from every *.safetensors, else pytorch_model.bin (weights only, nothing is executed)."""
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return read_safetensors(files), ", ".join(file.name for file in files)
-    tensors: dict[str, Tensor] = {}
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    """(all tensors by name, names of the files they came from): safetensors, else pytorch_model.bin (weights only,
+    nothing is executed). Which files count: `core.weight_files`."""
+    if safetensors_files(folder):
+        files = weight_files(folder)
+        tensors = read_safetensors(list(dict.fromkeys(files.values())))
+        return {name: tensors[name] for name in files}, ", ".join(sorted({file.name for file in files.values()}))
+    tensors = {}
+    pickled = pickled_files(folder)
     if not pickled:
         raise CheckpointError(f"{folder}: no weights here; expected model.safetensors or pytorch_model.bin")
     for file in pickled:
@@ -86,6 +68,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
             raise CheckpointError(f"{file}: not a file of plain tensors: {first_line(error)}") from None
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
             raise CheckpointError(f"{file}: expected a mapping of names to tensors")
+        if twice := tensors.keys() & loaded.keys():
+            raise CheckpointError(f"{file}: {min(twice)} is in another pytorch_model*.bin as well; which one counts?")
         tensors.update(loaded)
     return tensors, ", ".join(file.name for file in pickled)
 
@@ -104,22 +88,6 @@ def read_safetensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def flatten_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json with speculators' `transformer_layer_config` lifted to the top, as vLLM does it."""
-    if "speculators_model_type" not in raw:
-        return dict(raw)
-    kind = raw["speculators_model_type"]
-    if kind != "eagle3":
-        raise CheckpointError(f"speculators_model_type '{kind}': only eagle3 is read")
-    flat = dict(raw.get("transformer_layer_config") or {})
-    for key in ("draft_vocab_size", "target_hidden_size", "norm_before_fc", "fc_norm", "norm_output", AUX_IDS_KEY):
-        if raw.get(key) is not None:
-            flat[key] = raw[key]
-    flat["norm_before_residual"] = raw.get("norm_before_residual", True)  # the default vLLM applies
-    flat["architectures"] = ["LlamaForCausalLMEagle3"]
-    return flat
-
-
 def algorithm_of(config: dict[str, Any], names: Sequence[str]) -> str:
     """`eagle1` or `eagle3`, from the architecture where it says so, else from the tensors."""
     if "algorithm" in config:
@@ -132,59 +100,83 @@ def algorithm_of(config: dict[str, Any], names: Sequence[str]) -> str:
     return "eagle3" if any("hidden_norm" in name or "midlayer" in name for name in names) else "eagle1"
 
 
-def draft_config_of(files: DraftFiles, num_target_layers: int | None = None) -> DraftConfig:
-    """The shape of the draft in `files`. What the config leaves open is read off the tensors' shapes."""
+def draft_config_of(files: DraftFiles, target: Any | None = None) -> DraftConfig:
+    """The shape of the draft in `files`. What the config leaves open is read off the tensors' shapes, then taken from
+    the target (its transformers config)."""
+    source = str(files.directory / "config.json")
+    check_kinds(files.config, source)
     values = dict(files.config)
-    names = list(files.tensors)
-    values["algorithm"] = algorithm_of(values, names)
-    if values.get("num_hidden_layers", 1) != 1:
-        raise CheckpointError(f"{files.directory}: num_hidden_layers {values['num_hidden_layers']}: expected 1")
+    values["algorithm"] = algorithm_of(values, list(files.tensors))
+    values = fill_from_tensors(values, files.tensors, target)
+    values = fill_from_target(values, target if values.get("hidden_size") else None, source)
     fc = files.tensors.get("fc.weight")
+    ids = aux_layer_ids_of(values, source)
     if values["algorithm"] == "eagle1":
         values["draft_vocab_size"] = values.get("vocab_size")
-    elif fc is not None and values.get("target_hidden_size") is None:
-        ids = listed_aux_ids(values)
+        ids = None
+    elif fc is not None:
         width = values.get("hidden_size")
-        values["target_hidden_size"] = (
-            width if fc.shape[1] % (width or 1) == 0 else fc.shape[1] // (len(ids or ()) or 3)
-        )
-    hidden = values.get("target_hidden_size") or values.get("hidden_size") or 1
-    values["aux_layer_ids"] = None
-    if values["algorithm"] == "eagle3":
-        count = 3 if fc is None else fc.shape[1] // hidden
+        if values.get("target_hidden_size") is None:
+            whole = isinstance(width, int) and width > 0 and fc.shape[1] % width == 0
+            values["target_hidden_size"] = width if whole else fc.shape[1] // (len(ids or ()) or 3)
+        count = fc.shape[1] // (values["target_hidden_size"] or width or 1)
         values["num_aux_layers"] = count
-        ids = aux_layer_ids_of(files.config, count, num_target_layers)
+        if files.is_speculators and ids is not None:
+            ids = ids[:count]  # some list the last layer as well
         if ids is not None and len(ids) != count:
             raise CheckpointError(
-                f"{files.directory}: {len(ids)} aux layer ids, but fc is {count * hidden} = {count} x {hidden} wide"
+                f"{files.directory}: {len(ids)} aux layer ids, but fc is {fc.shape[1]} = {count} x"
+                f" {fc.shape[1] // max(count, 1)} wide"
             )
-        values["aux_layer_ids"] = ids
+    values["aux_layer_ids"] = ids
     values.pop("eagle_config", None)
-    return DraftConfig.from_dict(values, source=str(files.directory / "config.json"))
+    values.pop(AUX_IDS_KEY, None)
+    return DraftConfig.from_dict(values, source)
 
 
-def listed_aux_ids(config: dict[str, Any]) -> Sequence[int] | None:
-    """Whichever list of aux layer ids the config has; for its length only."""
-    eagle = config.get("eagle_config") or {}
-    return config.get("aux_layer_ids") or config.get(AUX_IDS_KEY) or eagle.get(AUX_IDS_KEY)
+def fill_from_tensors(values: dict[str, Any], tensors: dict[str, Tensor], target: Any | None) -> dict[str, Any]:
+    """`values` with sizes that they lack read off a draft's tensors; head counts need the target's number of heads."""
+    named = {canonical_name(name, values["algorithm"]): tensor for name, tensor in tensors.items()}
+    layer = "midlayer." if values["algorithm"] == "eagle3" else "layers.0."
+    gate, output = named.get(f"{layer}mlp.gate_proj.weight"), named.get(f"{layer}self_attn.o_proj.weight")
+    key, head = named.get(f"{layer}self_attn.k_proj.weight"), named.get("lm_head.weight")
+    found: dict[str, Any] = {"intermediate_size": None if gate is None else len(gate)}
+    if target is not None and values.get("num_attention_heads") is None and output is not None and key is not None:
+        heads = DraftConfig.from_target(target, algorithm=values["algorithm"]).num_attention_heads
+        found |= {"num_attention_heads": heads, "head_dim": output.shape[1] // heads}
+        found["num_key_value_heads"] = len(key) // max(found["head_dim"], 1)
+    if values["algorithm"] == "eagle3" and head is not None:
+        found["draft_vocab_size"] = len(head)
+    return {**found, **{name: value for name, value in values.items() if value is not None}}
 
 
-def aux_layer_ids_of(config: dict[str, Any], count: int, num_target_layers: int | None) -> tuple[int, ...] | None:
-    """Ids of the layers whose OUTPUT feeds the draft, or None where config.json leaves them to the engine's default.
+def fill_from_target(values: dict[str, Any], target: Any | None, source: str) -> dict[str, Any]:
+    """`values` of a config.json with what they lack taken from the target, as `DraftConfig.from_target` would make it.
 
-    `eagle_config` alone is ambiguous (see the top of this file): ids that are the default of the target's depth in
-    one convention are read in that one, others as vLLM reads them.
+    Raises ConfigError for more than one layer. The target's width and vocabulary are not filled in where they are
+    given: whoever knows the target compares them.
     """
-    if config.get("aux_layer_ids"):
-        return tuple(config["aux_layer_ids"])
-    if config.get(AUX_IDS_KEY):
-        return tuple(i - 1 for i in config[AUX_IDS_KEY][:count])  # some speculators list the last layer as well
-    ids = (config.get("eagle_config") or {}).get(AUX_IDS_KEY)
-    if not ids:
-        return None
-    if num_target_layers is not None and tuple(ids) == default_aux_layer_ids(num_target_layers)[0]:
-        return tuple(ids)
-    return tuple(i - 1 for i in ids)
+    if values.get("num_hidden_layers", 1) not in (1, None):
+        raise CheckpointError(f"{source}: num_hidden_layers {values['num_hidden_layers']}: expected 1")
+    if target is None:
+        return values
+    derived = DraftConfig.from_target(target, algorithm=values.get("algorithm", "eagle3")).to_dict()
+    given = {name: value for name, value in values.items() if value is not None}
+    width = given.get("hidden_size", derived["hidden_size"])
+    if given.keys() & {"num_attention_heads", "num_key_value_heads", "head_dim"}:
+        for name in ("num_key_value_heads", "head_dim"):
+            del derived[name]
+    elif isinstance(width, int) and width != derived["hidden_size"] and width % derived["head_dim"] == 0:
+        heads = width // derived["head_dim"]
+        derived["num_attention_heads"] = derived["num_key_value_heads"] = heads
+        derived["intermediate_size"] = derived["intermediate_size"] * width // derived["hidden_size"]
+    if given.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
+        del derived["rope_theta"], derived["rope_scaling"]
+    if not given.keys().isdisjoint({"algorithm", "architectures"}):
+        del derived["algorithm"]
+    for name in ("target_hidden_size", "aux_layer_ids", "num_aux_layers"):
+        del derived[name]
+    return {**derived, **given}
 
 
 def canonical_name(name: str, algorithm: str) -> str:
@@ -194,6 +186,21 @@ def canonical_name(name: str, algorithm: str) -> str:
     if algorithm == "eagle1" and name.startswith("midlayer."):
         return "layers.0." + name.removeprefix("midlayer.")
     return name
+
+
+def canonical_weights(files: DraftFiles, config: DraftConfig) -> dict[str, Tensor]:
+    """Trained weights under our names, without what repeats the target (embedding table, EAGLE-1's head), without the
+    zero bias that SGLang wants beside EAGLE-1's fc, and without RoPE tables."""
+    weights = {canonical_name(name, config.algorithm): tensor for name, tensor in files.tensors.items()}
+    unused = {"d2t", "t2d"}
+    if "embed_tokens.weight" not in expected_shapes(config):
+        unused.add("embed_tokens.weight")
+    if config.algorithm == "eagle1":
+        unused.add("lm_head.weight")
+    if "fc.bias" in weights and not weights["fc.bias"].any():
+        unused.add("fc.bias")
+    unused |= {name for name in weights if name.endswith("rotary_emb.inv_freq")}
+    return {name: weight for name, weight in weights.items() if name not in unused}
 
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """Write a draft as SGLang, vLLM and `SpeculativeModel` load it: config.json + model.safetensors.
 
 The engines take the same tensors and disagree on one config key, the ids of the aux layers; both of its places are
-written, each in the convention of the engine that reads it (`inference/draft_files.py` names the lines).
+written, each in the convention of the engine that reads it (`model.draft.aux_layer_ids_of` names the lines).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from specforge_lite import __version__
 from specforge_lite.checkpoints.contract import check_draft
-from specforge_lite.checkpoints.draft_files import AUX_IDS_KEY, TRAINING_CONFIG, expected_shapes
+from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, expected_shapes
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import newest_complete, read_state, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.files import atomic_directory, save_tensors, user_errors, write_json
-from specforge_lite.model.draft import ARCHITECTURES, Draft, DraftConfig
+from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, Draft, DraftConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

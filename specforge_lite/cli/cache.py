@@ -52,10 +52,9 @@ def main() -> None:
     from specforge_lite.data.cache import open_or_build_dataset
     from specforge_lite.data.vocab import open_or_build_vocab_map
 
-    vocab_size = int(
-        load_config(config.model.target_model_path, config.model.trust_remote_code).get_text_config().vocab_size
-    )
-    draft_vocab_size = choose_draft_vocab_size(config.model, vocab_size)
+    target_config = load_config(config.model.target_model_path, config.model.trust_remote_code)
+    vocab_size = int(target_config.get_text_config().vocab_size)
+    draft_vocab_size = choose_draft_vocab_size(config.model, target_config)
     tokenizer = load_tokenizer(config.model.target_model_path, config.model.trust_remote_code)
     train = open_or_build_dataset(config.data.train_data_path, tokenizer, config.data)
     if config.data.eval_data_path is not None:
@@ -64,15 +63,16 @@ def main() -> None:
     show(config.view, train, tokenizer)
 
 
-def choose_draft_vocab_size(section: ModelSection, vocab_size: int) -> int:
+def choose_draft_vocab_size(section: ModelSection, target_config: Any) -> int:
     """From the flag, the draft's config.json, or as many as a derived draft has."""
+    vocab_size = int(target_config.get_text_config().vocab_size)
     if section.draft_vocab_size is not None:
         return section.draft_vocab_size
     if section.draft_model_config is None:
         return min(32000, vocab_size)
-    from specforge_lite.model.draft import DraftConfig
+    from specforge_lite.training.wiring import read_draft_config
 
-    draft = DraftConfig.from_json(section.draft_model_config)
+    draft = read_draft_config(section.draft_model_config, "eagle3", target_config)
     if draft.vocab_size != vocab_size:
         raise ConfigError(f"{section.draft_model_config}: vocab_size {draft.vocab_size}, the target has {vocab_size}")
     return draft.draft_vocab_size

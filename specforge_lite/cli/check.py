@@ -43,7 +43,8 @@ class CheckConfig(DraftPathSection, LocalTargetSection):
 def main() -> int:
     config = parse_config(CheckConfig, description=__doc__ or "", positional="--draft-model-path")
     from specforge_lite.checkpoints.contract import Finding, check_draft
-    from specforge_lite.checkpoints.draft_files import draft_config_of, read_draft_files
+    from specforge_lite.checkpoints.draft_files import draft_config_of
+    from specforge_lite.checkpoints.loading import read_draft_files
     from specforge_lite.doctor.acceptance import check_acceptance
     from specforge_lite.doctor.table import print_findings
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,17 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
         return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def local_directory(path: str | Path, flag: str = TARGET_FLAG) -> Path:
-    """Directory of a model's JSON and safetensors files; those of a hub name are downloaded as transformers would."""
+def local_directory(
+    path: str | Path, flag: str = TARGET_FLAG, patterns: Sequence[str] = ("*.json", "*.safetensors")
+) -> Path:
+    """Directory of a model's files; those of a hub name that fit `patterns` are downloaded as transformers would."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = first_line(error)
         raise ConfigError(f"{flag} {path}: no such directory, and not from the hub: {reason}") from None

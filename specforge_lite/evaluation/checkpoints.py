@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_of, load_state_draft, state_directories
+from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_of, state_directories
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, DataError
@@ -52,9 +52,8 @@ class Checkpoint:
 
     def load(self, files: TargetFiles, draft_config: Path | None) -> Draft:
         """The draft in fp32 on the target's device."""
-        if self.is_state:
-            return load_state_draft(self.path, files.config, draft_config, torch.float32, files.device)
-        return load_draft(self.path, files.num_layers, torch.float32, files.device)
+        config_file = draft_config if self.is_state else None
+        return load_draft(self.path, files.config, torch.float32, files.device, config_file)
 
 
 def find_checkpoints(run_dir: Path) -> list[Checkpoint]:

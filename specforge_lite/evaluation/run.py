@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from specforge_lite.capture.base import TargetEngine
-from specforge_lite.checkpoints.compat.eagle_state import STATE_NAME, load_state_draft
 from specforge_lite.checkpoints.loading import load_draft
-from specforge_lite.checkpoints.variants import Eagle3Variant
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import write_json
@@ -22,6 +20,7 @@ from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.model.draft import Draft, TTTSettings
+from specforge_lite.model.registry import DRAFTS
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.dataloader import BatchMaker
@@ -74,9 +73,7 @@ def with_aux_layers(target: TargetSection, draft: Draft) -> TargetSection:
 
 def load_evaluated(path: Path, files: TargetFiles) -> Draft:
     """A draft to evaluate, fp32 on the target's device: exported, a checkpoint step_N, or EAGLE's state_N."""
-    if STATE_NAME.fullmatch(path.name) and not (path / "config.json").exists():
-        return load_state_draft(path, files.config, None, torch.float32, files.device)
-    return load_draft(path, files.num_layers, torch.float32, files.device)
+    return load_draft(path, files.config, torch.float32, files.device)
 
 
 @contextmanager
@@ -126,8 +123,8 @@ def evaluate_draft(
 def check_evaluable(draft: Draft) -> None:
     """Raise ConfigError for a draft whose layer differs from the one that the training pass computes."""
     biases = [name for name, _ in draft.named_parameters() if name.endswith("_proj.bias")]
-    if biases or isinstance(draft, Eagle3Variant):
-        reason = f"it has {biases[0]}" if biases else "its layer is a variant of EAGLE-3's"
+    if biases or type(draft) not in DRAFTS.values():
+        reason = f"it has {biases[0]}" if biases else "its layer is not the published one of EAGLE-3"
         raise ConfigError(f"{reason}; such a draft can be decoded (scripts/compare_generation.py), not evaluated")
 
 

@@ -136,8 +136,7 @@ class SpeculativeModel:
         model = load_target_model(str(base_model_path), dtype, place, trust_remote_code)
         draft = None
         if draft_model_path is not None:
-            num_layers = int(model.config.get_text_config().num_hidden_layers)
-            draft = load_draft(draft_model_path, num_layers, model.dtype, place)
+            draft = load_draft(draft_model_path, model.config, model.dtype, place)
             is_eagle3 = draft.config.algorithm == "eagle3"
             if use_eagle3 is not None and use_eagle3 != is_eagle3:
                 raise ConfigError(

@@ -26,6 +26,7 @@ from specforge_lite.types import DraftBatch, StepOutput
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LOSSES = ("ce", *LK_LOSSES)
+AUX_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 ARCHITECTURES = {
     "eagle3": "LlamaForCausalLMEagle3",
     "eagle1": "LlamaForCausalLMEagle",
@@ -105,8 +106,7 @@ class DraftConfig:
     def from_dict(cls, values: dict[str, Any], source: str = "draft config") -> DraftConfig:
         """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.
 
-        `eagle_config.eagle_aux_hidden_state_layer_ids` (layer INPUTS, vLLM's convention) becomes `aux_layer_ids`.
-        Raises ConfigError naming the key.
+        Layer ids: see `aux_layer_ids_of`. Raises ConfigError naming the key.
         """
         values = dict(values)
         check_kinds(values, source)
@@ -115,19 +115,12 @@ class DraftConfig:
         by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
         if "algorithm" not in values and architecture in by_name:
             values["algorithm"] = by_name[architecture]
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        values["rope_scaling"] = None if kind == "default" else {**scaling, "rope_type": kind}
-        eagle = values.get("eagle_config") or {}
-        if values.get("aux_layer_ids") is None and eagle.get("eagle_aux_hidden_state_layer_ids"):
-            values["aux_layer_ids"] = [i - 1 for i in eagle["eagle_aux_hidden_state_layer_ids"]]
+        values["rope_theta"], values["rope_scaling"] = _rope_of(values)
+        values["aux_layer_ids"] = aux_layer_ids_of(values, source)
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
         fields = {f.name: f for f in dataclasses.fields(cls)}
+        values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        required = [n for n in required if values.get(n) is None]
         if required:
             raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
         picked = {n: v for n, v in values.items() if n in fields and (v is not None or fields[n].default is None)}
@@ -215,14 +208,58 @@ def check_kinds(values: dict[str, Any], source: str) -> None:
         found = values.get(name)
         if found is not None and not isinstance(list(found) if isinstance(found, tuple) else found, kind):
             raise ConfigError(f"{source}: {name}: expected {wanted}, found {found!r}")
-    ids = list(values.get("aux_layer_ids") or ())
-    ids += (values.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
-    wrong = [i for i in ids if not _is_number(i, "int") or i < 0]
-    if wrong:
-        raise ConfigError(f"{source}: aux layer ids: expected numbers from 0, found {wrong[0]!r}")
+    for name, ids, shift in _listed_aux_ids(values):
+        for i in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if not _is_number(i, "int") or i < shift:
+                raise ConfigError(f"{source}: {name}: aux layer ids: expected numbers from {shift}, found {i!r}")
     names = [name for name in values.get("architectures") or () if not isinstance(name, str)]
     if names:
         raise ConfigError(f"{source}: architectures: expected names, found {names[0]!r}")
+
+
+def aux_layer_ids_of(values: dict[str, Any], source: str) -> tuple[int, ...] | None:
+    """Layers whose OUTPUT feeds the draft, from whichever key of a config.json lists them; None where none does.
+
+    Our own key decides. Raises ConfigError where, without it, the keys of the two engines mean different layers.
+    """
+    found = [(name, tuple(i - shift for i in ids)) for name, ids, shift in _listed_aux_ids(values)]
+    if not found:
+        return None
+    differ = len(found) > 1 and found[0][0] != "aux_layer_ids" and found[0][1] != found[1][1]
+    if differ and len(found[0][1]) == len(found[1][1]):  # another number of layers does not fit fc, and is named there
+        raise ConfigError(
+            f"{source}: aux layers: {found[0][0]} means the outputs of layers {list(found[0][1])},"
+            f" {found[1][0]} those of {list(found[1][1])}; correct one, or add 'aux_layer_ids' (layer outputs)"
+        )
+    return found[0][1]
+
+
+def _listed_aux_ids(values: dict[str, Any]) -> list[tuple[str, Any, int]]:
+    """(key, its list, what to subtract for layer OUTPUTS) of every key that lists aux layers.
+
+    aux_layer_ids                                    outputs     this package
+    eagle_aux_hidden_state_layer_ids                 inputs      vLLM 0.32 (gpu_model_runner.py,
+                                                                 `_get_eagle3_aux_layers_from_config`)
+    eagle_config.eagle_aux_hidden_state_layer_ids    outputs     SGLang 0.5.23 (models/llama.py,
+                                                                 `set_eagle3_layers_to_capture` adds 1)
+    """
+    nested = (values.get("eagle_config") or {}).get(AUX_IDS_KEY)
+    listed = [("aux_layer_ids", values.get("aux_layer_ids"), 0), (AUX_IDS_KEY, values.get(AUX_IDS_KEY), 1)]
+    listed.append((f"eagle_config.{AUX_IDS_KEY}", nested, 0))
+    return [(name, ids, shift) for name, ids, shift in listed if ids]
+
+
+def _rope_of(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """(theta, scaling or None) from `rope_theta`, `rope_parameters` and `rope_scaling`: what is null or plain in one
+    place may be given in another. The top level wins over `rope_parameters`, that over `rope_scaling`."""
+    places = [values.get("rope_parameters") or {}, values.get("rope_scaling") or {}]
+    thetas = [theta for place in (values, *places) if (theta := place.get("rope_theta")) is not None]
+    for place in places:
+        kind = place.get("rope_type") or place.get("type") or "default"
+        if kind != "default":
+            scaling = {key: value for key, value in place.items() if key != "rope_theta"}
+            return thetas[0] if thetas else 10000.0, {**scaling, "rope_type": kind}
+    return thetas[0] if thetas else 10000.0, None
 
 
 def _is_number(value: Any, wanted: str) -> bool:

@@ -7,22 +7,12 @@ learning-rate schedule follows from the step; EAGLE's scheduler and random state
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specforge_lite.checkpoints.compat.eagle_state import (
-    epoch_of,
-    optimizer_moments,
-    read_state_files,
-    state_directories,
-)
-from specforge_lite.checkpoints.draft_files import DraftFiles, vocabulary_of
-from specforge_lite.checkpoints.loading import canonical_weights
+from specforge_lite.checkpoints.compat.eagle_state import EagleStart, read_start, state_directories
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.model.draft import Draft
@@ -33,16 +23,6 @@ from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.wiring import RunModels
-
-
-@dataclass
-class EagleStart:
-    """What is left to restore once the weights are in the draft. Moments are on rank 0 only."""
-
-    path: str
-    epoch: int
-    names: list[str]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def find_eagle_state(config: TrainConfig, models: RunModels, world: World) -> EagleStart | None:
@@ -58,7 +38,7 @@ def find_eagle_state(config: TrainConfig, models: RunModels, world: World) -> Ea
         states = state_directories(config.checkpoint.output_dir)
         try:
             if states:
-                start, tensors = read_start(states[0], config, models.draft)
+                start, tensors = read_start(states[0], config.draft.draft_model_config, models.draft)
         except (CheckpointError, ConfigError) as error:
             problem = str(error)
     facts = {"path": start.path, "epoch": start.epoch, "names": start.names, "tensors": {}, "problem": problem}
@@ -70,44 +50,6 @@ def find_eagle_state(config: TrainConfig, models: RunModels, world: World) -> Ea
         return None
     _set_tensors(models.draft, tensors, facts["tensors"], world)
     return EagleStart(facts["path"], facts["epoch"], facts["names"], start.moments)
-
-
-def read_start(state: Path, config: TrainConfig, draft: Draft) -> tuple[EagleStart, dict[str, Tensor]]:
-    """(start, tensors to copy into the draft: trained weights, d2t, t2d) of one `state_N`."""
-    given = config.draft.draft_model_config
-    target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
-    files = read_state_files(state, target_config, given)
-    weights = {name: tensor.float() for name, tensor in canonical_weights(files, draft.config).items()}
-    if "fc.bias" in weights:
-        weights.pop("fc.bias")
-        info(f"{state}: fc.bias is left out: vLLM's EAGLE-1 has none, so a draft of ours must learn without it")
-    trained: dict[str, Tensor] = {
-        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
-    }
-    _check_names(state, files, weights, trained)
-    moments, reason = optimizer_moments(state, files, draft.config.algorithm)
-    moments = {name: values for name, values in moments.items() if name in trained}
-    if set(moments) != set(trained):
-        info(f"{state}: the optimizer starts fresh: {reason or 'optimizer.bin lacks some parameters'}")
-        moments = {}
-    d2t, t2d = vocabulary_of(files, draft.config)
-    return EagleStart(str(state), epoch_of(state), sorted(moments), moments), {**weights, "d2t": d2t, "t2d": t2d}
-
-
-def _check_names(state: Path, files: DraftFiles, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
-    for words, names in (("missing", trained.keys() - weights.keys()), ("no place for", weights.keys() - trained)):
-        if names:
-            raise CheckpointError(f"{state}: {files.weight_file}: {words} {', '.join(sorted(names)[:5])}")
-    for name, parameter in trained.items():
-        if weights[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{state}: {name} has shape {list(weights[name].shape)}, this run's draft {list(parameter.shape)}; give"
-                " EAGLE's config.json as --draft-model-config" + _vocabulary_hint(name, weights[name])
-            )
-
-
-def _vocabulary_hint(name: str, weight: Tensor) -> str:
-    return f", or --draft-vocab-size {len(weight)}" if name == "lm_head.weight" else ""
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.context import num_positions
 from specforge_lite.capture.prefetch import SkipBudget
+from specforge_lite.checkpoints.draft_files import fill_from_target, read_config
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import info, warn
@@ -189,7 +190,7 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
     """The draft's shape from `--draft-model-config`, or derived from the target; aux layers are the engine's."""
     section = config.draft
     if section.draft_model_config is not None:
-        draft = read_draft_config(section.draft_model_config, config.algorithm)
+        draft = read_draft_config(section.draft_model_config, config.algorithm, target_config)
         if section.draft_vocab_size is not None:
             draft = draft.replace(draft_vocab_size=section.draft_vocab_size)
     else:
@@ -215,13 +216,15 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
     return draft
 
 
-def read_draft_config(path: Path, algorithm: str) -> DraftConfig:
-    """A draft's config.json for `algorithm`; a plain Llama config, as EAGLE's are, fits both."""
-    draft = DraftConfig.from_json(path)
+def read_draft_config(path: Path, algorithm: str, target_config: Any | None = None) -> DraftConfig:
+    """A draft's config.json for `algorithm`, completed from the target's; a plain Llama config, as EAGLE's are, fits
+    both algorithms."""
+    file = path / "config.json" if path.is_dir() else path
+    values = read_config(file)
+    draft = DraftConfig.from_dict(fill_from_target(values, target_config, str(file)), str(file))
     if draft.algorithm == algorithm:
         return draft
-    file = path / "config.json" if path.is_dir() else path
-    architecture = "".join(json.loads(file.read_text(encoding="utf-8")).get("architectures") or [])
+    architecture = "".join(values.get("architectures") or [])
     if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
         raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
     return draft.replace(algorithm=algorithm, draft_vocab_size=draft.vocab_size)

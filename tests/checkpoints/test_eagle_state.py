@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from specforge_lite.checkpoints.compat.eagle_state import load_state_draft, optimizer_moments, read_state_files
+from specforge_lite.checkpoints.compat.eagle_state import optimizer_moments, read_state_files
+from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError, SpecforgeError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.model.draft import Draft, DraftConfig
@@ -218,7 +219,7 @@ def test_curve_over_states(
 def test_the_shape_is_read_off_the_tensors(tiny_target: Path, target_config: Any, tmp_path: Path) -> None:
     draft = eagle3_draft(200, 4)
     write_deepspeed_state(tmp_path / "state_2", draft, torch.float32)
-    loaded = load_state_draft(tmp_path / "state_2", target_config)
+    loaded = load_draft(tmp_path / "state_2", target_config)
     assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (200, 4)
     assert loaded.config.draft_vocab_size == DRAFT_VOCAB
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in draft.state_dict().items())
@@ -234,7 +235,7 @@ def test_eagles_config_json_is_understood(target_config: Any, tmp_path: Path) ->
         "rms_norm_eps": 1e-6, "length": 5,
     }  # fmt: skip
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    loaded = load_state_draft(tmp_path / "run" / "state_0", target_config)
+    loaded = load_draft(tmp_path / "run" / "state_0", target_config)
     assert (loaded.config.rms_norm_eps, loaded.config.draft_vocab_size) == (1e-6, DRAFT_VOCAB)
 
 
@@ -251,13 +252,13 @@ def test_unusable_states(target_config: Any, tmp_path: Path, make: Any, message:
     (tmp_path / "state_0").mkdir()
     make(tmp_path / "state_0")
     with pytest.raises(SpecforgeError, match=message):
-        load_state_draft(tmp_path / "state_0", target_config)
+        load_draft(tmp_path / "state_0", target_config)
 
 
 def test_moments_that_cannot_be_told(tiny_target: Path, target_config: Any, eagle1: Draft, tmp_path: Path) -> None:
     state = tmp_path / "state_0"
     write_accelerate_state(state, eagle1_tensors(eagle1, table(tiny_target, target_config)))
-    files = read_state_files(state, target_config)
+    files = read_state_files(state)
     moments, reason = optimizer_moments(state, files, "eagle1")
     assert reason == ""
     assert "embed_tokens.weight" not in moments
@@ -267,4 +268,4 @@ def test_moments_that_cannot_be_told(tiny_target: Path, target_config: Any, eagl
     torch.save(broken, state / "optimizer.bin")
     assert optimizer_moments(state, files, "eagle1") == ({}, "optimizer.bin counts 12 parameters, pytorch_model.bin 10")
     save_file(torch.load(state / "pytorch_model.bin", weights_only=True), state / "model.safetensors")
-    assert "has lost the order" in optimizer_moments(state, read_state_files(state, target_config), "eagle1")[1]
+    assert "has lost the order" in optimizer_moments(state, read_state_files(state), "eagle1")[1]

@@ -13,9 +13,9 @@ from torch.nn.functional import linear, silu
 
 from specforge_lite.checkpoints.export import export_checkpoint, exported_config
 from specforge_lite.checkpoints.loading import load_draft
-from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.files import sha256_of
-from specforge_lite.model.draft import Draft
+from specforge_lite.model.draft import Draft, DraftConfig
 from tests.inference_drafts import random_draft
 
 KEY = "eagle_aux_hidden_state_layer_ids"
@@ -63,19 +63,49 @@ def test_missing_t2d_is_derived(tmp_path: Path) -> None:
     assert torch.equal(load_draft(folder).t2d, draft.t2d)
 
 
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({KEY: [2, 4, 5]}, (1, 3, 4)),  # vLLM's key: layer inputs
-        ({"eagle_config": {KEY: [1, 3, 4]}}, (1, 3, 4)),  # the default of 8 layers, told as outputs
-        ({"eagle_config": {KEY: [2, 4, 5]}}, (1, 3, 4)),  # the same, told as inputs
-        ({"eagle_config": {KEY: [3, 4, 6]}}, (2, 3, 5)),  # no default: as vLLM reads it
-        ({KEY: [2, 4, 5], "eagle_config": {KEY: [1, 3, 4]}}, (1, 3, 4)),  # as we export
-    ],
-)
+AUX_KEYS: list[tuple[dict, tuple[int, ...]]] = [
+    ({KEY: [2, 4, 5]}, (1, 3, 4)),  # vLLM's key: layer inputs
+    ({"eagle_config": {KEY: [1, 3, 4]}}, (1, 3, 4)),  # SGLang's key: layer outputs
+    ({"eagle_config": {KEY: [2, 4, 5]}}, (2, 4, 5)),
+    ({KEY: [2, 4, 5], "eagle_config": {KEY: [1, 3, 4]}}, (1, 3, 4)),  # as we export
+    ({"aux_layer_ids": [0, 2, 3], KEY: [2, 4, 5]}, (0, 2, 3)),  # ours decides
+]
+
+
+def vllm_captures(config: dict) -> list[int] | None:
+    """Outputs that vLLM 0.32 hands to the draft: `_get_eagle3_aux_layers_from_config` names layer inputs."""
+    ids = config.get(KEY) or (config.get("eagle_config") or {}).get(KEY)
+    return [i - 1 for i in ids] if ids else None
+
+
+def sglang_captures(config: dict) -> list[int] | None:
+    """SGLang 0.5.23: `_resolve_eagle_aux_hidden_state` reads eagle_config, `set_eagle3_layers_to_capture` adds 1 to
+    capture in front of the next layer, which is this one's output."""
+    return (config.get("eagle_config") or {}).get(KEY)
+
+
+@pytest.mark.parametrize(("keys", "expected"), AUX_KEYS)
 def test_aux_layer_ids_of_either_convention(tmp_path: Path, keys: dict, expected: tuple[int, ...]) -> None:
     folder = write_pickled(tmp_path / "d", random_draft(), **keys)
-    assert load_draft(folder, num_target_layers=8).config.aux_layer_ids == expected
+    assert load_draft(folder).config.aux_layer_ids == expected
+    shape = {**json.loads((folder / "config.json").read_text()), **keys}
+    assert DraftConfig.from_dict(shape).aux_layer_ids == expected  # the reader of --draft-model-config
+
+
+@pytest.mark.parametrize("outputs", [(1, 3, 4), (0, 2, 6), (2, 15, 28)])
+def test_both_engines_capture_what_we_read(tmp_path: Path, outputs: tuple[int, ...]) -> None:
+    config = exported_config(random_draft(aux_layer_ids=outputs).config, "float32")
+    assert vllm_captures(config) == sglang_captures(config) == list(outputs)
+    for key in ("aux_layer_ids", KEY, "eagle_config"):
+        alone = {k: v for k, v in config.items() if k == key or k not in ("aux_layer_ids", KEY, "eagle_config")}
+        assert DraftConfig.from_dict(alone).aux_layer_ids == outputs
+
+
+def test_keys_that_mean_different_layers_are_refused(tmp_path: Path) -> None:
+    keys = {KEY: [2, 4, 5], "eagle_config": {KEY: [2, 4, 5]}}
+    folder = write_pickled(tmp_path / "d", random_draft(), **keys)
+    with pytest.raises(ConfigError, match=r"outputs of layers \[1, 3, 4\], .* those of \[2, 4, 5\]; correct one"):
+        load_draft(folder)
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:

@@ -58,9 +58,34 @@ def test_impossible_shapes_are_named(change: dict, message: str) -> None:
         DraftConfig.from_dict({**GOOD, **change}, source="config.json")
 
 
-def test_layer_ids_of_an_exported_config_are_inputs_and_become_outputs() -> None:
-    values = {**GOOD, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5], "use_aux_hidden_state": True}}
-    assert DraftConfig.from_dict(values).aux_layer_ids == (1, 3, 4)
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "theta", "scaling"),
+    [
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
+        ({"rope_theta": None, "rope_scaling": {**SCALING, "rope_theta": 3e5}}, 3e5, SCALING),
+        ({"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": None}, 5e5, None),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": SCALING}, 5e5, SCALING),
+        ({"rope_theta": 5e5, "rope_parameters": {**SCALING, "rope_theta": 5e5}, "rope_scaling": None}, 5e5, SCALING),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            1e4,
+            {"type": "linear", "factor": 2.0, "rope_type": "linear"},
+        ),
+        ({"rope_theta": None, "rope_scaling": None}, 1e4, None),
+    ],
+)
+def test_rope_is_found_where_it_is_given(keys: dict, theta: float, scaling: dict | None) -> None:
+    values = {key: value for key, value in GOOD.items() if not key.startswith("rope")}
+    config = DraftConfig.from_dict({**values, **keys})
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+def test_null_is_as_good_as_absent() -> None:
+    given = DraftConfig.from_dict({**GOOD, "num_key_value_heads": None, "head_dim": None, "hidden_act": None})
+    assert given.num_key_value_heads == GOOD["num_attention_heads"]
 
 
 def test_a_config_that_is_not_json(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import torch
 from scripts import capture_hidden_states, train_eagle1
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.checkpoints.contract import check_draft
-from specforge_lite.checkpoints.draft_files import read_draft_files
 from specforge_lite.checkpoints.export import export_checkpoint
-from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.checkpoints.loading import load_draft, read_draft_files
 from specforge_lite.checkpoints.training_run import load_draft_tensors
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config

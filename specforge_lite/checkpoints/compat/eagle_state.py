@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from specforge_lite.checkpoints.draft_files import (
     DraftFiles,
+    algorithm_of,
     canonical_name,
-    flatten_config,
+    canonical_weights,
     read_config,
     read_tensors,
+    vocabulary_of,
 )
-from specforge_lite.checkpoints.loading import draft_of_files
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.model.draft import Draft, DraftConfig
+from specforge_lite.core.log import info
+from specforge_lite.model.draft import Draft
 
 STATE_NAME = re.compile(r"state_(\d+)")
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError)
@@ -50,11 +53,11 @@ def epoch_of(state: Path) -> int:
     return int(match.group(1))
 
 
-def read_state_files(state: Path, target_config: Any, config_file: Path | None = None) -> DraftFiles:
+def read_state_files(state: Path, config_file: Path | None = None) -> DraftFiles:
     """A `state_N` as the files of a draft. Raises CheckpointError naming the file.
 
-    target_config: the target's transformers config; used where no config.json is found. Tensors keep their order in
-    the file, which is that of the model's parameters.
+    Without a config.json the config holds algorithm and width only: other sizes are read off the tensors, the rest is
+    the target's (`draft_config_of`). Tensors keep their order in the file, which is that of the model's parameters.
     """
     if not any(state.glob("*.safetensors")) and not any(state.glob("pytorch_model*.bin")):
         sharded = (state / "zero_to_fp32.py").exists() or any(state.glob("**/*_states.pt"))
@@ -63,48 +66,67 @@ def read_state_files(state: Path, target_config: Any, config_file: Path | None =
     raw, weight_file = read_tensors(state)
     tensors = {name.removeprefix("module."): tensor for name, tensor in raw.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_THE_DRAFTS)}
-    candidates = [config_file] if config_file is not None else [state, state.parent]
-    for place in candidates:
-        file = place / "config.json" if place.is_dir() else place
-        if file.exists() and _is_draft_config(file, required=config_file is not None):
-            return DraftFiles(state, flatten_config(read_config(file)), tensors, weight_file, False)
-    return DraftFiles(state, config_from_tensors(state, tensors, target_config), tensors, weight_file, False)
+    algorithm = algorithm_of({}, list(tensors))
+    output = next((tensor for name, tensor in tensors.items() if name.endswith("self_attn.o_proj.weight")), None)
+    if output is None:
+        raise CheckpointError(f"{state}: self_attn.o_proj.weight is missing: not the state of an EAGLE draft")
+    config: dict[str, Any] = {"algorithm": algorithm, "hidden_size": len(output)}
+    for file in [config_file] if config_file is not None else [state / "config.json", state.parent / "config.json"]:
+        file = file / "config.json" if file.is_dir() else file
+        # Our own runs' config.json (sections of settings) may lie in the same place.
+        if file.exists() and (config_file is not None or "hidden_size" in read_config(file)):
+            config = read_config(file)
+            break
+    return DraftFiles(state, config, tensors, weight_file, False)
 
 
-def _is_draft_config(file: Path, required: bool) -> bool:
-    """Our own runs' config.json (sections of settings) may lie in the same place."""
-    return required or "hidden_size" in read_config(file)
+@dataclass
+class EagleStart:
+    """What is left to restore once the weights are in the draft. Moments are on rank 0 only."""
+
+    path: str
+    epoch: int
+    names: list[str]
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def config_from_tensors(state: Path, tensors: dict[str, Tensor], target_config: Any) -> dict[str, Any]:
-    """The draft's config as the tensors' shapes and the target tell it."""
-    algorithm = "eagle3" if any("hidden_norm" in name for name in tensors) else "eagle1"
-    named = {canonical_name(name, algorithm): tensor for name, tensor in tensors.items()}
-    layer = "midlayer." if algorithm == "eagle3" else "layers.0."
-    try:
-        gate, key, query = (named[f"{layer}{part}_proj.weight"] for part in ("mlp.gate", "self_attn.k", "self_attn.q"))
-        draft_vocab_size = len(named["lm_head.weight"]) if algorithm == "eagle3" else None
-    except KeyError as error:
-        raise CheckpointError(f"{state}: {error.args[0]} is missing: not the state of an EAGLE draft") from None
-    config = DraftConfig.from_target(target_config, draft_vocab_size, algorithm)
-    head_dim = len(query) // config.num_attention_heads
-    changed = config.replace(
-        intermediate_size=len(gate), head_dim=head_dim, num_key_value_heads=len(key) // head_dim
-    ).to_dict()
-    changed.pop("target_hidden_size")  # read off fc
-    return changed
+def read_start(state: Path, config_file: Path | None, draft: Draft) -> tuple[EagleStart, dict[str, Tensor]]:
+    """(start, tensors to copy into the draft: trained weights, d2t, t2d) of one `state_N`.
+
+    Raises CheckpointError naming the tensor that does not fit.
+    """
+    files = read_state_files(state, config_file)
+    weights = {name: tensor.float() for name, tensor in canonical_weights(files, draft.config).items()}
+    if "fc.bias" in weights:
+        weights.pop("fc.bias")
+        info(f"{state}: fc.bias is left out: vLLM's EAGLE-1 has none, so a draft of ours must learn without it")
+    trained: dict[str, Tensor] = {
+        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
+    }
+    _check_names(state, files, weights, trained)
+    moments, reason = optimizer_moments(state, files, draft.config.algorithm)
+    moments = {name: values for name, values in moments.items() if name in trained}
+    if set(moments) != set(trained):
+        info(f"{state}: the optimizer starts fresh: {reason or 'optimizer.bin lacks some parameters'}")
+        moments = {}
+    d2t, t2d = vocabulary_of(files, draft.config)
+    return EagleStart(str(state), epoch_of(state), sorted(moments), moments), {**weights, "d2t": d2t, "t2d": t2d}
 
 
-def load_state_draft(
-    state: Path,
-    target_config: Any,
-    config_file: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Draft:
-    """The draft of a `state_N`, frozen, in evaluation mode."""
-    num_layers = int(target_config.get_text_config().num_hidden_layers)
-    return draft_of_files(read_state_files(state, target_config, config_file), num_layers, dtype, device)
+def _check_names(state: Path, files: DraftFiles, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
+    for words, names in (("missing", trained.keys() - weights.keys()), ("no place for", weights.keys() - trained)):
+        if names:
+            raise CheckpointError(f"{state}: {files.weight_file}: {words} {', '.join(sorted(names)[:5])}")
+    for name, parameter in trained.items():
+        if weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{state}: {name} has shape {list(weights[name].shape)}, this run's draft {list(parameter.shape)}; give"
+                " EAGLE's config.json as --draft-model-config" + _vocabulary_hint(name, weights[name])
+            )
+
+
+def _vocabulary_hint(name: str, weight: Tensor) -> str:
+    return f", or --draft-vocab-size {len(weight)}" if name == "lm_head.weight" else ""
 
 
 def optimizer_moments(state: Path, files: DraftFiles, algorithm: str) -> tuple[dict[str, dict[str, Tensor]], str]:

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
 
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.inference.attention import grouped_attention
 from specforge_lite.inference.drafter import Head
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import TokenTree, TreeShape, chain_tree
@@ -54,13 +55,16 @@ class BlockDrafter:
         """Features of one text's prompt tokens."""
         self._append(features_TG[None], [len(features_TG)], row)
 
-    def read_accepted(self, features_BMG: Tensor, next_tokens_BM: Tensor, counts: Sequence[int]) -> None:
-        """Features of the tokens just accepted; row b has `counts[b]` of them, the rest is padding."""
-        self._append(features_BMG, counts, None)
+    def read_accepted(
+        self, features_BMG: Tensor, next_tokens_BM: Tensor, counts: Sequence[int], counts_B: Tensor
+    ) -> None:
+        """Features of the tokens just accepted; row b has `counts[b]` of them, the rest is padding. counts_B: the same
+        on the device."""
+        self._append(features_BMG, counts, None, counts_B)
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Drop all texts but these."""
-        self.cache.select_rows(rows)
+    def select_rows(self, rows: Sequence[int], index_R: Tensor) -> None:
+        """Drop all texts but these. index_R: the same on the device."""
+        self.cache.select_rows(rows, index_R)
 
     def propose(
         self,
@@ -103,7 +107,9 @@ class BlockDrafter:
         self.seconds += self.clock() - start
         return tree
 
-    def _append(self, features_BMG: Tensor, counts: Sequence[int], row: int | None) -> None:
+    def _append(
+        self, features_BMG: Tensor, counts: Sequence[int], row: int | None, counts_B: Tensor | None = None
+    ) -> None:
         """Keys and values of new context tokens, behind those that are there."""
         start = self.clock()
         num_new = features_BMG.shape[1]
@@ -113,7 +119,7 @@ class BlockDrafter:
         for layer, stored in zip(self.layers, self.cache.slot_layers):
             keys, values = layer.keys_values(c_BMD, cos, sin)
             stored.update(keys.transpose(1, 2), values.transpose(1, 2))
-        self.cache.advance(counts, row=row)
+        self.cache.advance(counts, row=row, counts_B=counts_B)
         self.num_true_rows += sum(counts)
         self.seconds += self.clock() - start
 
@@ -124,7 +130,7 @@ class BlockDrafter:
         mask = None
         if self.cache.plan.start is None:
             seen = torch.ones(len(root_B), size, size, dtype=torch.bool, device=self.device)
-            mask = slot_mask(self.cache.lengths, seen, self.cache.plan.end, self.dtype)
+            mask = slot_mask(self.cache.lengths, seen, self.cache.plan.end, self.dtype, self.cache.plan.lengths_B)
         state = embedding(self.draft.block_input(root_B), self.table_VD).to(self.dtype)
         cos, sin = self.draft.rope(self._positions(size, None))
         for layer, stored in zip(self.layers, self.cache.slot_layers):
@@ -132,13 +138,14 @@ class BlockDrafter:
             keys, values = layer.keys_values(x, cos, sin)
             keys, values = stored.update(keys.transpose(1, 2), values.transpose(1, 2))
             queries = layer.queries(x, cos, sin).transpose(1, 2)
-            shared = queries.shape[1] != keys.shape[1]
-            out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=shared)
+            out = grouped_attention(queries, keys, values, mask, causal=False)
             state = layer.finish(state, out.transpose(1, 2))
         self.num_forwards += 1
         self.num_speculative_rows += state.shape[0] * size
         return self.draft.norm(state)  # type: ignore[no-any-return]
 
     def _positions(self, width: int, row: int | None) -> Tensor:
-        lengths = self.cache.lengths if row is None else [self.cache.lengths[row]]
-        return torch.tensor(lengths, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        if row is not None:
+            first = self.cache.lengths[row]
+            return torch.arange(first, first + width, device=self.device)[None]
+        return self.cache.lengths_B[:, None] + torch.arange(width, device=self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,16 +11,19 @@ from torch import Tensor
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.drafter import Drafter
+from specforge_lite.inference.kv_cache import filled_paths, upload
+from specforge_lite.inference.logit_rules import LogitRules
 from specforge_lite.inference.output import Answer, Chunk, DecodeStats, StopRules
 from specforge_lite.inference.target import ExactReplay, Target
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.inference.verify import Sampling, Verdict, accept_greedy, accept_sampled, near_ties
+from specforge_lite.inference.verify import Sampling, Verdict, accept_greedy, accept_sampled
 
 
 class Decoding:
     """One call's state: answers, caches, counters. `active` lists the answers that are not finished yet; row b of
     every cache and tensor belongs to answer `active[b]`.
 
+    A pass sends the host one tensor (what was accepted) and gets one back (what to go on with).
     tie_units: greedy tokens that lead by less are decided by `ExactReplay`; 0 switches that off.
     """
 
@@ -35,11 +39,17 @@ class Decoding:
         max_length: int | None = None,
     ) -> None:
         limit = min(target.context_length, max_length or target.context_length)
+        vocab_size = len(target.embedding_VH)
         for index, prompt in enumerate(prompts):
             if not 1 <= len(prompt) < limit:
                 raise ConfigError(f"prompt {index} has {len(prompt)} tokens; expected 1..{limit - 1}")
+            if bad := [i for i in prompt if not 0 <= i < vocab_size]:
+                raise ConfigError(f"prompt {index}: token id {bad[0]}: the target's vocabulary is 0..{vocab_size - 1}")
         self.target = target
         self.sampling = sampling
+        self.logit_rules = LogitRules(target.model, prompts, sorted(rules.eos_token_ids), sampling)
+        if self.logit_rules.replaces_sampling:
+            self.sampling = Sampling(1.0)  # temperature, top_k and top_p are among the rules then
         self.answers = [Answer(prompt, _within(rules, limit - len(prompt)), tokenizer) for prompt in prompts]
         self.active = list(range(len(prompts)))
         self.generator: torch.Generator | None = None
@@ -58,11 +68,17 @@ class Decoding:
         """Decode without a draft; yields what each step added."""
         yield [self._read_prompt(row, None) for row in range(len(self.active))]
         self._drop_finished(None)
+        last_B = self._last_tokens()
         while self.active:
-            last_B = torch.tensor([self.answers[i].tokens[-1] for i in self.active], device=self.target.device)
-            tokens = self.sampling.draw(self.target.next_token(self.cache, last_B), self.generator).tolist()
-            yield [self._add(row, [token], [False]) for row, token in enumerate(tokens)]
-            self._drop_finished(None)
+            logits_BV = self.target.next_token(self.cache, last_B)
+            if self.logit_rules:
+                texts = [self.answers[i].all_tokens for i in self.active]
+                ruled = [self.logit_rules.apply(i, t, x) for i, t, x in zip(self.active, texts, logits_BV)]
+                logits_BV = torch.stack(ruled)
+            last_B = self.sampling.draw(logits_BV, self.generator)
+            yield [self._add(row, [token], [False]) for row, token in enumerate(last_B.tolist())]
+            if self._drop_finished(None):
+                last_B = self._last_tokens()
 
     def speculative(
         self, drafter: Drafter | BlockDrafter, shape: TreeShape, draw: bool = False
@@ -72,22 +88,24 @@ class Decoding:
         sampling = self.sampling if draw and shape.is_chain and not self.sampling.is_greedy else None
         drafter.start(len(self.active), self.capacity)
         yield [self._read_prompt(row, drafter) for row in range(len(self.active))]
-        self._drop_finished(drafter)
+        if left := self._drop_finished(None):
+            drafter.select_rows(left, upload(left, self.target.device))
+        root_B = self._last_tokens()
         while self.active:
-            root_B = torch.tensor([self.answers[i].tokens[-1] for i in self.active], device=self.target.device)
             tree = drafter.propose(root_B, shape, sampling, self.generator)
             logits_BQV, features_BQG = self.target.verify(self.cache, tree)
+            if self.logit_rules:
+                texts = [self.answers[i].all_tokens for i in self.active]
+                logits_BQV = self.logit_rules.apply_to_tree(self.active, texts, tree, logits_BQV)
             if self.sampling.is_greedy:
-                verdict = accept_greedy(tree, logits_BQV)
-                self._settle_near_ties(verdict, logits_BQV)
+                verdict = accept_greedy(tree, logits_BQV, self.tie_units)
+                self._settle_near_ties(verdict)
             else:
                 verdict = accept_sampled(tree, logits_BQV, self.sampling, self.generator)
             chunks = [self._take(row, verdict, shape) for row in range(len(self.active))]
-            self.cache.keep(verdict.paths)
             left = [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
             if left:
-                self._drop_finished(drafter)
-                _read_verdict(drafter, verdict, features_BQG, left)
+                root_B = self._go_on(drafter, verdict, features_BQG, left)
             else:
                 self.active = []
             yield chunks
@@ -96,13 +114,14 @@ class Decoding:
 
     def _read_prompt(self, row: int, drafter: Drafter | BlockDrafter | None) -> Chunk:
         answer = self.answers[self.active[row]]
-        prompt_T = torch.tensor(answer.prompt, device=self.target.device)
+        prompt_T = upload(answer.prompt, self.target.device)
         logits_V, features_TG = self.target.prefill(self.cache, row, prompt_T)
-        token = int(self.sampling.draw(logits_V[None], self.generator))
-        chunk = self._add(row, [token], [False])
+        if self.logit_rules:
+            logits_V = self.logit_rules.apply(self.active[row], answer.prompt, logits_V)
+        token_1 = self.sampling.draw(logits_V[None], self.generator)
+        chunk = self._add(row, token_1.tolist(), [False])
         if drafter is not None and chunk.finish_reason is None:
-            next_tokens_T = torch.cat([prompt_T[1:], prompt_T.new_tensor([token])])
-            drafter.read_prompt(row, features_TG, next_tokens_T)
+            drafter.read_prompt(row, features_TG, torch.cat([prompt_T[1:], token_1]))
         return chunk
 
     def _add(self, row: int, tokens: list[int], drafted: list[bool]) -> Chunk:
@@ -119,23 +138,47 @@ class Decoding:
         self.stats.count_pass(sum(chunk.drafted), shape.longest_path)
         return chunk
 
-    def _drop_finished(self, drafter: Drafter | BlockDrafter | None) -> None:
+    def _last_tokens(self) -> Tensor:
+        """Last token of every active answer, [B]."""
+        return upload([self.answers[i].tokens[-1] for i in self.active], self.target.device)
+
+    def _drop_finished(self, index_R: Tensor | None) -> list[int]:
+        """Forget the rows of finished answers; -> the rows left, empty where none was dropped."""
         left = [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
         if len(left) == len(self.active):
-            return
+            return []
         self.active = [self.active[row] for row in left]
         if left:
-            self.cache.select_rows(left)
-            if drafter is not None:
-                drafter.select_rows(left)
+            self.cache.select_rows(left, index_R)
+        return left
 
-    def _settle_near_ties(self, verdict: Verdict, logits_BQV: Tensor) -> None:
+    def _go_on(
+        self, drafter: Drafter | BlockDrafter, verdict: Verdict, features_BQG: Tensor, left: list[int]
+    ) -> Tensor:
+        """Keep the accepted nodes of the rows left, and give the draft their true features, each with the token that
+        follows it; -> the next roots [R]. All that the device must know goes there in one tensor."""
+        paths = [verdict.paths[row] for row in left]
+        counts = [len(path) for path in paths]
+        filled = filled_paths(paths)
+        width = len(filled[0])
+        following = [
+            [*verdict.tokens[row][1:], verdict.bonus[row], *[0] * (width - count)] for row, count in zip(left, counts)
+        ]
+        columns = [[row, count, verdict.bonus[row]] for row, count in zip(left, counts)]
+        packed = upload([[*c, *path, *f] for c, path, f in zip(columns, filled, following)], features_BQG.device)
+        rows_R, counts_R, roots_R = packed[:, 0], packed[:, 1], packed[:, 2]
+        paths_RP, following_RP = packed[:, 3 : 3 + width], packed[:, 3 + width :]
+        if self._drop_finished(rows_R):
+            drafter.select_rows(left, rows_R)
+        self.cache.keep(paths, paths_RP, counts_R)
+        drafter.read_accepted(features_BQG[rows_R[:, None], paths_RP], following_RP, counts, counts_R)
+        return roots_R
+
+    def _settle_near_ties(self, verdict: Verdict) -> None:
         """Where a token of the path leads by rounding only, ask the target's own decoding, and cut the path there if it
         says otherwise."""
-        if not self.tie_units:
-            return
-        for row, path in enumerate(verdict.paths):
-            for place, is_near in enumerate(near_ties(logits_BQV[row, path], self.tie_units)):
+        for row, flags in enumerate(verdict.near):
+            for place, is_near in enumerate(flags):
                 if is_near and self._differs(row, place, verdict):
                     break
 
@@ -144,7 +187,10 @@ class Decoding:
         index = self.active[row]
         answer, tokens = self.answers[index], verdict.tokens[row]
         replay = self.replays.setdefault(index, ExactReplay(self.target))
-        logits_V = replay.logits_after([*answer.all_tokens, *tokens[1 : place + 1]], len(answer.prompt))
+        text = [*answer.all_tokens, *tokens[1 : place + 1]]
+        logits_V = replay.logits_after(text, len(answer.prompt))
+        if self.logit_rules:
+            logits_V = self.logit_rules.apply(index, text, logits_V)
         self.stats.near_ties += 1
         exact = int(logits_V.argmax())
         taken = tokens[place + 1] if place + 1 < len(tokens) else verdict.bonus[row]
@@ -159,25 +205,7 @@ class Decoding:
 
 def _within(rules: StopRules, room: int) -> StopRules:
     """The same rules, ending where the target's context does."""
-    if rules.max_new_tokens <= room:
-        return rules
-    return StopRules(room, rules.eos_token_ids, rules.stop_strings)
-
-
-def _read_verdict(drafter: Drafter | BlockDrafter, verdict: Verdict, features_BQG: Tensor, rows: list[int]) -> None:
-    """Give the draft the true features of every row's accepted nodes, each with the token that follows it."""
-    counts = [len(verdict.paths[row]) for row in rows]
-    width = max(counts)
-    places, following = [], []
-    for row in rows:
-        path, tokens = verdict.paths[row], verdict.tokens[row]
-        padding = width - len(path)
-        places.append([*path, *[0] * padding])
-        following.append([*tokens[1:], verdict.bonus[row], *[0] * padding])
-    device = features_BQG.device
-    rows_R1 = torch.tensor(rows, device=device)[:, None]
-    features_RMG = features_BQG[rows_R1, torch.tensor(places, device=device)]
-    drafter.read_accepted(features_RMG, torch.tensor(following, device=device), counts)
+    return rules if rules.max_new_tokens <= room else replace(rules, max_new_tokens=room)
 
 
 class Meter:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
 
+from specforge_lite.inference.attention import grouped_attention
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import Candidates, TokenTree, TreeShape, best_tree, chain_tree
 from specforge_lite.inference.verify import Sampling
@@ -67,8 +68,11 @@ class Drafter:
         self.cache.advance([num_rows], row=row)
         self.num_true_rows += num_rows
 
-    def read_accepted(self, features_BMG: Tensor, next_tokens_BM: Tensor, counts: Sequence[int]) -> None:
-        """True rows of the tokens just accepted; row b has `counts[b]` of them, the rest is padding."""
+    def read_accepted(
+        self, features_BMG: Tensor, next_tokens_BM: Tensor, counts: Sequence[int], counts_B: Tensor
+    ) -> None:
+        """True rows of the tokens just accepted; row b has `counts[b]` of them, the rest is padding. counts_B: the same
+        on the device."""
         num_new = next_tokens_BM.shape[1]
         self.cache.begin(num_new)
         mask = None
@@ -79,18 +83,16 @@ class Drafter:
         if min(counts) == num_new:
             state, head_in = state[:, -1:], head_in[:, -1:]
         else:
-            rows = torch.arange(len(counts), device=self.device)
-            last = torch.tensor(counts, device=self.device) - 1
+            rows, last = torch.arange(len(counts), device=self.device), counts_B - 1
             state, head_in = state[rows, last][:, None], head_in[rows, last][:, None]
         self._remember(state, head_in, None)
-        self.cache.advance(counts)
+        self.cache.advance(counts, counts_B=counts_B)
         self.num_true_rows += sum(counts)
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Drop all texts but these."""
-        self.cache.select_rows(rows)
-        index = torch.tensor(list(rows), device=self.device)
-        self.state_B1D, self.logits_BVd = self.state_B1D[index], self.logits_BVd[index]
+    def select_rows(self, rows: Sequence[int], index_R: Tensor) -> None:
+        """Drop all texts but these. index_R: the same on the device."""
+        self.cache.select_rows(rows, index_R)
+        self.state_B1D, self.logits_BVd = self.state_B1D[index_R], self.logits_BVd[index_R]
 
     def propose(
         self,
@@ -179,8 +181,7 @@ class Drafter:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.slot_layers[0].update(k, v)
-            shared = q.shape[1] != keys.shape[1]
-            return scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+            return grouped_attention(q, keys, values, mask, causal)
 
         embeds_BTD = embedding(tokens_BT, self.table_VD).to(self.dtype)
         result = self.draft.step(state_BTD, embeds_BTD, positions_BT, attend)
@@ -194,10 +195,11 @@ class Drafter:
         """RoPE positions [B, width] of rows planned by `cache.begin`."""
         lengths = self.cache.lengths if self.cache.plan.row is None else [self.cache.lengths[self.cache.plan.row]]
         self.draft.cover_positions(max(lengths) + offset + width)
+        if self.cache.plan.row is not None:
+            return torch.arange(lengths[0], lengths[0] + width, device=self.device)[None]
         if speculative:
-            return torch.tensor([[length + offset] * width for length in lengths], device=self.device)
-        firsts_B1 = torch.tensor(lengths, device=self.device)[:, None]
-        return firsts_B1 + torch.arange(width, device=self.device)
+            return (self.cache.lengths_B + offset)[:, None].expand(-1, width)
+        return self.cache.lengths_B[:, None] + torch.arange(width, device=self.device)
 
     def _first_state(self, features: Tensor) -> Tensor:
         start = self.clock()
@@ -220,7 +222,7 @@ class Drafter:
             self.state_B1D[row], self.logits_BVd[row] = state_B1D[0], logits_BVd[0]
 
     def _mask(self, sees_BQN: Tensor) -> Tensor:
-        return slot_mask(self.cache.lengths, sees_BQN, self.cache.plan.end, self.dtype)
+        return slot_mask(self.cache.lengths, sees_BQN, self.cache.plan.end, self.dtype, self.cache.plan.lengths_B)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1).clamp_(max=0)

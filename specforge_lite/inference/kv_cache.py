@@ -27,11 +27,18 @@ class SlotPlan:
 
     def __init__(self, batch_size: int, capacity: int) -> None:
         self.lengths = [0] * batch_size
+        self.lengths_B: Tensor | None = None  # the same on the device, where it is known there
         self.capacity = capacity
         self.row: int | None = None
         self.start: int | None = 0
         self.end = 0
         self.slots_BQ: Tensor | None = None
+
+    def on_device(self, device: torch.device) -> Tensor:
+        """lengths [B] on the device; uploaded only where nothing on the device knew them."""
+        if self.lengths_B is None:
+            self.lengths_B = upload(self.lengths, device)
+        return self.lengths_B
 
     def begin(self, num_new: int, offset: int, row: int | None, device: torch.device) -> None:
         starts = [length + offset for length in (self.lengths if row is None else [self.lengths[row]])]
@@ -39,7 +46,7 @@ class SlotPlan:
         self.start = starts[0] if min(starts) == max(starts) else None
         self.slots_BQ = None
         if self.start is None:
-            self.slots_BQ = torch.tensor(starts, device=device)[:, None] + torch.arange(num_new, device=device)
+            self.slots_BQ = self.on_device(device)[:, None] + torch.arange(offset, offset + num_new, device=device)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -142,38 +149,68 @@ class SlotCache(Cache):
         if self.plan.end > self.plan.capacity:
             self.plan.capacity = max(2 * self.plan.capacity, self.plan.end)
 
-    def advance(self, counts: Sequence[int], row: int | None = None) -> None:
-        """Accept the first `counts[b]` tokens of the last pass, as they lie."""
+    @property
+    def lengths_B(self) -> Tensor:
+        """The same on the device, [B] int64."""
+        return self.plan.on_device(self.device)
+
+    def advance(self, counts: Sequence[int], row: int | None = None, counts_B: Tensor | None = None) -> None:
+        """Accept the first `counts[b]` tokens of the last pass, as they lie. counts_B: the same on the device."""
         for b, count in zip(range(len(self.lengths)) if row is None else (row,), counts):
             self.lengths[b] += count
+        if counts_B is None and min(counts) == max(counts) and row is None and self.plan.lengths_B is not None:
+            self.plan.lengths_B = self.plan.lengths_B + counts[0]
+        elif counts_B is not None and self.plan.lengths_B is not None:
+            self.plan.lengths_B = self.plan.lengths_B + counts_B
+        else:
+            self.plan.lengths_B = None
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Accept nodes `paths[b]` (ascending places in the tree of the last pass) and forget the others."""
+    def keep(
+        self, paths: Sequence[Sequence[int]], paths_BP: Tensor | None = None, counts_B: Tensor | None = None
+    ) -> None:
+        """Accept nodes `paths[b]` (ascending places in the tree of the last pass) and forget the others.
+
+        paths_BP, counts_B: paths, filled up by `filled_paths`, and their lengths on the device.
+        """
         if any(list(path) != list(range(len(path))) for path in paths):
-            width = max(len(path) for path in paths)
-            # A shorter path is filled up with moves of a slot onto itself.
-            filled = [[*path, *range(len(path), width)] for path in paths]
-            lengths_B1 = torch.tensor(self.lengths)[:, None]
-            source_BP = lengths_B1 + torch.tensor(filled)
-            target_BP = lengths_B1 + torch.arange(width)
-            source_BP, target_BP = source_BP.to(self.device), target_BP.to(self.device)
+            if paths_BP is None:
+                paths_BP = upload(filled_paths(paths), self.device)
+            source_BP = self.lengths_B[:, None] + paths_BP
+            target_BP = self.lengths_B[:, None] + torch.arange(paths_BP.shape[1], device=self.device)
             for layer in self.slot_layers:
                 layer.keep(source_BP, target_BP)
-        self.advance([len(path) for path in paths])
+        self.advance([len(path) for path in paths], counts_B=counts_B)
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        index = torch.tensor(list(rows))
+    def select_rows(self, rows: Sequence[int], index_R: Tensor | None = None) -> None:
+        """Drop all rows but these. index_R: the same on the device."""
+        if index_R is None:
+            index_R = upload(list(rows), self.device)
         self.plan.lengths[:] = [self.lengths[row] for row in rows]
+        if self.plan.lengths_B is not None:
+            self.plan.lengths_B = self.plan.lengths_B[index_R]
         for layer in self.slot_layers:
-            layer.select_rows(index)
+            layer.select_rows(index_R)
 
 
-def slot_mask(lengths: Sequence[int], sees_BQN: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+def filled_paths(paths: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Paths made equally long: a shorter one is filled up with places that `keep` moves onto themselves."""
+    width = max(len(path) for path in paths)
+    return [[*path, *range(len(path), width)] for path in paths]
+
+
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """int64 tensor of host numbers, sent without a wait."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def slot_mask(
+    lengths: Sequence[int], sees_BQN: Tensor, end: int, dtype: torch.dtype, lengths_B: Tensor | None = None
+) -> Tensor:
     """Additive attention mask [B, 1, Q, end] for Q tokens per row written behind `lengths[b]` accepted ones.
 
     sees_BQN: which of the N slots behind the accepted ones each token sees (bool); accepted slots are all seen,
-    slots of no row are not. 0 where seen, the dtype's lowest number elsewhere.
+    slots of no row are not. 0 where seen, the dtype's lowest number elsewhere. lengths_B: lengths on the device.
     """
     hidden = torch.finfo(dtype).min
     num_rows, num_queries, num_slots = sees_BQN.shape
@@ -182,7 +219,8 @@ def slot_mask(lengths: Sequence[int], sees_BQN: Tensor, end: int, dtype: torch.d
         mask = torch.zeros(num_rows, 1, num_queries, lengths[0] + num_slots, dtype=dtype, device=device)
         mask[:, 0, :, lengths[0] :].masked_fill_(~sees_BQN, hidden)
         return mask
-    place_BE = torch.arange(end, device=device) - torch.tensor(lengths, device=device)[:, None]
+    lengths_B = upload(lengths, device) if lengths_B is None else lengths_B
+    place_BE = torch.arange(end, device=device) - lengths_B[:, None]
     index = place_BE.clamp(0, num_slots - 1)[:, None, :].expand(-1, num_queries, -1)
     seen = sees_BQN.gather(2, index) & (place_BE < num_slots)[:, None, :] | (place_BE < 0)[:, None, :]
     return torch.zeros(num_rows, 1, num_queries, end, dtype=dtype, device=device).masked_fill_(~seen[:, None], hidden)

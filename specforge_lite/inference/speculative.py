@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.inference.attention import without_cudnn
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, Meter
 from specforge_lite.inference.drafter import Drafter, Head
+from specforge_lite.inference.logit_rules import check_generation_config
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
 from specforge_lite.inference.target import Target
 from specforge_lite.inference.tree import TreeShape
@@ -32,7 +35,8 @@ from specforge_lite.model.target_head import family_scales
 TIE_UNITS = 256.0
 DRAFT_SAMPLING = ("auto", "greedy", "sampled")
 
-Prompts = Tensor | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Sequence[Tensor]
+# Text, token ids, a tokenizer's output, or several: tensors and numpy arrays count as token ids.
+Prompts = Any
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class GenerationSettings:
             raise ConfigError(f"draft_sampling: unknown value '{self.draft_sampling}'{hint}")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+        if "" in self.stops or self.stop_strings == "":
+            raise ConfigError("stop_strings: an empty string would end every answer at once; leave it out")
+        _ = self.sampling  # checks the rest
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
     def draw_drafts(self, draft: Draft) -> bool:
         """Whether chains are drawn rather than the most probable tokens."""
@@ -79,6 +91,8 @@ class SpeculativeModel:
 
     model: a transformers causal LM in evaluation mode; draft: None for plain decoding only. In fp32, greedy output is
     the output of `model.generate(do_sample=False)`, token for token; sampled output follows the same distribution.
+    Rules of the model's generation_config that change logits are applied, see `logit_rules`; temperature, top_p, top_k
+    and length are those of the call. Threads may share a model: calls wait for each other, a stream until its end.
 
     >>> model = SpeculativeModel.from_pretrained("path/to/target", "path/to/draft")
     >>> output = model.speculative_generate("Once upon a time", max_new_tokens=64)
@@ -96,6 +110,8 @@ class SpeculativeModel:
         self.shape = shape or TreeShape()
         self.tokenizer = tokenizer
         self.tie_units = tie_units
+        self._lock, self._owner = threading.Lock(), 0  # one call at a time: caches, hooks and counters are shared
+        check_generation_config(getattr(model, "generation_config", None))
         is_eagle1 = draft is not None and draft.config.algorithm == "eagle1"
         aux_layer_ids = None if draft is None else draft.config.aux_layer_ids
         self.target = Target(model, aux_layer_ids, last_state=is_eagle1)
@@ -193,21 +209,35 @@ class SpeculativeModel:
     @torch.inference_mode()
     def run(self, prompts: Prompts, settings: GenerationSettings, speculative: bool = True) -> GenerationOutput:
         """Generate to the end. Raises ConfigError for prompts or settings that cannot be."""
-        decoding, steps = self._open(prompts, settings, speculative)
-        meter = Meter(self.target, self.drafter if speculative else None)
-        for _ in steps:
-            pass
-        meter.write(decoding.stats)
+        with self._alone():
+            decoding, steps = self._open(prompts, settings, speculative)
+            meter = Meter(self.target, self.drafter if speculative else None)
+            for _ in steps:
+                pass
+            meter.write(decoding.stats)
         return GenerationOutput(decoding.answers, decoding.stats, self.pad_token_id)
 
     @torch.inference_mode()
     def stream(
         self, prompts: Prompts, settings: GenerationSettings | None = None, speculative: bool = True
     ) -> Iterator[Chunk]:
-        """Generate, yielding what every pass adds to every answer as it comes."""
-        _, steps = self._open(prompts, settings or GenerationSettings(), speculative)
-        for chunks in steps:
-            yield from chunks
+        """Generate, yielding what every pass adds to every answer as it comes. Other calls wait until the stream has
+        ended or is closed; from the same thread, which would wait for itself, they raise ConfigError."""
+        with self._alone():
+            _, steps = self._open(prompts, settings or GenerationSettings(), speculative)
+            for chunks in steps:
+                yield from chunks
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise ConfigError("this model is streaming an answer in this thread; read it to its end or close it first")
+        with self._lock, without_cudnn(self.target.device):
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
 
     def _open(
         self, prompts: Prompts, settings: GenerationSettings, speculative: bool
@@ -216,8 +246,7 @@ class SpeculativeModel:
             raise ConfigError("no draft was loaded; give draft_model_path, or call generate")
         token_ids = self.token_ids(prompts)
         eos = settings.eos_token_id if settings.eos_token_id is not None else self.eos_token_ids
-        stops = (settings.stop_strings,) if isinstance(settings.stop_strings, str) else tuple(settings.stop_strings)
-        rules = StopRules(settings.max_new_tokens, frozenset([eos] if isinstance(eos, int) else eos), stops)
+        rules = StopRules(settings.max_new_tokens, frozenset([eos] if isinstance(eos, int) else eos), settings.stops)
         decoding = Decoding(
             self.target, token_ids, rules, settings.sampling, settings.seed, self.tokenizer, self.tie_units,
             settings.max_length,
@@ -229,22 +258,38 @@ class SpeculativeModel:
         )
 
     def token_ids(self, prompts: Prompts) -> list[list[int]]:
-        """Prompts of any accepted form -> token ids of each."""
-        if isinstance(prompts, Tensor):
-            return (prompts if prompts.dim() == 2 else prompts[None]).tolist()  # type: ignore[no-any-return]
+        """Prompts of any accepted form -> token ids of each. Padding goes by the attention mask, where there is one."""
+        if isinstance(prompts, Mapping):  # what a tokenizer returns
+            rows = self.token_ids(prompts["input_ids"])
+            masks = _nested(prompts.get("attention_mask"))
+            masks = masks if masks and isinstance(masks[0], list) else [masks]
+            return [
+                [token for token, seen in zip(row, mask) if seen] if mask else row
+                for row, mask in zip(rows, masks if masks != [None] else [None] * len(rows))
+            ]
         if isinstance(prompts, str):
             return [self._encode(prompts)]
-        if len(prompts) and isinstance(prompts[0], int):
-            return [list(prompts)]  # type: ignore[arg-type]
-        return [
-            self._encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).flatten().tolist()
-            for prompt in prompts
-        ]
+        values = _nested(prompts)
+        if values and all(isinstance(value, int) for value in values):
+            return [values]
+        if not isinstance(values, list) or not all(isinstance(value, (str, list)) for value in values):
+            raise ConfigError(f"prompts: expected text, token ids, or a list of either, found {type(prompts).__name__}")
+        rows = [self._encode(value) if isinstance(value, str) else value for value in values]
+        rows = [row[0] if len(row) == 1 and isinstance(row[0], list) else row for row in rows]  # tensors [1, T]
+        for row in rows:
+            if wrong := [token for token in row if not isinstance(token, int) or isinstance(token, bool)]:
+                raise ConfigError(f"prompts: expected token ids, found {wrong[0]!r}")
+        return rows
 
     def _encode(self, text: str) -> list[int]:
+        """Token ids of a text. Special tokens that the tokenizer puts in front are left out where the text, such as one
+        that a chat template rendered, begins with them already."""
         if self.tokenizer is None:
             raise ConfigError("a text prompt needs a tokenizer, and the target has none; give token ids")
-        return list(self.tokenizer(text)["input_ids"])
+        full = list(self.tokenizer(text)["input_ids"])
+        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        num_added = next((n for n in range(1, len(full) - len(bare) + 1) if full[n : n + len(bare)] == bare), 0)
+        return bare if num_added and bare[:num_added] == full[:num_added] else full
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -308,6 +353,13 @@ class SpeculativeModel:
             return sequences
         passes = output.stats.verification_passes if speculative else output.stats.num_tokens
         return sequences, len(output.answers[0].tokens), passes - 1
+
+
+def _nested(values: Any) -> Any:
+    """Tensors, numpy arrays and numbers inside lists and tuples as plain Python values."""
+    if hasattr(values, "tolist"):  # torch and numpy, scalars included
+        return values.tolist()
+    return [_nested(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 def check_match(draft: Draft, target: Target) -> None:

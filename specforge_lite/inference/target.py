@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from specforge_lite.capture.hf import choose_aux_layer_ids, find_decoder
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.inference.attention import GROUPED, share_keys_of_groups
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import TokenTree
 
-MASKED_ATTENTION = ("eager", "sdpa")
+MASKED_ATTENTION = ("eager", "sdpa", GROUPED)
 # Layers whose cache holds one key per token; the state of any other kind cannot be taken back to an earlier token.
 KEY_PER_TOKEN = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -41,6 +42,7 @@ class Target:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.get_input_embeddings().weight.device
         check_runnable(model)
+        share_keys_of_groups(model)
         self.last_state = last_state
         self.aux_layer_ids = () if last_state else choose_aux_layer_ids(aux_layer_ids, self.num_layers)
         self.keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -80,7 +82,7 @@ class Target:
     def next_token(self, cache: SlotCache, tokens_B: Tensor) -> Tensor:
         """Plain decoding: accept one token per row -> logits after it [B, V]."""
         cache.begin(1)
-        positions_B = torch.tensor(cache.lengths, device=self.device)
+        positions_B = cache.lengths_B
         mask = None
         if cache.plan.start is None:  # rows of different lengths
             sees = torch.ones(len(tokens_B), 1, 1, dtype=torch.bool, device=self.device)
@@ -92,13 +94,13 @@ class Target:
     def verify(self, cache: SlotCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """Run a tree per row -> (logits [B, Q, V], features [B, Q, G]); `cache.keep` must follow."""
         cache.begin(tree.num_nodes)
-        positions_BQ = torch.tensor(cache.lengths, device=self.device)[:, None] + tree.depths_BQ
+        positions_BQ = cache.lengths_B[:, None] + tree.depths_BQ
         mask = self._masks(cache, tree.ancestors_BQQ, positions_BQ, positions_BQ)
         return self._forward(tree.tokens_BQ, positions_BQ, mask, cache)
 
     def _masks(self, cache: SlotCache, sees_BQN: Tensor, queries_BQ: Tensor, nodes_BN: Tensor) -> Any:
         """One additive 4D mask, or one per kind of layer where the model has several."""
-        full = slot_mask(cache.lengths, sees_BQN, cache.plan.end, self.dtype)
+        full = slot_mask(cache.lengths, sees_BQN, cache.plan.end, self.dtype, cache.plan.lengths_B)
         masks = {}
         for kind in self.layer_types:
             near = self._near(kind, cache, queries_BQ, nodes_BN, full.shape[-1])
@@ -110,9 +112,9 @@ class Target:
         if kind == "full_attention":
             return None
         # A slot of an accepted token has its own index as position, that of a node its depth's.
-        keys_BE = torch.arange(end, device=self.device).expand(len(cache.lengths), -1).clone()
-        for row, length in enumerate(cache.lengths):
-            keys_BE[row, length : length + nodes_BN.shape[1]] = nodes_BN[row]
+        keys_BE = torch.arange(end, device=self.device).expand(len(cache.lengths), -1)
+        slots_BN = cache.lengths_B[:, None] + torch.arange(nodes_BN.shape[1], device=self.device)
+        keys_BE = keys_BE.scatter(1, slots_BN, nodes_BN)
         if kind == "sliding_attention":
             return keys_BE[:, None, :] > queries_BQ[:, :, None] - int(self.text_config.sliding_window)
         chunk = int(self.text_config.attention_chunk_size)
@@ -172,7 +174,7 @@ def check_runnable(model: Any) -> None:
     if implementation not in MASKED_ATTENTION:
         raise ConfigError(
             f"attn_implementation '{implementation}': a tree needs an explicit mask; load the target with"
-            f" {' or '.join(MASKED_ATTENTION)}"
+            f" {' or '.join(MASKED_ATTENTION[:2])}"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"{type(model).__name__} takes no position_ids, and nodes of one depth share a position")

@@ -61,18 +61,24 @@ class TreeShape:
 @dataclass
 class TokenTree:
     """One tree per row. tokens_BQ, parents_BQ (the root's is itself), depths_BQ int64; ancestors_BQQ bool: node i has
-    j among its ancestors or is j."""
+    j among its ancestors or is j. longest_path: no node is deeper; None: not known."""
 
     tokens_BQ: Tensor
     parents_BQ: Tensor
     depths_BQ: Tensor
     ancestors_BQQ: Tensor
-    is_chain: bool = False
+    longest_path: int | None = None
     draft_probs_BKV: Tensor | None = None  # of a chain whose tokens were drawn: what each was drawn from
 
     @property
     def num_nodes(self) -> int:
         return self.tokens_BQ.shape[1]
+
+    @property
+    def max_path_nodes(self) -> int:
+        """Nodes of the longest path, the root included."""
+        deepest = self.num_nodes - 1 if self.longest_path is None else self.longest_path
+        return min(deepest + 1, self.num_nodes)
 
 
 def chain_tree(root_B: Tensor, drafted: Sequence[Tensor]) -> TokenTree:
@@ -85,7 +91,7 @@ def chain_tree(root_B: Tensor, drafted: Sequence[Tensor]) -> TokenTree:
         parents_Q.expand(num_rows, -1),
         depths_Q.expand(num_rows, -1),
         ancestors_QQ.expand(num_rows, -1, -1),
-        is_chain=True,
+        longest_path=num_nodes - 1,
     )
 
 
@@ -108,7 +114,7 @@ def tree_from_parents(tokens_BQ: Tensor, parents_BQ: Tensor, max_depth: int) -> 
         reached_BQQ = (reached_BQQ @ reached_BQQ).clamp_(max=1)
         steps *= 2
     ancestors_BQQ = reached_BQQ > 0
-    return TokenTree(tokens_BQ, parents_BQ, ancestors_BQQ.sum(-1) - 1, ancestors_BQQ)
+    return TokenTree(tokens_BQ, parents_BQ, ancestors_BQQ.sum(-1) - 1, ancestors_BQQ, max_depth)
 
 
 @dataclass

@@ -11,13 +11,16 @@ Letters: B rows, Q nodes, P path nodes, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.tree import TokenTree
+
+LOOK_AFTER_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature: expected at least 0, found {self.temperature}")
+        if not 0 <= self.temperature < math.inf:  # NaN is refused as well
+            raise ConfigError(f"temperature: expected a number of at least 0, found {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ConfigError(f"top_p: expected 0..1, found {self.top_p}")
         if self.top_k < 0:
@@ -68,28 +71,18 @@ class Verdict:
     paths: list[list[int]]
     bonus: list[int]
     tokens: list[list[int]]  # the tokens of the path, the root's included
+    near: list[list[bool]] = field(default_factory=list)  # may the token after a node be decided by rounding?
 
 
-def accept_greedy(tree: TokenTree, logits_BQV: Tensor) -> Verdict:
-    """The longest path of argmax tokens; one transfer to the host."""
+def accept_greedy(tree: TokenTree, logits_BQV: Tensor, tie_units: float = 0.0) -> Verdict:
+    """The longest path of argmax tokens; one transfer to the host. tie_units: see `near_ties`; 0: not looked at."""
     choice_BQ = logits_BQV.argmax(-1)
     matches_BQ = tree.tokens_BQ == choice_BQ.gather(1, tree.parents_BQ)
     matches_BQ[:, 0] = True
-    accepted_BQ = ~(tree.ancestors_BQQ & ~matches_BQ[:, None, :]).any(-1)
     # Siblings are distinct, so the accepted nodes are one path and the deepest of them has all others as ancestors.
-    last_B = tree.depths_BQ.masked_fill(~accepted_BQ, -1).argmax(-1)
-    packed = torch.cat([accepted_BQ, choice_BQ.gather(1, last_B[:, None]), tree.tokens_BQ], 1).tolist()
-    return _unpack(packed, tree.num_nodes)
-
-
-def _unpack(packed: list[list[int]], num_nodes: int) -> Verdict:
-    paths, bonus, tokens = [], [], []
-    for row in packed:
-        path = [place for place in range(num_nodes) if row[place]]
-        paths.append(path)
-        bonus.append(row[num_nodes])
-        tokens.append([row[num_nodes + 1 + place] for place in path])
-    return Verdict(paths, bonus, tokens)
+    on_path_BQ = ~(tree.ancestors_BQQ & ~matches_BQ[:, None, :]).any(-1)
+    last_B1 = tree.depths_BQ.masked_fill(~on_path_BQ, -1).argmax(-1, keepdim=True)
+    return _verdict(tree, on_path_BQ, choice_BQ.gather(1, last_B1), logits_BQV, tie_units)
 
 
 def accept_sampled(
@@ -100,8 +93,24 @@ def accept_sampled(
     if tree.draft_probs_BKV is not None:
         return accept_drawn_chain(tree, tree.draft_probs_BKV, logits_BQV, sampling, generator)
     _, bonus_B, on_path_BQ = sample_walk(tree, logits_BQV, sampling, generator)
-    packed = torch.cat([on_path_BQ, bonus_B[:, None], tree.tokens_BQ], 1).tolist()
-    return _unpack(packed, tree.num_nodes)
+    return _verdict(tree, on_path_BQ, bonus_B[:, None], logits_BQV, 0.0)
+
+
+def _verdict(tree: TokenTree, on_path_BQ: Tensor, bonus_B1: Tensor, logits_BQV: Tensor, tie_units: float) -> Verdict:
+    """Bring paths, their tokens, what follows, and near ties to the host in one piece."""
+    count = tree.max_path_nodes
+    places_BP = on_path_BQ.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    pieces = [on_path_BQ.sum(-1, keepdim=True), bonus_B1, places_BP, tree.tokens_BQ.gather(1, places_BP)]
+    if tie_units:
+        index_BPV = places_BP[:, :, None].expand(-1, -1, logits_BQV.shape[-1])
+        pieces.append(_near(logits_BQV.gather(1, index_BPV), tie_units))
+    rows = torch.cat(pieces, 1).tolist()
+    return Verdict(
+        paths=[row[2 : 2 + row[0]] for row in rows],
+        bonus=[row[1] for row in rows],
+        tokens=[row[2 + count : 2 + count + row[0]] for row in rows],
+        near=[[bool(flag) for flag in row[2 + 2 * count :][: row[0]]] for row in rows] if tie_units else [],
+    )
 
 
 def accept_drawn_chain(
@@ -128,13 +137,16 @@ def accept_drawn_chain(
     empty_B1 = residual_BV.sum(1, keepdim=True) <= 0  # p = q up to rounding: the draw is from p
     bonus_B = torch.multinomial(torch.where(empty_B1, rest_BV, residual_BV), 1, generator=generator)[:, 0]
     on_path_BQ = torch.arange(tree.num_nodes, device=kept_B.device) <= kept_B[:, None]
-    return _unpack(torch.cat([on_path_BQ, bonus_B[:, None], tree.tokens_BQ], 1).tolist(), tree.num_nodes)
+    return _verdict(tree, on_path_BQ, bonus_B[:, None], logits_BQV, 0.0)
 
 
 def sample_walk(
     tree: TokenTree, logits_BQV: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (last accepted place [B], token drawn after it [B], places of the path [B, Q] bool)."""
+    """-> (last accepted place [B], token drawn after it [B], places of the path [B, Q] bool).
+
+    The host looks once whether all rows have ended, not at every level: each look is a wait.
+    """
     num_rows = len(tree.tokens_BQ)
     rows_B = torch.arange(num_rows, device=logits_BQV.device)
     place_B = torch.zeros_like(rows_B)
@@ -142,7 +154,9 @@ def sample_walk(
     walking_B = torch.ones_like(rows_B, dtype=torch.bool)
     is_child_BQ = torch.ones_like(tree.tokens_BQ, dtype=torch.bool)
     is_child_BQ[:, 0] = False  # the root is its own parent
-    while bool(walking_B.any()):
+    for level in range(tree.max_path_nodes):
+        if level == LOOK_AFTER_LEVELS and not bool(walking_B.any()):
+            break
         fresh_B = sampling.draw(logits_BQV[rows_B, place_B], generator)
         drawn_B = torch.where(walking_B, fresh_B, drawn_B)
         hit_BQ = is_child_BQ & (tree.parents_BQ == place_B[:, None]) & (tree.tokens_BQ == drawn_B[:, None])
@@ -154,6 +168,11 @@ def sample_walk(
 def near_ties(logits_PV: Tensor, units: float) -> list[bool]:
     """Rows of logits [P, V] whose best entry leads the next one by less than `units` units in the last place of the
     row's largest logit: passes of different shapes may disagree on their argmax."""
-    least_P1, best_P1 = logits_PV.aminmax(dim=-1, keepdim=True)
-    margin_P1 = units * torch.finfo(logits_PV.dtype).eps * torch.maximum(best_P1.abs(), least_P1.abs())
-    return ((logits_PV > best_P1 - margin_P1).sum(-1) > 1).tolist()  # type: ignore[no-any-return]
+    return _near(logits_PV, units).tolist()  # type: ignore[no-any-return]
+
+
+def _near(logits_V: Tensor, units: float) -> Tensor:
+    """The same for logits [..., V] -> bool [...], on the device."""
+    finite = logits_V.masked_fill(logits_V == -torch.inf, 0.0)  # tokens that the generation config rules out
+    margin = units * torch.finfo(logits_V.dtype).eps * finite.abs().amax(-1, keepdim=True)
+    return (logits_V > logits_V.amax(-1, keepdim=True) - margin).sum(-1) > 1

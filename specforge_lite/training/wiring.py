@@ -4,7 +4,6 @@ in which all of that is opened and closed (`run_training`)."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

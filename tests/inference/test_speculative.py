@@ -216,7 +216,7 @@ def test_stop_strings_end_the_text_before_them(tiny_target: Path) -> None:
     assert cut.text() == text[: text.index(stop)]
     assert full.tokens[: len(cut.tokens)] == cut.tokens
     assert stop not in speculative.tokenizer.decode(cut.tokens[:-1])
-    with pytest.raises(ConfigError, match="stop strings need a tokenizer"):
+    with pytest.raises(ConfigError, match="stop_strings: need a tokenizer"):
         SpeculativeModel(speculative.target.model, None).generate([1, 2], stop_strings="x")
 
 

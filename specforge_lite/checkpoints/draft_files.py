@@ -21,7 +21,8 @@ from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError, first_line
 from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
-from specforge_lite.model.draft import AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
+from specforge_lite.model.block_config import BLOCK_KINDS
+from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
 
 TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
 
@@ -156,6 +157,9 @@ def fill_from_target(values: dict[str, Any], target: Any | None, source: str) ->
     Raises ConfigError for more than one layer. The target's width and vocabulary are not filled in where they are
     given: whoever knows the target compares them.
     """
+    named = {name: algorithm for algorithm, name in ARCHITECTURES.items()}.get((values.get("architectures") or [""])[0])
+    if (values.get("algorithm") or named) in BLOCK_KINDS:  # their config.json says everything
+        return values
     if values.get("num_hidden_layers", 1) not in (1, None):
         raise CheckpointError(f"{source}: num_hidden_layers {values['num_hidden_layers']}: expected 1")
     if target is None:

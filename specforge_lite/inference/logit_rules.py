@@ -58,7 +58,7 @@ class LogitRules:
     def __init__(
         self, model: Any, prompts: Sequence[Sequence[int]], eos_token_ids: Sequence[int], sampling: Sampling
     ) -> None:
-        config = getattr(model, "generation_config", None)
+        config: Any = getattr(model, "generation_config", None)
         check_generation_config(config)
         self.replaces_sampling = not sampling.is_greedy and bool(rules_in_force(config, SAMPLING_RULES))
         self._processors: list[Any] = []

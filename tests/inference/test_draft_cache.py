@@ -28,8 +28,8 @@ def watched(speculative: SpeculativeModel, prompts: list[list[int]], shape: Tree
     assert drafter is not None
     propose = drafter.propose
 
-    def checked(root_B, shape):
-        tree = propose(root_B, shape)
+    def checked(root_B, shape, *sampling):
+        tree = propose(root_B, shape, *sampling)
         for row, index in enumerate(decoding.active):
             check(decoding.answers[index].all_tokens, tree, row)
         return tree

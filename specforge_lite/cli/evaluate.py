@@ -19,8 +19,10 @@ from rich.table import Table
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import (
     DRAFT_FLAGS,
+    FIM_ORDER_HELP,
     DataSection,
     Dtype,
+    FimOrder,
     LocalTargetSection,
     MeasureSection,
     TargetSection,
@@ -247,7 +249,7 @@ class CompletionsConfig(LocalTargetSection):
     num_draft_tokens: int = Field(5, ge=1, description="chain of drafted tokens per pass")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion at most")
     max_length: int = Field(512, ge=8, description="tokens of prompt and completion; the code around the hole is cut")
-    fim_order: Literal["psm", "spm"] = "psm"
+    fim_order: FimOrder = Field("psm", description=FIM_ORDER_HELP)
     target_dtype: Dtype = Field("float32", description="float32 makes equality exact")
     save_results: Path | None = Field(None, description="write everything as JSON")
 

@@ -4,9 +4,9 @@ and calls `parse_config`."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, Field
 from pydantic.config import JsonDict
 
 from specforge_lite.core.settings import Section
@@ -88,6 +88,16 @@ class TargetSection(TargetPathSection, EngineFlags):
     )
 
 
+def _check_fim_order(value: str) -> str:
+    if value not in ("psm", "spm") and not all(value.count(text) == 1 for text in ("{prefix}", "{suffix}")):
+        raise ValueError("expected psm, spm, or a text with {prefix} and {suffix}, once each")
+    return value
+
+
+FimOrder = Annotated[str, AfterValidator(_check_fim_order)]
+FIM_ORDER_HELP = "order of fill-in-the-middle rows: psm, spm, or a literal text with {prefix} and {suffix}"
+
+
 class DataSection(Section):
     """How conversations become tokens; the key of the dataset cache."""
 
@@ -100,7 +110,7 @@ class DataSection(Section):
     cache_dir: Path = Field(Path("cache"), description="tokenized data and vocabulary maps")
     chat_template: str = Field("auto", description="auto, or a name from specforge_lite.data.templates")
     data_format: Literal["auto", "chat", "fim"] = Field("auto", description="chat or fill-in-the-middle rows")
-    fim_order: Literal["psm", "spm"] = Field("psm", description="order of fill-in-the-middle rows")
+    fim_order: FimOrder = Field("psm", description=FIM_ORDER_HELP)
     max_length: int = Field(2048, ge=8, description="longer samples are cut to this many tokens")
     train_only_last_turn: bool = Field(False, description="supervise the last assistant turn only")
     system_prompt: str | None = Field(None, description="added to conversations that have none")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.conversations import ID_KEYS, RowRejected, clean_text
-from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
+from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec
 
 
 @dataclass(frozen=True)
@@ -107,43 +108,70 @@ def to_fim_row(row: Any) -> FimRow:
 
 
 class FimTokenizer:
-    """Tokenizes FIM rows of one tokenizer in one order. Raises DataError if it has no family, or not that order."""
+    """Tokenizes FIM rows of one tokenizer in one order: psm, spm, or a literal text with {prefix} and {suffix} (and
+    {middle}, if anything, where it ends), for models that were trained on another form.
+
+    layout: ids that stand in the context, and the names of the texts between them. end_token_ids: what may end a
+    middle; the first is trained. Raises DataError if the tokenizer has no family, or not that order.
+    """
 
     def __init__(self, spec: TokenizerSpec, order: str, max_length: int) -> None:
-        self.family = recognise_family(spec.vocabulary)
-        if order not in self.family.orders:
-            raise DataError(
-                f"fim_order {order}: {self.family.name} models know {' and '.join(self.family.orders)} only"
-            )
-        family = self.family
-        self._encoder = TextEncoder(spec.without_prefix_space(), (family.prefix, family.suffix, family.middle))
-        self._order, self._max_length = order, max_length
+        literal = None if order in ("psm", "spm") else _literal_pieces(order)
+        try:
+            family: FimFamily | None = recognise_family(spec.vocabulary)
+        except DataError:
+            if literal is None:
+                raise
+            family = None
+        controls = (family.prefix, family.suffix, family.middle) if family else ()
+        written = [token for token in spec.added_tokens if token in order]
+        self._encoder = TextEncoder(spec.without_prefix_space(), (*controls, *written))
         ids = spec.vocabulary
-        self._prefix, self._suffix, self._middle = (ids[t] for t in (family.prefix, family.suffix, family.middle))
-        self._end = next(ids[token] for token in family.end if token in ids)
-        self._bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
-
-    @property
-    def name(self) -> str:
-        """Family and order, as part of a cache's key."""
-        return f"fim-{self.family.name}-{self._order}"
+        ends = [*(family.end if family else ()), dict(spec.special_tokens).get("eos_token", "")]
+        self.end_token_ids = list(dict.fromkeys(ids[token] for token in ends if token in ids))
+        if not self.end_token_ids:
+            raise DataError(f"fim_order {order}: the tokenizer has no end-of-text token to end a middle with")
+        if literal is not None:
+            self.layout: list[list[int] | str] = [
+                _TEXTS.get(piece) or self._encoder.encode(Rendering(piece, ()))[0].tolist() for piece in literal
+            ]
+        else:
+            assert family is not None
+            if order not in family.orders:
+                known = " and ".join(family.orders)
+                raise DataError(f"fim_order {order}: {family.name} models know {known} only, or give a literal text")
+            begin, hole, end = (ids[token] for token in controls)
+            bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
+            psm = [[*bos, begin], "prefix", [hole], "suffix", [end]]
+            spm = [[*bos, begin, hole], "suffix", [end], "prefix"]
+            self.layout = list(psm if order == "psm" else spm)
+        self.name = f"fim-{family.name}-{order}" if family and literal is None else f"fim-literal-{order}"
+        self._max_length = max_length
 
     def __call__(self, row: FimRow) -> tuple[np.ndarray, np.ndarray, int]:
         """Ids [L] int32, loss mask [L] bool, and how many tokens of context (or of a huge middle) were cut."""
         prefix, suffix, middle = (
             ids.tolist() for ids in self._encoder.encode_text([row.prefix, row.suffix, row.middle])
         )
-        answer = [*middle, self._end]
-        room = self._max_length - len(self._bos) - 3 - len(answer)
+        answer = [*middle, self.end_token_ids[0]]
+        room = self._max_length - sum(len(part) for part in self.layout if isinstance(part, list)) - len(answer)
         num_cut = max(0, len(prefix) + len(suffix) - max(room, 0)) + max(0, -room)
         if room < 0:
             answer = answer[:room]
         keep_suffix = min(len(suffix), max(room - len(prefix), room // 2, 0))
         keep_prefix = min(len(prefix), max(room - keep_suffix, 0))
-        prefix, suffix = prefix[len(prefix) - keep_prefix :], suffix[:keep_suffix]
-        if self._order == "psm":
-            context = [*self._bos, self._prefix, *prefix, self._suffix, *suffix, self._middle]
-        else:
-            context = [*self._bos, self._prefix, self._suffix, *suffix, self._middle, *prefix]
+        texts = {"prefix": prefix[len(prefix) - keep_prefix :], "suffix": suffix[:keep_suffix]}
+        context = [token for part in self.layout for token in (texts[part] if isinstance(part, str) else part)]
         ids = np.array(context + answer, dtype=np.int32)
         return ids, np.arange(len(ids)) >= len(context), num_cut
+
+
+_TEXTS = {"{prefix}": "prefix", "{suffix}": "suffix"}
+
+
+def _literal_pieces(order: str) -> list[str]:
+    """A literal text cut at {prefix} and {suffix}, each of which it has once."""
+    pieces = [piece for piece in re.split(r"(\{prefix\}|\{suffix\})", order.removesuffix("{middle}")) if piece]
+    if sorted(piece for piece in pieces if piece in _TEXTS) != list(_TEXTS) or "{middle}" in "".join(pieces):
+        raise DataError(f"fim_order {order}: expected psm, spm, or a text with {{prefix}} and {{suffix}}, once each")
+    return pieces

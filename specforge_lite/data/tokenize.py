@@ -113,7 +113,7 @@ class RowTokenizer:
     def key(self) -> dict[str, Any]:
         """What the rows are rendered with, as part of a cache's key."""
         if self._fim is not None:
-            return {"template": self._fim.name, "template_content": repr(self._fim.family)}
+            return {"template": self._fim.name, "template_content": self._fim.layout}
         assert self._chat is not None
         content = [self._chat.template.fingerprint, self._chat._tool_template.fingerprint]
         return {"template": self._chat.template.name, "template_content": content}

@@ -26,7 +26,7 @@ class FimPrompts:
             self._tokenizer = FimTokenizer(spec, order, max_length - self.max_tokens + 1)
         except DataError as error:
             raise ConfigError(str(error)) from None
-        self.end_token_ids = [spec.vocabulary[t] for t in self._tokenizer.family.end if t in spec.vocabulary]
+        self.end_token_ids = self._tokenizer.end_token_ids
 
     def prompt_ids(self, row: FimRow) -> list[int]:
         """Token ids up to where the middle begins."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from specforge_lite.core.sections import FIM_ORDER_HELP, FimOrder
 from specforge_lite.core.settings import Section
 
 OWN_KEYS = ("model", "messages", "prompt", "stream", "n", "max_tokens", "temperature", "top_p", "seed", "tools")
@@ -101,7 +102,7 @@ class SamplingSection(Section):
     seed: int = Field(0, ge=0, description="which row gets which temperature, and its random numbers")
     reasoning: Literal["keep", "drop"] = Field("keep", description="keep reasoning as `reasoning_content`, or drop it")
 
-    fim_order: Literal["psm", "spm"] = Field("psm", description="order of fill-in-the-middle prompts")
+    fim_order: FimOrder = Field("psm", description=FIM_ORDER_HELP)
     fim_max_length: int = Field(
         2048, ge=16, description="tokens of a fill-in-the-middle prompt and its answer; the code around is cut to fit"
     )

@@ -76,6 +76,31 @@ def test_an_order_the_family_does_not_know() -> None:
         marked(tokenizer_of("qwen2.5-coder"), ROW, "spm")
 
 
+LITERAL = "<fim_prefix>{prefix}<fim_middle><fim_suffix>{suffix}"
+
+
+def test_a_literal_text_as_order() -> None:
+    tokenizer = tokenizer_of("starcoder2")
+    expected = f"<fim_prefix> {P} <fim_middle> <fim_suffix> {S} {M} *<|endoftext|>"
+    assert marked(tokenizer, ROW, LITERAL) == marked(tokenizer, ROW, LITERAL + "{middle}") == expected
+    assert marked(tokenizer, ROW, "{suffix}is{prefix}") == f"{S} is {P} {M} *<|endoftext|>"
+    code = FimRow("x", "a <fim_middle>", "b", "<fim_suffix>")
+    ids = FimTokenizer(TokenizerSpec.from_tokenizer(tokenizer), LITERAL, 2048)(code)[0].tolist()
+    for token in ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"):  # in code they stay text
+        assert ids.count(tokenizer.convert_tokens_to_ids(token)) == 1
+
+
+def test_a_literal_text_for_a_tokenizer_of_no_family() -> None:
+    tokenizer = byte_level(all_control=False, extra=("<end>", "<pre>"))
+    assert marked(tokenizer, ROW, "<pre>{prefix}\n{suffix}") == f"<pre> {P} Ċ {S} {M} *<end>"
+
+
+@pytest.mark.parametrize("order", ["pms", "{prefix}", "{prefix}{suffix}{suffix}", "{prefix}{middle}{suffix}"])
+def test_an_order_that_is_none(order: str) -> None:
+    with pytest.raises(DataError, match="expected psm, spm, or a text with {prefix} and {suffix}, once each"):
+        marked(tokenizer_of("starcoder2"), ROW, order)
+
+
 def test_a_tokenizer_without_the_tokens() -> None:
     with pytest.raises(DataError, match="no fill-in-the-middle tokens; known families: qwen2"):
         marked(byte_level(), ROW, "psm")
@@ -96,7 +121,7 @@ def test_control_tokens_in_code_stay_text() -> None:
     middle=st.integers(1, 20),
     suffix=st.integers(0, 40),
     max_length=st.integers(8, 120),
-    order=st.sampled_from(["psm", "spm"]),
+    order=st.sampled_from(["psm", "spm", LITERAL]),
 )
 def test_length(prefix: int, middle: int, suffix: int, max_length: int, order: str) -> None:
     """The middle is kept, context is cut at its far ends; every lost token is counted."""

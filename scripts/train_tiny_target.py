@@ -1,7 +1,7 @@
 """Train a small target like the one in specforge_lite/assets/tiny_target, from nothing, on CPU.
 
     python scripts/prepare_data.py --dataset gsm8k --output-path data --data-path gsm8k_train.jsonl
-    python scripts/train_tiny_target.py --chat-data data/gsm8k_train.jsonl --output-dir outputs/tiny_target
+    python scripts/train_tiny_target.py --chat-data data/gsm8k.jsonl --output-dir outputs/tiny_target
 
 A byte-level BPE of 4,096 tokens and a Llama of 2.5M parameters, on chats (any normal-form jsonl) and on functions of
 the running Python's standard library, part of them with a span of lines cut out (fill-in-the-middle). Muon for

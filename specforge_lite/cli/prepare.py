@@ -44,7 +44,7 @@ def main() -> None:
         config.rows_per_file, config.max_context_chars, seed=config.seed, exclude_dirs=config.exclude_dirs
     )
     source = choose_source(config.dataset, config.data_path, config.source_dir, fim)
-    files = output_files(config.output_path, source.name)
+    files = output_files(config.output_path, source, config.split_eval > 0)
     options = PrepareOptions(config.sample_size, config.split_eval, config.seed, config.data_format)
     report = prepare(source, files, options)
     info(f"{source}: {report.summary()}")

@@ -142,9 +142,9 @@ class FimTokenizer:
                 raise DataError(f"fim_order {order}: {family.name} models know {known} only, or give a literal text")
             begin, hole, end = (ids[token] for token in controls)
             bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
-            psm = [[*bos, begin], "prefix", [hole], "suffix", [end]]
-            spm = [[*bos, begin, hole], "suffix", [end], "prefix"]
-            self.layout = list(psm if order == "psm" else spm)
+            self.layout = [[*bos, begin], "prefix", [hole], "suffix", [end]]
+            if order == "spm":
+                self.layout = [[*bos, begin, hole], "suffix", [end], "prefix"]
         self.name = f"fim-{family.name}-{order}" if family and literal is None else f"fim-literal-{order}"
         self._max_length = max_length
 

@@ -22,10 +22,11 @@ import numpy as np
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_file, user_errors
-from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
+from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
 from specforge_lite.data.fim import is_fim_row, to_fim_row
 from specforge_lite.data.reading import BadRow
 from specforge_lite.data.sources import PlacedRow, Source
+from specforge_lite.data.store import ignored_warning
 
 SHOWN_ROW_CHARS = 2000
 
@@ -51,25 +52,22 @@ class OutputFiles:
     summary: Path
 
 
-def output_files(output_path: Path, name: str) -> OutputFiles:
-    """Names of the results: `DIR/<name>_train.jsonl` and so on, or, for an output path that ends in .jsonl, that file
-    and its neighbours."""
-    if output_path.suffix == ".jsonl":
-        directory, stem = output_path.parent, output_path.stem
-        return OutputFiles(
-            output_path,
-            directory / f"{stem}_eval.jsonl",
-            directory / f"{stem}_rejected.jsonl",
-            directory / f"{stem}_summary.json",
-        )
+def output_files(output_path: Path, source: Source, split: bool) -> OutputFiles:
+    """Names of the results: `DIR/<name>.jsonl`, with a split `DIR/<name>_train.jsonl` and `<name>_eval.jsonl`; or, for
+    an output path that ends in .jsonl, that file and its neighbours. Never the file that is read."""
     if output_path.suffix in (".json", ".gz", ".parquet"):
         raise ConfigError(f"output_path {output_path}: expected a directory or a name ending in .jsonl")
-    return OutputFiles(
-        output_path / f"{name}_train.jsonl",
-        output_path / f"{name}_eval.jsonl",
-        output_path / f"{name}_rejected.jsonl",
-        output_path / f"{name}_summary.json",
-    )
+    if output_path.suffix == ".jsonl":
+        directory, name, train = output_path.parent, output_path.stem, output_path
+    else:
+        directory, name = output_path, source.name
+        train = directory / f"{name}.jsonl"
+        if split or (source.path is not None and train.resolve() == source.path.resolve()):
+            train = directory / f"{name}_train.jsonl"
+    if source.path is not None and train.resolve() == source.path.resolve():
+        raise ConfigError(f"output_path {output_path}: that is the file to read; give another name")
+    others = (directory / f"{name}_{what}" for what in ("eval.jsonl", "rejected.jsonl", "summary.json"))
+    return OutputFiles(train, *others)
 
 
 @dataclass
@@ -83,6 +81,7 @@ class PrepareReport:
     data_format: str = ""
     rejected: Counter[str] = field(default_factory=Counter)
     first_rejected: str = ""
+    ignored: Counter[str] = field(default_factory=Counter)  # fields without effect -> rows that have them
 
     def summary(self) -> str:
         """One line for people."""
@@ -119,6 +118,8 @@ def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> Prep
         if evaluation is not None:
             report.num_eval = _copy(spool, collector.starts, held_out, evaluation)
         json.dump(_summary(report, source, options), summary, indent=1, ensure_ascii=False)
+    for warning in ignored_warning(report.ignored):
+        log.warn(f"{source}: {warning}")
     if evaluation is None and files.evaluation.exists():
         log.warn(f"{files.evaluation} is left from an earlier run; its rows may be in the training data now")
     return report
@@ -182,6 +183,7 @@ class _Collector:
             parts = json.dumps([row.prefix, row.middle, row.suffix])
             return row.to_row(), hashlib.sha256(parts.encode("utf-8")).hexdigest(), row.source
         conversation = to_conversation(value)
+        self.report.ignored.update(ignored_fields(value))
         return to_row(conversation), content_digest(conversation), ""
 
     def _keep(self, row: dict[str, Any], digest: str, source: str) -> None:

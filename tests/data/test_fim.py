@@ -97,7 +97,7 @@ def test_a_literal_text_for_a_tokenizer_of_no_family() -> None:
 
 @pytest.mark.parametrize("order", ["pms", "{prefix}", "{prefix}{suffix}{suffix}", "{prefix}{middle}{suffix}"])
 def test_an_order_that_is_none(order: str) -> None:
-    with pytest.raises(DataError, match="expected psm, spm, or a text with {prefix} and {suffix}, once each"):
+    with pytest.raises(DataError, match=r"expected psm, spm, or a text with \{prefix\} and \{suffix\}, once each"):
         marked(tokenizer_of("starcoder2"), ROW, order)
 
 

@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[Any]:
 
 def run(path: Path | str, output: Path, **options: Any) -> PrepareReport:
     source = choose_source(str(path), None, None)
-    return prepare(source, output_files(output, source.name), PrepareOptions(**options))
+    return prepare(source, output_files(output, source, bool(options.get("split_eval"))), PrepareOptions(**options))
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -59,9 +59,9 @@ def test_the_whole_script(tmp_path: Path) -> None:
 def test_a_preset_from_a_local_copy(tmp_path: Path) -> None:
     asset = ROOT / "specforge_lite" / "assets" / "prompts" / "gsm8k_test.jsonl"
     source = choose_source("gsm8k", asset, None)
-    report = prepare(source, output_files(tmp_path, source.name), PrepareOptions())
+    report = prepare(source, output_files(tmp_path, source, split=False), PrepareOptions())
     assert (report.num_rows, report.num_train) == (1319, 1319)
-    assert (tmp_path / "gsm8k_train.jsonl").exists()
+    assert (tmp_path / "gsm8k.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,7 +70,7 @@ def test_presets_read_a_directory_and_never_the_network(tmp_path: Path, name: st
     write_rows(tmp_path / "copy" / "deep" / "b.jsonl", questions(2))
     (tmp_path / "copy" / "a.json").write_text(json.dumps(questions(3)))
     source = choose_source(name, tmp_path / "copy", None)
-    report = prepare(source, output_files(tmp_path / "out", source.name), PrepareOptions())
+    report = prepare(source, output_files(tmp_path / "out", source, split=False), PrepareOptions())
     assert (report.num_rows, report.num_train) == (5, 3)  # the other two are the same
     assert report.rejected == Counter(duplicate=2)
 
@@ -82,7 +82,7 @@ def test_a_hub_data_set_out_of_reach(tmp_path: Path) -> None:
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     source = choose_source("alpaca", None, None)
     with pytest.raises(DataError) as caught:
-        prepare(source, output_files(tmp_path / "out", source.name), PrepareOptions())
+        prepare(source, output_files(tmp_path / "out", source, split=False), PrepareOptions())
     assert str(caught.value).startswith("tatsu-lab/alpaca: cannot read it from the hub after 0 rows (")
     assert str(caught.value).endswith("); give a local copy with --data-path")
     assert len(str(caught.value).splitlines()) == 1
@@ -159,7 +159,7 @@ def test_rejected_rows_are_counted_and_shown(tmp_path: Path) -> None:
         (f"{data}:7", "empty-turn"),
     ]
     assert json.loads(rejected[2]["row"])["messages"][0]["role"] == "king"
-    train = read_rows(tmp_path / "out" / "d_train.jsonl")
+    train = read_rows(tmp_path / "out" / "d.jsonl")
     assert train[0]["id"] == "same"
     assert train[1]["id"].startswith("same-")  # ids are unique afterwards
     summary = json.loads((tmp_path / "out" / "d_summary.json").read_text())
@@ -186,7 +186,7 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_output_names(tmp_path: Path) -> None:
-    files = output_files(tmp_path / "x.jsonl", "d")
+    files = output_files(tmp_path / "x.jsonl", Source("d"), split=True)
     assert [path.name for path in (files.train, files.evaluation, files.rejected, files.summary)] == [
         "x.jsonl",
         "x_eval.jsonl",
@@ -194,7 +194,26 @@ def test_output_names(tmp_path: Path) -> None:
         "x_summary.json",
     ]
     with pytest.raises(ConfigError, match=r"expected a directory or a name ending in \.jsonl"):
-        output_files(tmp_path / "x.json", "d")
+        output_files(tmp_path / "x.json", Source("d"), split=True)
+
+
+def test_names_go_by_the_data_set_and_never_hit_what_is_read(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "sharegpt.jsonl", questions(9))
+    for split, directory, train in (
+        (False, tmp_path / "out", "sharegpt.jsonl"),
+        (True, tmp_path / "out", "sharegpt_train.jsonl"),
+        (False, tmp_path, "sharegpt_train.jsonl"),  # sharegpt.jsonl is the file to read
+    ):
+        assert output_files(directory, Source("sharegpt", path=data), split).train == directory / train
+    with pytest.raises(ConfigError, match=r"sharegpt\.jsonl: that is the file to read; give another name"):
+        output_files(data, Source("sharegpt", path=data), split=False)
+
+
+def test_fields_without_effect_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
+    run(write_rows(tmp_path / "d.jsonl", [{**row, "loss_mask": [0, 1]}]), tmp_path / "out")
+    assert "fields without effect: loss_mask of the row (1 rows)" in capsys.readouterr().err
+    assert read_rows(tmp_path / "out" / "d.jsonl")[0]["conversations"][1]["weight"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- FIM
@@ -207,7 +226,7 @@ def test_fim_from_source_code(tmp_path: Path) -> None:
         (tmp_path / "src" / f"f{number}.py").write_text(f"def f{number}(x):\n{body}    return x\n")
     (tmp_path / "src" / "bad.py").write_text("def f(:\n")
     source = choose_source("fim", None, tmp_path / "src")
-    report = prepare(source, output_files(tmp_path / "out", "fim"), PrepareOptions(split_eval=0.3))
+    report = prepare(source, output_files(tmp_path / "out", source, split=True), PrepareOptions(split_eval=0.3))
     assert report.rejected["syntax-error"] == 1
     train, evaluation = (read_rows(tmp_path / "out" / f"fim_{part}.jsonl") for part in ("train", "eval"))
     sources = [{row["source"] for row in rows} for rows in (train, evaluation)]
@@ -260,5 +279,5 @@ def test_normal_form_comes_out_as_it_went_in(tmp_path: Path) -> None:
     ]
     data = write_rows(tmp_path / "d.jsonl", rows)
     run(data, tmp_path / "out")
-    assert read_rows(tmp_path / "out" / "d_train.jsonl") == rows
+    assert read_rows(tmp_path / "out" / "d.jsonl") == rows
     assert to_conversation(rows[0]).tools == rows[0]["tools"]

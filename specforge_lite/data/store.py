@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.files import quick_fingerprint, sha256_of
 from specforge_lite.types import TokenizedSample
@@ -198,6 +199,16 @@ class TokenizedDataset(Sequence[TokenizedSample]):
             if not path.exists() or quick_fingerprint(path) != facts["fingerprint"]:
                 raise CacheDamaged(f"{path}: missing, or changed since it was written")
         return cls(directory, manifest)
+
+    def warn_beyond(self, num_positions: int) -> None:
+        """Say, once for all ranks, how many samples are longer than the draft's `max_position_embeddings`."""
+        num_longer = int((self.lengths > num_positions).sum())
+        if num_longer and log.is_main_rank():
+            log.warn(
+                f"{num_longer:,} of {len(self):,} samples are longer than the draft's {num_positions:,} positions (up to"
+                f" {int(self.lengths.max()):,} tokens): what is learned beyond is not served; use --max-length"
+                f" {num_positions}, or a draft config with more max_position_embeddings"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)

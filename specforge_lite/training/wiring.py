@@ -244,6 +244,8 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     directory = local_directory(config.target.target_model_path)
     target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
     draft_config = make_draft_config(config, target, target_config)
+    for dataset in filter(None, (data.train, data.eval)):
+        dataset.warn_beyond(draft_config.max_position_embeddings)
     vocab_map = open_or_build_vocab_map(
         data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
     )

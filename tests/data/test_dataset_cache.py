@@ -162,6 +162,19 @@ def test_a_start_reads_a_sample_of_the_cache(tmp_path: Path, monkeypatch: pytest
         TokenizedDataset.open(tmp_path)
 
 
+def test_samples_longer_than_the_drafts_positions_are_counted(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = open_or_build_dataset(data, byte_level(), section(tmp_path))
+    longest = int(dataset.lengths.max())
+    capsys.readouterr()
+    dataset.warn_beyond(longest)
+    assert capsys.readouterr().err == ""
+    dataset.warn_beyond(longest - 1)
+    count = int((dataset.lengths == longest).sum())
+    assert f"{count} of 200 samples are longer than the draft's {longest - 1} positions" in capsys.readouterr().err
+
+
 def test_what_is_read_back_otherwise_than_written_is_found_when_it_is_built(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path)
     writer.add("a", 1, np.arange(9, dtype=np.int32), np.ones(9, dtype=bool))

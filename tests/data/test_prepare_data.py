@@ -17,7 +17,7 @@ from specforge_lite.data import prepare as prepare_module
 from specforge_lite.data.conversations import to_conversation
 from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.prepare import PrepareOptions, PrepareReport, output_files, prepare
-from specforge_lite.data.sources import PRESETS, choose_source
+from specforge_lite.data.sources import PRESETS, Source, choose_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]

@@ -205,9 +205,9 @@ class TokenizedDataset(Sequence[TokenizedSample]):
         num_longer = int((self.lengths > num_positions).sum())
         if num_longer and log.is_main_rank():
             log.warn(
-                f"{num_longer:,} of {len(self):,} samples are longer than the draft's {num_positions:,} positions (up to"
-                f" {int(self.lengths.max()):,} tokens): what is learned beyond is not served; use --max-length"
-                f" {num_positions}, or a draft config with more max_position_embeddings"
+                f"{num_longer:,} of {len(self):,} samples are longer than the draft's {num_positions:,} positions"
+                f" (up to {int(self.lengths.max()):,} tokens): what is learned beyond is not served; use"
+                f" --max-length {num_positions}, or a draft config with more max_position_embeddings"
             )
 
     def __len__(self) -> int:

@@ -280,7 +280,7 @@ def test_a_missing_tracker_package_is_reported_with_the_other_mistakes(tmp_path:
     with pytest.raises(ConfigError) as caught:
         parse_config(TrainConfig, flags(tmp_path, "--report-to", "trackio", "--batch-size", "0"))
     message = str(caught.value)
-    assert "report_to: trackio: not installed; install with `pip install trackio`" in message
+    assert "--report-to: trackio: not installed; install with `pip install trackio`" in message
     assert "batch_size" in message
 
 

@@ -1,5 +1,7 @@
 # make quickstart     environment + the whole pipeline on a small target, at most ten minutes on 2 cores
-# make test           the tests             make check         ruff, mypy, layering
+# make test           the tests, without a GPU even where there is one      make check         ruff, mypy, layering
+# make test-gpu       the tests that need an NVIDIA GPU
+# make gpu-proof      everything on this machine's GPUs, with figures: benchmarks/results/gpu_NAME.md
 # make test-old-cpu   the draft's step and a training run with the instructions of CPUs without AVX-512, and without AVX
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
 # make test-engines   live tests against both engines    make mooncake  the store that carries states between hosts
@@ -10,14 +12,20 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
+.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
-	PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/training/test_adam8bit.py
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/training/test_adam8bit.py
+
+test-gpu: $(VENV)/.installed-dev
+	$(PY) -m pytest -m gpu tests
+
+gpu-proof: $(VENV)/.installed-dev
+	$(PY) benchmarks/gpu_proof.py
 
 # bf16 without AVX-512 takes other kernels in torch and oneDNN; some operators exist for AVX-512 only.
 OLD_CPU_TESTS := tests/model/test_eagle3.py tests/model/test_eagle1.py tests/model/test_lk_loss.py tests/training/test_overlap.py tests/training/test_fp16.py

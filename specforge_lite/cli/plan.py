@@ -1,10 +1,11 @@
-"""Peak memory per rank, term by term, speed class, and disk for offline mode: before anything starts.
+"""Peak memory per rank, term by term, time per step and MFU, and disk for offline mode: before anything starts.
 
     python scripts/plan_memory.py --draft-model-config configs/llama-3.1-8b-eagle3.json --max-length 4096 \\
         --batch-size 2 --num-gpus 8 --sharding fsdp2 --memory-gb 80
     python scripts/plan_memory.py ... --json
+    python scripts/plan_memory.py --tables           # hardware and training time by target size, as markdown
 
-The flags are those of the training script. An in-process target (--target-backend hf) comes on top.
+The flags are those of the training script. The weights of an in-process target (--target-in-process) come on top.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 from rich.console import Console
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from specforge_lite.training.estimate import MemoryPlan, Workload
 
 GIB = 2**30
-# Peak of one rank in TFLOP/s, and what share of it training reaches, where nothing else is said.
-PEAK_TFLOPS = {"cuda": 989.0, "cpu": 0.13}
-EFFICIENCY = {"cuda": 0.4, "cpu": 0.6}
 SPECULATION_HELP = """\
 Recommend STEPS,TOPK,VERIFY for every batch size, with the predicted speed-up, from one benchmark run.
 
@@ -46,7 +44,10 @@ specforge_lite/benchmark/planner.py.
 class PlanMemoryConfig(Section):
     """What the training run would be started with."""
 
-    draft_model_config: Path = Field(description="config.json of the draft")
+    draft_model_config: Path | None = Field(None, description="config.json of the draft")
+    tables: bool = Field(False, description="print the tables of hardware and training time by target size instead")
+    target_in_process: bool = Field(False, description="the hf engine: captured states wait on the trainer's GPU")
+    flex_attention: bool = Field(False, description="the draft trains with flex_attention: block masks are counted")
     max_length: int = Field(2048, ge=8, description="tokens of the longest sample")
     batch_size: int = Field(1, ge=1, description="samples per micro batch and rank")
     max_tokens_per_batch: int | None = Field(None, ge=8, description="packing budget, instead of --batch-size")
@@ -75,6 +76,11 @@ def memory() -> None:
     config = parse_config(PlanMemoryConfig, description=__doc__ or "")
     from specforge_lite.training.estimate import plan_memory
 
+    if config.tables:
+        print(hardware_tables())
+        return
+    if config.draft_model_config is None:
+        raise ConfigError("draft_model_config: required (flag --draft-model-config), unless --tables is given")
     load = _workload_of(config)
     plan = plan_memory(load)
     report = _report_of(config, load, plan)
@@ -95,7 +101,7 @@ def _workload_of(config: PlanMemoryConfig) -> Workload:
     from specforge_lite.training.wiring import read_draft_config
 
     return Workload(
-        draft=read_draft_config(config.draft_model_config, "eagle3"),
+        draft=read_draft_config(cast(Path, config.draft_model_config), "eagle3"),
         tokens=config.max_tokens_per_batch or config.batch_size * config.max_length,
         num_steps=config.ttt_length,
         precision=config.precision,
@@ -111,21 +117,26 @@ def _workload_of(config: PlanMemoryConfig) -> Workload:
         states_bytes=4 if config.states_dtype == "fp32" else 2,
         tied_head=config.tied_head,
         sample_length=config.max_length,
+        target_in_process=config.target_in_process,
+        flex=config.flex_attention,
     )
 
 
 def _report_of(config: PlanMemoryConfig, load: Workload, plan: MemoryPlan) -> dict[str, Any]:
     """JSON: bytes by term, the peak, and the rest."""
-    from specforge_lite.training.estimate import disk_bytes, num_parameters, tokens_per_second
+    from specforge_lite.training.estimate import disk_bytes, num_parameters, step_time, tokens_per_second
 
-    peak_tflops = config.peak_tflops or PEAK_TFLOPS[config.device]
+    time = step_time(load, config.peak_tflops)
     return {
         "parameters": num_parameters(load.draft),
         "peak_bytes": plan.peak,
         "peak_moment": plan.peak_moment,
         "terms": plan.peak_terms,
         "host_terms": plan.host,
-        "tokens_per_second": tokens_per_second(load, peak_tflops, EFFICIENCY[config.device]),
+        "tokens_per_second": tokens_per_second(load, config.peak_tflops),
+        "step_seconds": time.seconds,
+        "step_parts": {name: getattr(time, name) for name in ("products", "passes", "update", "reduce")},
+        "mfu": time.mfu,
         "offline_bytes_per_token": disk_bytes(load, 1),
         "offline_bytes": None if config.num_tokens is None else disk_bytes(load, config.num_tokens),
     }
@@ -146,9 +157,60 @@ def _show_memory(plan: MemoryPlan, report: dict[str, Any]) -> None:
         table.add_row(f"host: {name}", format_bytes(size), "")
     Console(width=max(Console().width, 80)).print(table)
     info(f"{report['parameters']:,} trained parameters; speed class {report['tokens_per_second']:,.0f} tokens/s in all")
+    info(f"predicted: {report['step_seconds']:.3g} s per micro batch, MFU {report['mfu']:.0%} (a model, not measured)")
     per_token = format_bytes(report["offline_bytes_per_token"])
     total = report["offline_bytes"]
     info(f"offline mode: {per_token} per token" + ("" if total is None else f", {format_bytes(total)} in all"))
+
+
+# Target: name, draft's (hidden, feed-forward, heads, kv heads, head width, vocabulary), billions of parameters in all
+# and per token.
+TARGET_SIZES = (
+    ("1B", (2048, 8192, 32, 8, 64, 128256), 1.2, 1.2),
+    ("8B", (4096, 14336, 32, 8, 128, 128256), 8.0, 8.0),
+    ("14B", (5120, 17408, 40, 8, 128, 151936), 14.8, 14.8),
+    ("30B-A3B", (2048, 6144, 32, 4, 128, 151936), 30.5, 3.3),
+    ("32B", (5120, 25600, 64, 8, 128, 151936), 32.8, 32.8),
+    ("70B", (8192, 28672, 64, 8, 128, 128256), 70.6, 70.6),
+)
+TABLE_SAMPLES, TABLE_TOKENS, TABLE_EPOCHS = 100_000, 1500, 4
+
+
+def hardware_tables() -> str:
+    """Markdown: what each target size needs, and how long it trains, all computed from the cost model."""
+    from specforge_lite.model.draft import DraftConfig
+    from specforge_lite.training.estimate import MACHINES, Workload, disk_bytes, num_parameters, plan_memory, step_time
+
+    peak, share, _, _ = MACHINES["cuda"]
+    tokens = TABLE_SAMPLES * TABLE_TOKENS
+    needs = [
+        "| target | draft | trainer, GPU peak | target, bf16 weights | host RAM | disk, offline states |",
+        "|" + "---|" * 6,
+    ]
+    counts = (1, 2, 4, 8, 16)
+    times = ["| target | " + " | ".join(f"{n} GPU" for n in counts) + " |", "|" + "---|" * (1 + len(counts))]
+    for name, (hidden, inner, heads, kv_heads, width, vocab), total, active in TARGET_SIZES:
+        draft = DraftConfig(hidden, inner, heads, kv_heads, vocab, 32000, head_dim=width)
+        load = Workload(draft, tokens=4096, sample_length=2048, activation_checkpointing=hidden >= 8192)
+        plan = plan_memory(load)
+        needs.append(
+            f"| {name} | {num_parameters(draft) / 1e9:.2f}B | {plan.peak / GIB:.0f} GB | {2 * total:.0f} GB |"
+            f" {(sum(plan.host.values()) + 2e9 * total) / GIB + 8:.0f} GB | {disk_bytes(load, tokens) / 1e12:.1f} TB |"
+        )
+        train = step_time(load).seconds / load.tokens
+        capture = 2 * active * 1e9 / (peak * share * 1e12)
+        hours = TABLE_EPOCHS * tokens * (train + capture) / 3600
+        cells = []
+        for count in counts:
+            fits = count * 80 * GIB > 2.2e9 * total + plan.peak
+            cells.append(f"{hours / count:.0f} h" if fits and hours / count >= 1 else "< 1 h" if fits else "-")
+        times.append(f"| {name} | " + " | ".join(cells) + " |")
+    return (
+        f"Computed by `specforge-lite plan --tables`, not measured: H100 80 GB, bf16, K 7, micro batches of 2 x 2,048"
+        f" tokens, every token supervised. Offline states and times are for {TABLE_SAMPLES:,} samples of"
+        f" {TABLE_TOKENS:,} tokens; times for {TABLE_EPOCHS} epochs, target and trainer sharing the GPUs evenly.\n\n"
+        + "\n".join(needs) + "\n\n" + "\n".join(times)
+    )  # fmt: skip
 
 
 class PlanConfig(Section):

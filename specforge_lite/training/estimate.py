@@ -1,4 +1,4 @@
-"""Peak memory of one training rank, term by term, before anything is started; also its speed class and disk.
+"""Peak memory of one training rank, term by term, before anything is started; also its time per step and disk.
 
     peak = what stays (weights, optimizer, gradients, target's head, batches) + the largest of three moments:
 
@@ -6,7 +6,7 @@
       loss       all K steps are done, the loss runs: every activation is alive, and the head's buffers
       backward   the first gradients exist, the last activations are still alive
 
-Terms follow model/eagle3.py,  allocation by allocation, so they move with every setting;
+Terms follow model/eagle3.py, allocation by allocation, so they move with every setting;
 benchmarks/bench_memory.py holds them against measured peaks. An in-process target (`--target-backend hf`) and the
 libraries themselves (200 to 400 MB of host memory, a CUDA context of 500 MB) come on top.
 
@@ -27,6 +27,11 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}  # per parameter; 8-bit: one fp32 scale per 256 values
 # What the allocator keeps of freed blocks, as a share of what comes and goes: measured for glibc, assumed for CUDA.
 ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.08}
+BLOCK_ROWS = 128  # rows and keys of a block of flex_attention
+CONTEXT_BYTES = 1.5 * 2**30  # CUDA context, cuBLAS workspaces and NCCL buffers of a process
+# Where nothing else is given: Hopper SXM in bf16, one CPU core in fp32. Peak TFLOP/s, what share of it large matrix
+# products reach, GB/s of memory, and of the link between ranks. Peaks are the vendor's; shares are assumptions.
+MACHINES = {"cuda": (989.0, 0.65, 3350.0, 400.0), "cpu": (0.13, 0.7, 20.0, 5.0)}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class Workload:
 
     tokens: of a rank's micro batch (batch size x sample length, or the packing budget). supervised: share of them.
     world_size, sp_size: ranks, and how many of them share a batch. captured_ahead: micro batches of hidden states that
-    wait on the host. states_bytes: per value of those. sample_length: of the longest sample (speed only).
-    device_memory: bytes of the GPU; logits are cut into chunks by it.
+    wait, on the host, or on the GPU where the target runs in the trainer's process (target_in_process: the hf engine).
+    states_bytes: per value of those. sample_length: of the longest sample. flex: the attention backend is
+    flex_attention, whose block masks take memory. device_memory: bytes of the GPU; logits are cut into chunks by it.
     """
 
     draft: DraftConfig
@@ -55,6 +61,8 @@ class Workload:
     states_bytes: int = 2
     tied_head: bool = False
     sample_length: int = 2048
+    target_in_process: bool = False
+    flex: bool = False
     device_memory: int = UNKNOWN_MEMORY
 
     def __post_init__(self) -> None:
@@ -142,8 +150,11 @@ def _state(plan: MemoryPlan, load: Workload) -> None:
 def _batches(plan: MemoryPlan, load: Workload) -> None:
     values = load.tokens * (load.draft.num_aux_layers + 1) * load.draft.target_hidden_size
     plan.stays["hidden states of the batch"] = values * BYTES[load.precision]
-    ahead = plan.stays if load.device == "cpu" else plan.host
+    ahead = plan.stays if load.device == "cpu" or load.target_in_process else plan.host
     ahead["hidden states captured ahead"] = load.captured_ahead * values * load.states_bytes
+    if load.flex:  # int32 tables of key blocks by row block and back, full and partial, for each step
+        blocks = -(-load.tokens // BLOCK_ROWS)
+        plan.stays["block masks"] = 4.0 * 4 * blocks * blocks * load.num_steps
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -254,15 +265,64 @@ def operations_per_step(load: Workload) -> float:
     return 2 * (products + load.num_steps * rows * (per_row + pairs))
 
 
-def tokens_per_second(load: Workload, peak_tflops: float, efficiency: float) -> float:
-    """Class of the speed of all ranks, one of 1, 2, 5, 10, 20, ...: no more is known before a run.
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of one micro batch, by part; mfu: the matrix products' share of the peak, 0..1."""
 
-    peak_tflops: of one rank's device. efficiency: share of it that training reaches.
+    products: float
+    passes: float
+    update: float
+    reduce: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.passes + self.update + self.reduce
+
+
+def step_time(load: Workload, peak_tflops: float | None = None) -> StepTime:
+    """A model, not a measurement: matrix products at the rate large ones reach, everything else at the speed of memory.
+
+    passes: activations are written once and read about five times, logits pass in fp32 about four times.
     """
-    seconds = operations_per_step(load) / (peak_tflops * 1e12 * efficiency)
-    rate = load.tokens / seconds * load.world_size / load.sp_size
+    peak, share, memory, link = MACHINES["cpu" if load.device == "cpu" else "cuda"]
+    peak = (peak_tflops or peak) * 1e12
+    operations, parameters = operations_per_step(load), num_parameters(load.draft)
+    products = operations / (peak * share)
+    activations = sum(size for name, size in _activations(load).items() if "step" in name)
+    logits = _rows(load)[2] * load.num_steps * load.draft.draft_vocab_size
+    passes = (6 * activations + 4 * 4 * logits) / (memory * 1e9)
+    sharded = load.world_size if load.sharding == "fsdp2" else 1
+    update = 28 * parameters / sharded / (memory * 1e9)  # gradient, weight and two moments read, the last three written
+    reduce = 2 * 4 * parameters * (1 - 1 / load.world_size) / (link * 1e9)
+    total = products + passes + update + reduce
+    return StepTime(products, passes, update, reduce, operations / (peak * total))
+
+
+def tokens_per_second(load: Workload, peak_tflops: float | None = None) -> float:
+    """Class of the speed of all ranks, one of 1, 2, 5, 10, 20, ...: no more is known before a run."""
+    rate = load.tokens / step_time(load, peak_tflops).seconds * load.world_size / load.sp_size
     power = 10.0 ** math.floor(math.log10(rate))
     return max(step for step in (1.0, 2.0, 5.0) if step * power <= rate) * power
+
+
+def memory_fraction(plan: MemoryPlan, target_bytes: float, device_bytes: float, num_trainers: int = 1) -> float:
+    """Share of a GPU for an engine that shares it with `num_trainers` training ranks (`--mem-frac`).
+
+    target_bytes: the target's weights on this GPU. Raises ConfigError, with the numbers, where both do not fit: the
+    engine needs its weights and a tenth more for captures.
+    """
+    gib = 2**30
+    left = device_bytes - num_trainers * (plan.peak + CONTEXT_BYTES) - CONTEXT_BYTES
+    needed = 1.1 * target_bytes + gib
+    if left < needed:
+        raise ConfigError(
+            f"mem_frac: the trainer needs {(plan.peak + CONTEXT_BYTES) / gib:.1f} GiB of this GPU's"
+            f" {device_bytes / gib:.1f} GiB, which leaves {max(left, 0) / gib:.1f} for a target of"
+            f" {target_bytes / gib:.1f} GiB (needs {needed / gib:.1f}); give the engine GPUs of its own"
+            " (--engine-devices), or a smaller --batch-size, --activation-checkpointing, --tp-size, --offline-dir"
+        )
+    return math.floor(100 * left / device_bytes) / 100
 
 
 def disk_bytes(load: Workload, num_tokens: int) -> float:

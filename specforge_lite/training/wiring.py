@@ -4,7 +4,6 @@ in which all of that is opened and closed (`run_training`)."""
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,13 +30,13 @@ from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
-from specforge_lite.serving.environment import choose_backend
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.checkpoint import find_resume, restore_run
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, FollowerDataloader, share_batch
 from specforge_lite.training.distributed import World, open_world, report_failure
 from specforge_lite.training.evaluate import EvalResult, evaluate
 from specforge_lite.training.loop import Progress, Trainer
+from specforge_lite.training.machine import fit_to_device, share_of_gpu, use_deterministic_kernels
 from specforge_lite.training.optimizer import DraftOptimizer, LossScaler
 from specforge_lite.training.parallel import ParallelDraft, spread_draft
 from specforge_lite.training.reporting import Reporter, open_reporter
@@ -48,8 +47,7 @@ from specforge_lite.training.settings import TrainConfig, run_length
 def run_training(config: TrainConfig) -> int:
     """Train as the command line asks; the exit code."""
     if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_kernels()
     with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
         config = fit_to_device(config, world.device).with_target_defaults()
         data = load_data(config)
@@ -57,33 +55,6 @@ def run_training(config: TrainConfig) -> int:
             models = load_models(config, engine.info, data, world)
             build_trainer(config, world, data, engine, models, reporter, stop).train()
     return stop.exit_code
-
-
-def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with what a CPU cannot do replaced, one line each, before anything is loaded."""
-    if device.type == "cuda":
-        return config
-    training: dict[str, Any] = {}
-    if config.training.draft_attention_backend == "flex_attention":
-        info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
-        training["draft_attention_backend"] = "sdpa"
-    if config.training.precision == "fp16":
-        info("--precision fp16: CPUs have no fast fp16 arithmetic (a hundred times slower); training in fp32")
-        training["precision"] = "fp32"
-    sections: dict[str, Any] = {"training": config.training.model_copy(update=training)}
-    if config.distributed.cpu_offload:
-        info("--cpu-offload: there is no GPU here, everything lies in CPU memory already; without it")
-        sections["distributed"] = config.distributed.model_copy(update={"cpu_offload": False})
-    backend: str = config.target.target_backend
-    if config.target.tp_size > 1 and (choose_backend(config.target) if backend == "auto" else backend) == "hf":
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if ranks % config.target.tp_size:
-            info(
-                f"--tp-size {config.target.tp_size}: the hf engine splits a target over torchrun ranks, here"
-                f" {ranks}; the whole target runs in each"
-            )
-            sections["target"] = config.target.model_copy(update={"tp_size": 1})
-    return config.model_copy(update=sections)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -147,7 +118,7 @@ def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
         engine = _open_offline(config)[1]
     else:
         engine = open_engine(
-            config.target,
+            share_of_gpu(config, world.device).target,
             max_length=config.data.max_length,
             log_dir=config.checkpoint.output_dir / "engine",
             wait_minutes=config.distributed.dist_timeout,

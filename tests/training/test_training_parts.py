@@ -155,8 +155,8 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: str) -> None:
 
 
 def test_sums_become_means() -> None:
-    #        loss tokens run_sum rows | loss_sum      counted     supervised   correct
-    values = [9.0, 50.0, 12.0, 8.0, 20.0, 6.0, 10.0, 3.0, 16.0, 4.0, 8.0, 1.0]
+    #        loss tokens run_sum rows weight | loss_sum counted  supervised  correct
+    values = [9.0, 50.0, 12.0, 8.0, 10.0, 20.0, 6.0, 10.0, 3.0, 16.0, 4.0, 8.0, 1.0]
     metrics = summarize_sums(values, num_steps=2)
     assert metrics["step_losses"] == [2.0, 2.0]
     assert metrics["accuracies"] == [0.5, 0.25]
@@ -281,7 +281,7 @@ def test_a_missing_tracker_package_is_reported_with_the_other_mistakes(tmp_path:
         parse_config(TrainConfig, flags(tmp_path, "--report-to", "trackio", "--batch-size", "0"))
     message = str(caught.value)
     assert "--report-to: trackio: not installed; install with `pip install trackio`" in message
-    assert "batch_size" in message
+    assert "--batch-size: " in message
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance

@@ -1,0 +1,93 @@
+"""Settings against the machine: what a CPU cannot do is replaced, a GPU shared with the target's server is divided."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from specforge_lite.core.hub import load_config, local_directory
+from specforge_lite.core.log import format_bytes, info
+from specforge_lite.core.weight_files import safetensors_files
+from specforge_lite.model.draft import DraftConfig
+from specforge_lite.serving.environment import choose_backend
+from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
+from specforge_lite.training.settings import TrainConfig
+
+
+def use_deterministic_kernels() -> None:
+    """`--deterministic`: sums on CUDA in a fixed order, before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def _backend(config: TrainConfig) -> str:
+    name: str = config.target.target_backend
+    return choose_backend(config.target) if name == "auto" else name
+
+
+def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with what a CPU cannot do replaced, one line each, before anything is loaded."""
+    if device.type == "cuda":
+        return config
+    training: dict[str, Any] = {}
+    if config.training.draft_attention_backend == "flex_attention":
+        info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
+        training["draft_attention_backend"] = "sdpa"
+    if config.training.precision == "fp16":
+        info("--precision fp16: CPUs have no fast fp16 arithmetic (a hundred times slower); training in fp32")
+        training["precision"] = "fp32"
+    sections: dict[str, Any] = {"training": config.training.model_copy(update=training)}
+    if config.distributed.cpu_offload:
+        info("--cpu-offload: there is no GPU here, everything lies in CPU memory already; without it")
+        sections["distributed"] = config.distributed.model_copy(update={"cpu_offload": False})
+    if config.target.tp_size > 1 and _backend(config) == "hf":
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks % config.target.tp_size:
+            info(
+                f"--tp-size {config.target.tp_size}: the hf engine splits a target over torchrun ranks, here"
+                f" {ranks}; the whole target runs in each"
+            )
+            sections["target"] = config.target.model_copy(update={"tp_size": 1})
+    return config.model_copy(update=sections)
+
+
+def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with `mem_frac` chosen where a launched server shares this rank's GPU and none was given: engines take
+    70 to 92% otherwise. Raises ConfigError, with the numbers, where both do not fit."""
+    target = config.target
+    if device.type != "cuda" or target.mem_frac is not None or target.target_url or config.training.offline_dir:
+        return config
+    if _backend(config) not in ("sglang", "vllm"):
+        return config
+    if target.engine_devices is not None and str(device.index) not in target.engine_devices.split(","):
+        return config
+    training, total = config.training, torch.cuda.get_device_properties(device).total_memory
+    draft_file, target_config = config.draft.draft_model_config, load_config(target.target_model_path)
+    if draft_file is not None:
+        draft = DraftConfig.from_json(draft_file)
+    else:
+        draft = DraftConfig.from_target(target_config, config.draft.draft_vocab_size, config.algorithm)
+    load = Workload(
+        draft,
+        tokens=training.max_tokens_per_batch or training.batch_size * config.data.max_length,
+        num_steps=training.ttt_length,
+        precision="bf16" if training.precision == "auto" else training.precision,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        sp_size=config.distributed.sp_size,
+        sharding=config.distributed.sharding,
+        cpu_offload=config.distributed.cpu_offload,
+        optim=config.optimizer.optim,
+        activation_checkpointing=training.activation_checkpointing,
+        sample_length=config.data.max_length,
+        device_memory=total,
+    )
+    plan = plan_memory(load)
+    weights = sum(path.stat().st_size for path in safetensors_files(local_directory(target.target_model_path)))
+    fraction = memory_fraction(plan, weights / target.tp_size, total)
+    info(
+        f"mem_frac {fraction}: the target's server shares this GPU of {format_bytes(total)} with the trainer, whose"
+        f" peak is {format_bytes(plan.peak)} by the memory plan"
+    )
+    return config.model_copy(update={"target": target.model_copy(update={"mem_frac": fraction})})

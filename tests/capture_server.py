@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.fake import FakeEngine
 from specforge_lite.serving.environment import PLUGIN_DIR
 from specforge_lite.types import TokenizedSample
+from tests.fake_engine import FakeEngine
 
 sys.path.insert(0, str(PLUGIN_DIR))
 from specforge_capture.writer import CaptureWriter

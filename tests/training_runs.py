@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo
-from specforge_lite.capture.fake import FakeEngine, Fault
 from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
 from specforge_lite.core.files import atomic_directory, exclusive
 from specforge_lite.data.store import StoreWriter, TokenizedDataset
@@ -39,6 +38,7 @@ from specforge_lite.training.reporting import ExitSummary, Reporter, open_report
 from specforge_lite.training.run_dir import StopRequest, catch_signals
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.wiring import RunData, RunModels, build_trainer
+from tests.fake_engine import FakeEngine, Fault
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
 INFO = TargetInfo(

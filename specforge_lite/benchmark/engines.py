@@ -13,7 +13,7 @@ from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.run import OpenSession
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.session import Session
-from specforge_lite.capture.context import num_positions
+from specforge_lite.capture.base import num_positions
 from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG
 from specforge_lite.checkpoints.export import DTYPES, export_checkpoint
 from specforge_lite.checkpoints.training_run import checkpoints, newest_complete

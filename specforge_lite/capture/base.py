@@ -1,4 +1,4 @@
-"""What every target engine promises, and the check at its boundary.
+"""What every target engine promises, what it knows about the run and its model, and the checks at its boundary.
 
 Layer ids are 0-based ids of the layer whose OUTPUT is captured, in the whole package; each engine converts:
 transformers `hidden_states[i + 1]`, SGLang `i`, vLLM `i + 1` (it names layer inputs).
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from specforge_lite.core.errors import CaptureError, ConfigError
+from specforge_lite.core.hub import load_config
+from specforge_lite.core.log import info as log_info
+from specforge_lite.core.sections import TargetSection
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 NUM_AUX_LAYERS = 3
+DEFAULT_WAIT_MINUTES = 20.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,20 @@ class TargetInfo:
     vocab_size: int
     max_length: int
     aux_layer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What an engine needs to know about the run besides its config section.
+
+    max_length: tokens of the longest sample. log_dir: where server logs go (None: a temporary directory).
+    wait_minutes: how long a server that does not answer is waited for (`--dist-timeout`). device: of in-process ones.
+    """
+
+    max_length: int
+    log_dir: Path | None = None
+    wait_minutes: float = DEFAULT_WAIT_MINUTES
+    device: str | None = None
 
 
 class TargetEngine(Protocol):
@@ -47,6 +66,54 @@ class TargetEngine(Protocol):
     def close(self) -> None:
         """Stop what this object launched and delete what it left on disk; may be called twice."""
         ...
+
+
+def read_target_info(target: TargetSection, engine: str, max_length: int | None = None) -> TargetInfo:
+    """Facts about the target from its config.json; `max_length` defaults to its position limit."""
+    config = load_config(target.target_model_path, target.trust_remote_code)
+    return target_info(config, engine, target.aux_layer_ids, max_length)
+
+
+def target_info(
+    config: Any, engine: str, aux_layer_ids: Sequence[int] | None = None, max_length: int | None = None
+) -> TargetInfo:
+    """The same from a transformers config. aux_layer_ids: None for the default of the depth.
+
+    Raises ConfigError for aux layers that the target does not have.
+    """
+    text = config.get_text_config()
+    return TargetInfo(
+        engine=engine,
+        num_layers=int(text.num_hidden_layers),
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(text.vocab_size),
+        max_length=int(max_length or num_positions(text) or 1 << 30),
+        aux_layer_ids=choose_aux_layer_ids(aux_layer_ids, int(text.num_hidden_layers)),
+    )
+
+
+def num_positions(target_config: Any) -> int | None:
+    """Positions a target was made for: max_position_embeddings, stretched by rope scaling; None without a limit."""
+    text = target_config.get_text_config() if hasattr(target_config, "get_text_config") else target_config
+    trained = getattr(text, "max_position_embeddings", None)
+    if not trained:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope = rope.get("full_attention") or rope
+    if (rope.get("rope_type") or rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return int(trained)  # llama3 and longrope count their scaling in already
+    original = rope.get("original_max_position_embeddings") or trained
+    return max(int(trained), int(original * float(rope.get("factor") or 1.0)))
+
+
+def choose_aux_layer_ids(aux_layer_ids: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """The ids asked for, checked, or the default of the depth; a fallback on a shallow target is logged."""
+    if aux_layer_ids is not None:
+        return check_aux_layer_ids(aux_layer_ids, num_layers)
+    ids, note = default_aux_layer_ids(num_layers)
+    if note:
+        log_info(note)
+    return ids
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[tuple[int, ...], str | None]:
@@ -81,6 +148,20 @@ def check_aux_layer_ids(aux_layer_ids: Sequence[int], num_layers: int) -> tuple[
             f" ({num_layers} layers; the last one is captured as the last hidden state)"
         )
     return ids
+
+
+def check_sample(sample: TokenizedSample, info: TargetInfo) -> None:
+    """Raise CaptureError for a sample the target cannot run; an id out of range would end a server, or a process that
+    uses CUDA."""
+    name, length = sample.sample_id, len(sample)
+    if not 1 <= length <= info.max_length:
+        raise CaptureError(f"{info.engine}: sample {name}: {length} tokens, the target accepts 1 to {info.max_length}")
+    low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
+    if low < 0 or high >= info.vocab_size:
+        raise CaptureError(
+            f"{info.engine}: sample {name}: token ids {low}..{high}, the vocabulary is 0..{info.vocab_size - 1};"
+            " was the data tokenized for another model?"
+        )
 
 
 def check_capture(sample: TokenizedSample, states: CapturedStates, info: TargetInfo) -> None:

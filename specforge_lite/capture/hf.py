@@ -6,6 +6,7 @@ letters as in `types`: B rows of a micro-batch, T padded length, L tokens of one
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_lite.capture.base import TargetInfo, check_aux_layer_ids, default_aux_layer_ids
-from specforge_lite.capture.context import num_positions
+from specforge_lite.capture.base import check_sample, target_info
 from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
-from specforge_lite.core.devices import pick_device
-from specforge_lite.core.errors import CaptureError, ConfigError
-from specforge_lite.core.hub import load_config, load_tokenizer, model_class, transformers_errors
+from specforge_lite.core.devices import num_gpus, on_device, pick_device
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_config, load_tokenizer, local_directory, model_class, transformers_errors
+from specforge_lite.core.log import format_bytes
 from specforge_lite.core.log import info as log_info
 from specforge_lite.core.weight_files import safetensors_files, weight_files
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_TOKENS_PER_FORWARD = 16_384
 MAX_PADDING_SHARE = 0.2
+# Of a GPU's memory; the rest is for activations, caches and the draft.
+WEIGHTS_SHARE = 0.85
 
 # Rotary variants whose frequencies depend on the longest row of the batch; below the original context they do not.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -36,7 +39,8 @@ class HfEngine:
     """A target run by transformers, implementing `TargetEngine`.
 
     model_path: local directory or hub name. dtype: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-    device: default CUDA if there is one. output_device: where states go; default: they stay on `device`.
+    device: `cpu`, `cuda:N`, `auto` (all visible GPUs); default: see `place_target`. output_device: where states go;
+    default: that of the model's first layer.
     tp: ranks that hold the target together (transformers' own tensor parallelism; every torchrun rank makes an engine).
     Results do not depend on which samples are captured together, up to fp rounding.
 
@@ -58,21 +62,14 @@ class HfEngine:
     ) -> None:
         self.model_path = str(model_path)
         self.trust_remote_code = trust_remote_code
-        self.device = pick_device(device)
+        place = place_target(self.model_path, dtype, device)
+        group = open_group(tp, torch.device(place), wait_minutes) if tp is not None and tp > 1 else None
+        self.model = load_target_model(self.model_path, dtype, place, trust_remote_code, group)
+        self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.output_device = torch.device(output_device) if output_device is not None else self.device
-        group = open_group(tp, self.device, wait_minutes) if tp is not None and tp > 1 else None
-        self.model = load_target_model(self.model_path, dtype, self.device, trust_remote_code, group)
         self.decoder, layers = find_decoder(self.model)
-        text_config = self.model.config.get_text_config()
-        self.info = TargetInfo(
-            engine="hf",
-            num_layers=len(layers),
-            hidden_size=int(text_config.hidden_size),
-            vocab_size=int(text_config.vocab_size),
-            max_length=num_positions(text_config) or 1 << 30,
-            aux_layer_ids=choose_aux_layer_ids(aux_layer_ids, len(layers)),
-        )
-        self._length_group = length_group(text_config)
+        self.info = target_info(self.model.config, "hf", aux_layer_ids)
+        self._length_group = length_group(self.model.config.get_text_config())
         self._taps: dict[int, Tensor] = {}
         self._hooks = [layers[i].register_forward_hook(self._tap(i)) for i in self.info.aux_layer_ids]
         self._lock = threading.Lock()
@@ -116,8 +113,9 @@ class HfEngine:
     def _forward(self, samples: list[TokenizedSample], rows: list[int]) -> list[CapturedStates]:
         input_ids_BT, attention_mask_BT = right_pad(samples, self.device)
         self._taps.clear()
-        output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        aux_BTAH = torch.stack([self._taps[i] for i in self.info.aux_layer_ids], dim=2)
+        with on_device(self.device):
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        aux_BTAH = torch.stack([self._taps[i].to(self.device) for i in self.info.aux_layer_ids], dim=2)
         last_BTH = output.last_hidden_state
         self._taps.clear()
         return [
@@ -140,35 +138,86 @@ class HfEngine:
         return hook
 
 
+def place_target(model_path: str, dtype: str, device: str | torch.device | None) -> torch.device | str:
+    """Where a target goes: the device that is named, by default this rank's GPU or the CPU; or `auto`, all visible
+    GPUs, where that is named, or where a process without other ranks has several and the weights do not fit into one.
+    """
+    if device == "auto" and num_gpus() > 1:
+        return "auto"
+    place = pick_device(None if device == "auto" else device)
+    if device is not None or place.type != "cuda" or num_gpus() < 2 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return place
+    needed, room = _weight_bytes(model_path, dtype), torch.cuda.get_device_properties(place).total_memory
+    if needed < WEIGHTS_SHARE * room:
+        return place
+    log_info(
+        f"{model_path}: {format_bytes(needed)} of weights, a GPU has {format_bytes(room)}: spread over {num_gpus()}"
+    )
+    return "auto"
+
+
+def _weight_bytes(model_path: str, dtype: str) -> float:
+    directory = local_directory(model_path)
+    stored = sum(file.stat().st_size for file in safetensors_files(directory))
+    stored_dtype = getattr(load_config(directory).get_text_config(), "dtype", None)
+    if dtype == "auto" or not isinstance(stored_dtype, torch.dtype):
+        return stored
+    return float(stored) * getattr(torch, dtype).itemsize / stored_dtype.itemsize
+
+
 def load_target_model(
-    model_path: str, dtype: str, device: torch.device, trust_remote_code: bool, tp_group: Any = None
+    model_path: str, dtype: str, device: torch.device | str, trust_remote_code: bool, tp_group: Any = None
 ) -> Any:
     """Load a causal LM, or the text-generating model of a multimodal family, frozen and in eval mode.
 
-    tp_group: process group to split it over (each rank loads its part only).
+    device: see `place_target`. tp_group: process group to split it over (each rank loads its part only).
     """
     check_weight_files(model_path)
-    auto_class = model_class(load_config(model_path, trust_remote_code))
+    config = load_config(model_path, trust_remote_code)
+    _check_fp8(config, model_path, device)
+    loader = model_class(config).from_pretrained
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with transformers_errors(f"target_model_path {model_path}"):
         if tp_group is not None:
             from transformers.distributed import DistributedConfig
 
-            split = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
+            options["distributed_config"] = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
             with as_world(tp_group):
-                model: Any = auto_class.from_pretrained(
-                    model_path, dtype=dtype, trust_remote_code=trust_remote_code, distributed_config=split
-                )
+                model: Any = loader(model_path, **options)
             return model.eval().requires_grad_(False)
-        loaded: Any = auto_class.from_pretrained(
-            model_path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with the name
-        )
-    model, report = loaded
+        if device == "auto":
+            options["device_map"] = "auto"
+        # Mismatched sizes are reported below, with the name.
+        model, report = loader(model_path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_all_weights(model, report, model_path)
-    return model.to(device).eval().requires_grad_(False)
+    if device != "auto":
+        model = model.to(device)
+    elif left := {parameter.device.type for parameter in model.parameters()} - {"cuda"}:  # `meta` where it is offloaded
+        raise ConfigError(
+            f"target_model_path {model_path}: does not fit into the {num_gpus()} visible GPUs (a part is on"
+            f" {min(left)}); use more of them, --target-backend sglang or vllm, or a smaller dtype"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _check_fp8(config: Any, model_path: str, device: torch.device | str) -> None:
+    """Refuse an FP8 checkpoint that would fail in its first forward; on a CPU it is dequantised as it is loaded."""
+    found = getattr(config, "quantization_config", None) or {}
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("quant_method") != "fp8" or values.get("dequantize"):
+        return
+    if torch.device("cuda" if device == "auto" else device).type == "cpu":
+        config.quantization_config = {**values, "dequantize": True}
+        return
+    from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
+
+    # Below 8.9 transformers dequantises by itself.
+    if torch.cuda.get_device_capability(None if device == "auto" else device) >= (8, 9) and not is_kernels_available():
+        raise ConfigError(
+            f"target_model_path {model_path}: an FP8 checkpoint, which transformers runs on a GPU only with the package"
+            f" 'kernels', not installed here: pip install 'kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}', or"
+            " use --target-backend sglang or vllm"
+        )
 
 
 def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str) -> None:
@@ -219,30 +268,6 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     return decoder, min(lists, key=lambda item: item[0])[1]
 
 
-def choose_aux_layer_ids(aux_layer_ids: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """The ids asked for, checked, or the default of the depth; a fallback on a shallow target is said."""
-    if aux_layer_ids is not None:
-        return check_aux_layer_ids(aux_layer_ids, num_layers)
-    ids, note = default_aux_layer_ids(num_layers)
-    if note:
-        log_info(note)
-    return ids
-
-
-def check_sample(sample: TokenizedSample, info: TargetInfo) -> None:
-    """Raise CaptureError for a sample the target cannot run; on CUDA a bad id would end the process instead."""
-    name, length = sample.sample_id, len(sample)
-    if not 1 <= length <= info.max_length:
-        raise CaptureError(f"{info.engine}: sample {name} has {length} tokens, the target takes 1..{info.max_length}")
-    low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
-    if low < 0 or high >= info.vocab_size:
-        bad = low if low < 0 else high
-        raise CaptureError(
-            f"{info.engine}: sample {name} has token id {bad}, the target's vocabulary is 0..{info.vocab_size - 1};"
-            " is it tokenized with another tokenizer?"
-        )
-
-
 def length_buckets(lengths: Sequence[int], group_of: Callable[[int], int] = lambda length: 0) -> list[list[int]]:
     """Split sample indices into micro-batches: longest first, little padding, bounded tokens, one group each."""
     order = sorted(range(len(lengths)), key=lambda i: (group_of(lengths[i]), lengths[i]), reverse=True)
@@ -280,9 +305,7 @@ def length_group(text_config: Any) -> Callable[[int], int]:
 def right_pad(samples: Sequence[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Token ids [B, T] int64, padded with 0 on the right, and the attention mask, None where nothing is padded."""
     lengths = [len(s) for s in samples]
-    input_ids_BT = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        input_ids_BT[row, : len(sample)] = sample.input_ids_L
+    input_ids_BT = nn.utils.rnn.pad_sequence([s.input_ids_L.cpu() for s in samples], batch_first=True)
     if min(lengths) == max(lengths):
         return input_ids_BT.to(device), None
     attention_mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

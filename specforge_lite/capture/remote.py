@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from specforge_lite.capture import transport
-from specforge_lite.capture.base import TargetInfo, check_capture
+from specforge_lite.capture.base import TargetInfo, check_capture, check_sample
 from specforge_lite.capture.transport import Blob, LostSample, NoSpace, Transport, open_transport
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone
@@ -148,7 +148,7 @@ class RemoteEngine:
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """See TargetEngine. Samples of a call are asked for at the same time."""
         for sample in samples:
-            self._check_sample(sample)
+            check_sample(sample, self.info)
         futures = [self._http.submit(self._capture_one(sample, next(self._next_url))) for sample in samples]
         try:
             states = [future.result()[0] for future in futures]
@@ -177,19 +177,6 @@ class RemoteEngine:
             self._server.stop()
         for opened in self._transports.values():
             opened.close()
-
-    def _check_sample(self, sample: TokenizedSample) -> None:
-        name, length = sample.sample_id, len(sample)
-        if not 0 < length <= self.info.max_length:
-            raise CaptureError(
-                f"{self.info.engine}: sample {name}: {length} tokens, the server accepts 1 to {self.info.max_length}"
-            )
-        low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
-        if low < 0 or high >= self.info.vocab_size:  # an id out of range ends the whole server
-            raise CaptureError(
-                f"{self.info.engine}: sample {name}: token ids {low}..{high}, the vocabulary is"
-                f" 0..{self.info.vocab_size - 1}; was the data tokenized for another model?"
-            )
 
     async def _capture_one(self, sample: TokenizedSample, url: str) -> tuple[CapturedStates, int | None]:
         """The states of a sample and the token that the server would continue it with."""

@@ -22,7 +22,7 @@ class CaptureConfig(Section):
 
 def main() -> int:
     config = parse_config(CaptureConfig, description=__doc__ or "")
-    from specforge_lite.capture.context import read_target_info
+    from specforge_lite.capture.base import read_target_info
     from specforge_lite.capture.offline import capture_offline, check_room
     from specforge_lite.core.files import lock_directory
     from specforge_lite.serving.registry import open_engine

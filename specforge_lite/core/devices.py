@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specforge_lite.core.errors import ConfigError
 
@@ -76,6 +77,14 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
             there = f"{count} visible GPU(s) on this host" if count else "torch sees no GPU on this host"
             raise ConfigError(f"device {device}: {there}; expected {'cuda:0' if count else 'cpu'}")
     return device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one of this thread. Every new thread starts with GPU 0 as its own, and kernels that do not
+    look at their tensors (Triton's) would run there."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def num_local_ranks(requested: int | None = None) -> int:

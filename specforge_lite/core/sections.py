@@ -33,7 +33,7 @@ class LocalTargetSection(TargetPathSection):
     target_dtype: Dtype = Field(
         "auto", description="dtype the target runs in; auto: as stored", json_schema_extra={"flags": ["--dtype"]}
     )
-    device: str | None = Field(None, description="cpu, cuda, cuda:1; default: CUDA if there is one")
+    device: str | None = Field(None, description="cpu, cuda:1, auto (all GPUs); default: a GPU if there is one")
 
 
 class EngineFlags(Section):

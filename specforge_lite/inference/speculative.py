@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.capture.hf import load_target_model
+from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.checkpoints.loading import load_draft
-from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.inference.attention import without_cudnn
@@ -144,15 +143,16 @@ class SpeculativeModel:
 
         total_token, depth, top_k: the tree, see `TreeShape`; num_draft_tokens: a chain of that many tokens instead.
         use_eagle3: what the draft is expected to be (default: whatever it is). dtype: `auto` (as stored), `float32`,
-        `bfloat16`, `float16`. device: default CUDA if there is one.
+        `bfloat16`, `float16`. device: `cpu`, `cuda:N`, `auto` (all visible GPUs); default: one GPU if it fits.
 
         Raises ConfigError and CheckpointError naming what does not fit.
         """
-        place = pick_device(device)
+        place = place_target(str(base_model_path), dtype, device)
         model = load_target_model(str(base_model_path), dtype, place, trust_remote_code)
         draft = None
         if draft_model_path is not None:
-            draft = load_draft(draft_model_path, model.config, model.dtype, place)
+            where = model.get_input_embeddings().weight.device
+            draft = load_draft(draft_model_path, model.config, model.dtype, where)
             is_eagle3 = draft.config.algorithm == "eagle3"
             if use_eagle3 is not None and use_eagle3 != is_eagle3:
                 raise ConfigError(
@@ -380,7 +380,7 @@ def target_head_of(model: Any) -> Head:
     _, logit_scale, softcap = family_scales(model.config.get_text_config())
 
     def logits(hidden: Tensor) -> Tensor:
-        raw: Tensor = head(hidden) * logit_scale
+        raw: Tensor = head(hidden).to(hidden.device) * logit_scale  # it may lie on another GPU than the embedding
         return softcap * torch.tanh(raw / softcap) if softcap else raw
 
     return logits

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_lite.capture.hf import choose_aux_layer_ids, find_decoder
+from specforge_lite.capture.base import choose_aux_layer_ids
+from specforge_lite.capture.hf import find_decoder
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.attention import GROUPED, share_keys_of_groups
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask

@@ -8,8 +8,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from specforge_lite.capture.hf import load_target_model
-from specforge_lite.core.devices import pick_device
+from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.inference.hf_generate import GenerationRequest, GenerationResult, eos_token_ids_of, generate_batch
 from specforge_lite.regenerate.answers import THOUGHT_OPENERS, split_answer
@@ -24,7 +23,7 @@ class HfBackend:
 
     def __init__(self, model_path: str, dtype: str, batch_size: int, trust_remote_code: bool = False) -> None:
         self.model = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path
-        self.lm = load_target_model(model_path, dtype, pick_device(), trust_remote_code)
+        self.lm = load_target_model(model_path, dtype, place_target(model_path, dtype, None), trust_remote_code)
         self.tokenizer: Any = load_tokenizer(model_path, trust_remote_code)
         self.batch_size = batch_size
         self.num_places = BATCHES_WAITING * batch_size  # enough to find `batch_size` questions of like length

@@ -14,8 +14,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.context import EngineContext, read_target_info
+from specforge_lite.capture.base import EngineContext, TargetInfo, read_target_info
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.capture.transport import check_space, mooncake_address
 from specforge_lite.core.errors import ConfigError, EngineError, SpecforgeError

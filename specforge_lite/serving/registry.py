@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from specforge_lite.capture.base import TargetEngine
-from specforge_lite.capture.context import DEFAULT_WAIT_MINUTES, EngineContext, read_target_info
+from specforge_lite.capture.base import DEFAULT_WAIT_MINUTES, EngineContext, TargetEngine, read_target_info
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import TargetSection

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from specforge_lite.capture.base import TargetEngine, TargetInfo
-from specforge_lite.capture.context import num_positions
+from specforge_lite.capture.base import TargetEngine, TargetInfo, num_positions
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.checkpoints.draft_files import fill_from_target, read_config
 from specforge_lite.core.errors import ConfigError

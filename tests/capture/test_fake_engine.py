@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from specforge_lite.capture.base import TargetInfo, check_capture
-from specforge_lite.capture.fake import FakeEngine, Fault
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.types import TokenizedSample
+from tests.fake_engine import FakeEngine, Fault
 
 INFO = TargetInfo("fake", num_layers=6, hidden_size=16, vocab_size=5000, max_length=40, aux_layer_ids=(1, 2, 4))
 
@@ -54,7 +54,7 @@ def test_other_faults() -> None:
     for name, error in (("no", CaptureError), ("gone", EngineError), ("bug", RuntimeError)):
         with pytest.raises(error, match="as asked"):
             engine.capture([sample([1, 2], name)])
-    with pytest.raises(CaptureError, match="sample long has 41 tokens"):
+    with pytest.raises(CaptureError, match="sample long: 41 tokens, the target accepts 1 to 40"):
         engine.capture([sample([1] * 41, "long")])
     assert engine.num_calls == engine.num_samples == 5
 

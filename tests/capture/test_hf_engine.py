@@ -162,10 +162,10 @@ def test_default_aux_layers_are_told(llama: Path, capsys: pytest.CaptureFixture[
 
 def test_user_mistakes(llama: Path, tmp_path: Path) -> None:
     engine = HfEngine(str(llama))
-    with pytest.raises(CaptureError, match=f"sample long has {POSITIONS + 1} tokens, the target takes 1..{POSITIONS}"):
+    with pytest.raises(CaptureError, match=f"sample long: {POSITIONS + 1} tokens, the target accepts 1 to {POSITIONS}"):
         engine.capture([make_sample("ok", 4), make_sample("long", POSITIONS + 1)])
     wrong = TokenizedSample("w", torch.tensor([5, VOCAB]), torch.ones(2, dtype=torch.bool))
-    with pytest.raises(CaptureError, match=f"sample w has token id {VOCAB}.*0..{VOCAB - 1}"):
+    with pytest.raises(CaptureError, match=f"sample w: token ids .*{VOCAB}, the vocabulary is 0..{VOCAB - 1}"):
         engine.capture([wrong])
     with pytest.raises(ConfigError, match="aux_layer_ids"):
         HfEngine(str(llama), aux_layer_ids=(1, 4))

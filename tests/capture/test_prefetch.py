@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.fake import FakeEngine, Fault
 from specforge_lite.capture.prefetch import SkipBudget, prefetch
 from specforge_lite.core.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.types import CapturedStates, TokenizedSample
+from tests.fake_engine import FakeEngine, Fault
 
 INFO = TargetInfo("fake", num_layers=5, hidden_size=8, vocab_size=97, max_length=32, aux_layer_ids=(0, 1, 3))
 

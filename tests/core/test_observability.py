@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.capture.fake import FakeEngine, Fault
 from specforge_lite.core import provenance
 from specforge_lite.core.errors import TrainingError
 from specforge_lite.training import run_dir
 from specforge_lite.training.loop import Trainer
+from tests.fake_engine import FakeEngine, Fault
 from tests.training_runs import Run, start_ranks, train, wait
 
 
@@ -103,7 +103,7 @@ def test_a_hang_shows_its_place_on_sigusr1_and_goes_on(tmp_path: Path) -> None:
     process.join()
     text = log.read_text()
     assert alive  # a dump is no end
-    assert 'capture/fake.py", line ' in text  # where the engine's thread hangs
+    assert 'tests/fake_engine.py", line ' in text  # where the engine's thread hangs
     assert "in _spoil" in text
     assert "in train\n" in text  # and what the main thread waits for
 
@@ -183,5 +183,5 @@ def test_wall_time_is_read_in_four_places_only() -> None:
         if re.search(r"\btime\.time\(|datetime\.now\(|datetime\.utcnow\(", path.read_text()):
             users.add(str(path.relative_to(package)))
     assert {name for name in users if "plugins" not in name} == {
-        "core/files.py", "core/http.py", "core/provenance.py", "regenerate/client.py",
+        "core/files.py", "core/http.py", "core/provenance.py",
     }  # fmt: skip

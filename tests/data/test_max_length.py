@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specforge_lite.capture.context import num_positions
+from specforge_lite.capture.base import num_positions
 from tests.script_runner import end_of_script
 
 

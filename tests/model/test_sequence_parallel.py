@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specforge_lite.capture.fake import Fault
 from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.draft import TTTSettings
@@ -22,6 +21,7 @@ from specforge_lite.model.sequence import SequenceGroup, needed_steps, own_rows
 from specforge_lite.training.distributed import open_world
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.settings import DistributedSection
+from tests.fake_engine import Fault
 from tests.model.test_eagle3 import MASKS, gradients, make_batch, make_draft, make_target_head
 from tests.training.test_training_processes import log_of
 from tests.training_runs import Run, run_ranks, train

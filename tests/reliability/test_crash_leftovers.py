@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.capture.fake import FakeEngine
 from specforge_lite.capture.offline import CaptureSection, OfflinePart, capture_offline
 from specforge_lite.core import files as atomic
 from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, replace_directory
 from specforge_lite.regenerate.shards import ShardStore
+from tests.fake_engine import FakeEngine
 from tests.script_runner import end_of_script
 from tests.training_runs import INFO, Run, make_dataset, train
 

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from specforge_lite.capture import remote, transport
-from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.context import EngineContext
-from specforge_lite.capture.fake import FakeEngine
+from specforge_lite.capture.base import EngineContext, TargetInfo
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.core.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.core.sections import TargetSection
@@ -24,6 +22,7 @@ from specforge_lite.serving.sglang import Sglang
 from specforge_lite.serving.vllm import Vllm
 from specforge_lite.types import TokenizedSample
 from tests.capture_server import INFO, CaptureServer
+from tests.fake_engine import FakeEngine
 
 OpenEngine = Callable[..., RemoteEngine]
 
@@ -149,7 +148,7 @@ def test_samples_the_server_would_choke_on_are_not_sent(server: CaptureServer, o
         with pytest.raises(CaptureError, match=message):
             engine.capture([TokenizedSample("bad", torch.tensor(ids), mask)])
     for length in (0, 65):
-        with pytest.raises(CaptureError, match=f"{length} tokens, the server accepts 1 to 64"):
+        with pytest.raises(CaptureError, match=f"{length} tokens, the target accepts 1 to 64"):
             engine.capture([sample("long", length)])
     assert server.num_requests == 0
 

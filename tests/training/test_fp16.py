@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_lite.capture.fake import Fault
 from specforge_lite.checkpoints.compat.deepspeed import translate
 from specforge_lite.core.errors import TrainingError
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.training.optimizer import NOT_FINITE, OVERFLOW, DraftOptimizer, LossScaler
 from specforge_lite.training.settings import OptimizerSection, TrainingSection
+from tests.fake_engine import Fault
 from tests.model import test_eagle1, test_eagle3
 from tests.training.test_training_processes import log_of, several_runs
 from tests.training.test_training_runs import assert_same_checkpoint, stop_after

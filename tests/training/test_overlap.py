@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_lite.capture.fake import FakeEngine
 from specforge_lite.training.dataloader import BatchMaker
+from tests.fake_engine import FakeEngine
 from tests.training_runs import INFO, Run, make_dataset, make_head, train
 
 Range = tuple[int, float, float]  # thread, start, end in microseconds

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.capture.fake import Fault
 from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.training.dataloader import Dataloader, StepBatches
 from specforge_lite.training.failures import BEAT_SECONDS
 from specforge_lite.training.loop import Trainer
+from tests.fake_engine import Fault
 from tests.training_runs import Run, run_ranks, start_ranks, train, wait
 
 SHARED_SETTINGS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_lite.capture.fake import FakeEngine, Fault
 from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import CaptureError, CheckpointError, ConfigError, DataError, TrainingError
@@ -26,6 +25,7 @@ from specforge_lite.training.metrics import WEIGHT_AT, empty_row, output_row
 from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.run_dir import RunDirectory
 from specforge_lite.training.settings import DistributedSection
+from tests.fake_engine import FakeEngine, Fault
 from tests.training_runs import INFO, Run, capture, make_dataset, make_head, make_models, run_ranks, train, weights
 
 ONE = World(0, 1, torch.device("cpu"), 60.0)

@@ -5,6 +5,7 @@
 # make test-old-cpu   the draft's step and a training run with the instructions of CPUs without AVX-512, and without AVX
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
 # make test-engines   live tests against both engines    make mooncake  the store that carries states between hosts
+# make engine-lists   the GPU lists in engine_envs/ resolve, without a GPU
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +13,7 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm mooncake clean
+.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm engine-lists mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
@@ -74,6 +75,9 @@ STAND_IN_FILES := $(wildcard engine_envs/sglang_cpu/*.py engine_envs/sglang_cpu/
 
 engine-sglang: .venv-sglang/.installed
 engine-vllm: .venv-vllm/.installed
+
+engine-lists: $(VENV)/.installed
+	$(PY) engine_envs/check_lists.py
 
 .venv-%/.installed: engine_envs/install.sh engine_envs/%-cpu.txt engine_envs/%-gpu.txt $(PLUGIN_FILES) $(STAND_IN_FILES)
 	PYTHON=$(PYTHON) engine_envs/install.sh $* .venv-$*

@@ -82,10 +82,11 @@ PY
 install_mooncake() {  # install_mooncake VENV
   local venv=$1
   # Debian's names of the libraries that the Mooncake wheel links to.
-  local libraries=(libibverbs1 librdmacm1 libnuma1 liburing2 libcurl4)
+  local libraries=(libibverbs1 ibverbs-providers librdmacm1 libnuma1 liburing2 libcurl4)
   pip_in "$venv" install --no-deps -r "$here/mooncake-$gpu.txt"
-  "$venv/bin/python" -c 'import mooncake.store' 2>/dev/null || debian_packages "${libraries[@]}"
-  "$venv/bin/python" -c 'import mooncake.store' || die "the store does not load in $venv"
+  # torch first: its packages bring the CUDA runtime that the GPU build links to.
+  "$venv/bin/python" -c 'import torch, mooncake.store' 2>/dev/null || debian_packages "${libraries[@]}"
+  "$venv/bin/python" -c 'import torch, mooncake.store' || die "the store does not load in $venv"
   say "the store is ready in $venv"
 }
 

@@ -52,6 +52,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+# Wide enough for the kernels of serving engines.
+WIDE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+}
+
 # family -> (model_type, changes to SMALL)
 TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
@@ -107,8 +117,8 @@ FAMILIES = (*TEXT_FAMILIES, *WRAPPED_FAMILIES, *REMOTE_FAMILIES)
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_minicpm.py"
 
 
-def family_config(family: str) -> Any:
-    """A transformers config of the family, tiny."""
+def family_config(family: str, wide: bool = False) -> Any:
+    """A transformers config of the family, tiny; `wide` is for text families only."""
     if family == "gemma3-vision":
         text = {**SMALL, "model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 8}
         vision = {**VISION, "model_type": "siglip_vision_model"}
@@ -121,22 +131,29 @@ def family_config(family: str) -> Any:
         vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 2, "num_heads": 2, "out_hidden_size": HIDDEN}
         return transformers.Qwen2_5_VLConfig(text_config={**SMALL, "rope_parameters": rope}, vision_config=vision)
     model_type, changes = TEXT_FAMILIES[family]
-    return AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    return AutoConfig.for_model(model_type, **{**SMALL, **changes, **(WIDE if wide else {})})
 
 
-def random_model(family: str) -> Any:
+def random_model(family: str, wide: bool = False) -> Any:
     """A model with random weights: some as at the start of training, all of them and the norms moved by 0.1."""
     torch.manual_seed(0)
     if family == "minicpm4":
         from tests.remote_code.modeling_minicpm import MiniCPMConfig, MiniCPMForCausalLM
 
+        shape = {**SMALL, **(WIDE if wide else {})}
         model: Any = MiniCPMForCausalLM(
-            MiniCPMConfig(**SMALL, scale_emb=12, dim_model_base=8, scale_depth=1.4, tie_word_embeddings=True)
+            MiniCPMConfig(
+                **shape,
+                scale_emb=12,
+                dim_model_base=8,
+                scale_depth=1.4,
+                tie_word_embeddings=True,
+            )
         )
     else:
         wrapped = family in WRAPPED_FAMILIES
         auto = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
-        model = auto.from_config(family_config(family), dtype=torch.float32)
+        model = auto.from_config(family_config(family, wide), dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -145,9 +162,9 @@ def random_model(family: str) -> Any:
     return model
 
 
-def save_family(family: str, directory: Path) -> Path:
+def save_family(family: str, directory: Path, wide: bool = False) -> Path:
     """Save a random fp32 model of the family; returns `directory`."""
-    random_model(family).save_pretrained(directory)
+    random_model(family, wide).save_pretrained(directory)
     if family in REMOTE_FAMILIES:
         shutil.copy(REMOTE_CODE, directory)
         config = json.loads((directory / "config.json").read_text())

@@ -62,7 +62,7 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         "Qwen 2, 2.5": Support("read"),
         "Qwen 3": Support("read"),
         "Qwen 2 MoE": Support("read"),
-        "Qwen 3 MoE": Support("read"),
+        "Qwen 3 MoE": Support("run"),
         "Qwen 3 Next": Support("read"),
         "Qwen 2.5 VL, 3 VL": Support("read"),
         "Phi 3, 4": Support("read"),

@@ -193,6 +193,7 @@ class MooncakeSink:
 def open_mooncake_store(address: str, segment_bytes: int):  # type: ignore[no-untyped-def]
     """Connect to the master at `tcp://HOST:PORT` or `rdma://HOST:PORT/DEVICE`, lending `segment_bytes`."""
     os.environ.setdefault("MC_STORE_MEMCPY", "0")  # the local shortcut crashes on hosts without RDMA
+    import torch  # noqa: F401  the store of a GPU machine finds libcudart only where torch has loaded it
     from mooncake.store import MooncakeDistributedStore
 
     parts = urlsplit(address)

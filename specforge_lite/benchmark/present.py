@@ -1,13 +1,10 @@
-"""Results for people: a table in the terminal and a bar chart as png."""
+"""Results in the terminal."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from specforge_lite.benchmark.rows import SpeedupRow
-from specforge_lite.core.files import user_errors, write_atomically
 
 STATISTIC = (
     "tokens per pass = completion tokens / verification passes, over all requests; speed-up = throughput / throughput"
@@ -98,43 +95,3 @@ def _interval(value: float | None, interval: Sequence[float] | None) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def save_chart(rows: Sequence[SpeedupRow], path: Path) -> None:
-    """Speed-up per benchmark, a bar per configuration, whiskers for the intervals. Nothing without a drafted row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drafted = [row for row in rows if row.steps and row.speedup is not None]
-    if not drafted:
-        return
-    benchmarks = list(dict.fromkeys(row.benchmark for row in drafted))
-    configs = sorted({row.key.config for row in drafted})
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 * len(benchmarks) + 0.5 * len(configs) + 2), 3.6), dpi=150)
-    width = 0.8 / len(configs)
-    colours = plt.get_cmap("viridis")
-    for index, config in enumerate(configs):
-        shown = [(benchmarks.index(row.benchmark), row) for row in drafted if row.key.config == config]
-        places = [place + (index - (len(configs) - 1) / 2) * width for place, _ in shown]
-        heights = [float(row.speedup or 0.0) for _, row in shown]
-        colour = colours(0.1 + 0.75 * index / max(len(configs) - 1, 1))
-        axes.bar(places, heights, 0.92 * width, label=str(config), color=colour)
-        for place, height, (_, row) in zip(places, heights, shown):
-            if row.speedup_interval:
-                low, high = row.speedup_interval
-                axes.plot([place, place], [low, high], color="#222222", linewidth=0.9)
-            top = max(height, row.speedup_interval[1] if row.speedup_interval else 0.0)
-            axes.annotate(f"{height:.2f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
-    axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(benchmarks)), benchmarks)
-    axes.set_ylabel("speed-up")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="B,steps,topk,verified", fontsize=7, title_fontsize=7, frameon=False, loc="upper left",
-                bbox_to_anchor=(1.0, 1.0))  # fmt: skip
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight")
-    plt.close(figure)
-    with user_errors(path):
-        write_atomically(path, picture.getvalue())

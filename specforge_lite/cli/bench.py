@@ -79,13 +79,14 @@ def main() -> None:
     config = parse_config(BenchmarkConfig, description=__doc__ or "")
     from specforge_lite.benchmark.configs import BenchConfig, check_backend
     from specforge_lite.benchmark.engines import check_options, exported_draft, session_opener
-    from specforge_lite.benchmark.present import print_table, save_chart
+    from specforge_lite.benchmark.present import print_table
     from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
     from specforge_lite.benchmark.rows import ResultFile
     from specforge_lite.benchmark.run import Workload, run_benchmark
     from specforge_lite.core.hub import load_config
     from specforge_lite.data.prompts import ChatEncoder
     from specforge_lite.report import write_report
+    from specforge_lite.report.speedup import save_chart
 
     configs = [BenchConfig.parse(text) for text in config.work.config_list]
     requests = [BenchmarkRequest.parse(text) for text in config.work.benchmark_list]
@@ -119,11 +120,12 @@ def main() -> None:
     if dtype == "auto":  # as stored
         dtype = str(load_config(options.model_path, options.trust_remote_code).dtype or "float32")
     print_table(rows, dtype.removeprefix("torch."), greedy=work.temperature == 0)
-    save_chart(rows, work.output.with_suffix(".png"))
+    found = [row.to_dict() for row in rows]
+    save_chart(found, work.output.with_suffix(".png"))
     page = write_report(
         work.output.with_suffix(".html"),
         title=f"Speed-up on {options.backend}: {Path(options.model_path).name}",
-        speedup_rows=[row.to_dict() for row in rows],
+        speedup_rows=found,
         provenance=collect_provenance(config.model_dump(mode="json")),
     )
     info(f"wrote {work.output}, {work.output.with_suffix('.png').name}, {page.name}")

@@ -14,6 +14,7 @@ from specforge_lite.core.errors import SpecforgeError
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 128 + signal.SIGINT
+SECONDS_PER_LINE = 10.0  # of progress where there is no terminal
 
 
 def is_main_rank() -> bool:
@@ -37,8 +38,8 @@ def warn(message: str) -> None:
 sinks: list[Callable[[str, str], None]] = []
 
 
-def _write(message: str, stream: Any) -> None:
-    for sink in sinks:
+def _write(message: str, stream: Any, sinks_too: bool = True) -> None:
+    for sink in sinks if sinks_too else ():
         sink("info" if stream is sys.stdout else "warning", message)
     try:
         from tqdm import tqdm
@@ -50,23 +51,66 @@ def _write(message: str, stream: Any) -> None:
 
 
 def progress(total: int | None, description: str, unit: str = "it", **kwargs: Any) -> Any:
-    """Return a tqdm bar (`.update(n)`, `.set_postfix_str`, context manager) with rate and remaining time.
+    """Return a progress bar (`.update(n)`, `.set_postfix_str`, context manager) with rate and remaining time.
 
-    Off a terminal it prints at most one line every ten seconds, so that a CI log stays readable.
+    Off a terminal there is no bar: a line every ten seconds, and none for what is done before, so that a log stays
+    readable.
     """
-    from tqdm import tqdm
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    interactive = sys.stderr.isatty()
-    defaults: dict[str, Any] = {
-        "total": total,
-        "desc": description,
-        "unit": unit,
-        "dynamic_ncols": interactive,
-        "mininterval": 0.2 if interactive else 10.0,
-        "maxinterval": 10.0 if interactive else 60.0,
-        "disable": not is_main_rank(),
-    }
-    return tqdm(**{**defaults, **kwargs})
+        return tqdm(
+            **{
+                "total": total,
+                "desc": description,
+                "unit": unit,
+                "dynamic_ncols": True,
+                "mininterval": 0.2,
+                "disable": not is_main_rank(),
+                **kwargs,
+            }
+        )
+    return ProgressLines(total, description, unit, kwargs.get("initial", 0), kwargs.get("disable", not is_main_rank()))
+
+
+class ProgressLines:
+    """What a bar would show, as plain lines: `regenerate: 120 of 1,000 (12%), 3.1 row/s, 4m left`."""
+
+    def __init__(self, total: int | None, description: str, unit: str, initial: int = 0, disable: bool = False) -> None:
+        self.total, self.n, self._initial, self._disable = total, initial, initial, disable
+        self._description, self._unit, self._postfix = description, unit, ""
+        self._start = self._shown = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        if not self._disable and time.monotonic() - self._shown >= SECONDS_PER_LINE:
+            self._shown = time.monotonic()
+            _write(self.line(), sys.stderr, sinks_too=False)
+
+    def line(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        if self._unit == "it" and not self.total:  # a wait, counted in turns of a loop
+            text = f"{self._description}: {format_seconds(seconds)}"
+            return f"{text}, {self._postfix}" if self._postfix else text
+        rate = (self.n - self._initial) / seconds
+        of_total = f" of {self.total:,} ({self.n / self.total:.0%})" if self.total else ""
+        pace = f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}"
+        text = f"{self._description}: {self.n:,}{of_total}, {pace} {self._unit}/s"
+        if self.total and rate > 0:
+            text += f", {format_seconds(max(self.total - self.n, 0) / rate)} left"
+        return f"{text}, {self._postfix}" if self._postfix else text
+
+    def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
+        self._postfix = text
+
+    def close(self) -> None:
+        """Nothing is left on a terminal that there is not."""
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def format_seconds(seconds: float) -> str:
@@ -90,6 +134,9 @@ def format_bytes(count: float) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; one clear line and exit code 2 for a user's error, 130 for Ctrl-C, traceback otherwise."""
     start = time.monotonic()
+    if not sys.stderr.isatty():  # read when the libraries are imported; a log file is no place for their bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         code = main()
     except SpecforgeError as error:

@@ -4,98 +4,136 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report.charts import Bar, bar_chart, category
-from specforge_lite.report.markup import Html, card, table, tag
+from specforge_lite.report.cards import Card, PageSection, Table, bars_card, percent
+from specforge_lite.report.figures import CATEGORIES, Bar, draw_bars, new_figure, save_figure
+from specforge_lite.report.sources import is_number
 
 NEEDED = ("benchmark", "batch_size", "steps", "topk", "num_draft_tokens", "acc_length", "throughput")
+FEW_PROMPTS = 20
+AXIS = "speed-up (1 = without a draft)"
+Rows = Sequence[Mapping[str, Any]]
 
 
-def speedup_section(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """A chart per benchmark and one table. Raises DataError for a row without one of `NEEDED`."""
+def speedup_section(rows: Rows) -> PageSection:
+    """A chart per benchmark, all on one scale, and one table. Raises DataError for a row without one of `NEEDED`."""
     for number, row in enumerate(rows, 1):
         missing = [key for key in NEEDED if row.get(key) is None]
         if missing:
             raise DataError(f"speed-up row {number}: '{missing[0]}' is missing")
-    names = list(dict.fromkeys(str(row["benchmark"]) for row in rows))
-    batch_sizes = sorted({int(row["batch_size"]) for row in rows})
-    charts = [_chart(name, [r for r in rows if r["benchmark"] == name and r["steps"]], batch_sizes) for name in names]
-    whiskers = any(_interval(row, "speedup_interval") for row in rows)
-    note = "Throughput over that of the same engine without a draft at the same batch size."
-    if whiskers:
+    groups, limit = _bars(rows)
+    cards = [bars_card(name, bars, "", limit, 1.0, AXIS, f"Speed-up on {name}") for name, bars in groups.items()]
+    note = "Throughput over that of the same engine without a draft at the same batch size; one scale for all charts."
+    if any(bar.interval for bars in groups.values() for bar in bars):
         note += " Whiskers: 95% intervals over prompts."
-    return tag(
-        "div",
-        None,
-        tag("p", {"class": "note"}, note),
-        tag("div", {"class": "grid"}, *(chart for chart in charts if chart)),
-        card("All figures", _table(rows), wide=True),
-    )
+    header = [
+        "benchmark",
+        "configuration",
+        "B,steps,topk,verified",
+        "tokens/pass",
+        "tokens/s",
+        "speed-up",
+        "ms/token",
+        "p95",
+        "first token ms",
+    ]
+    table = Table("", [*header, "identical"], [_cells(row) for row in rows], 3)
+    return PageSection("Speed-up", [*cards, Card("All figures", tables=(table,), wide=True)], note)
+
+
+def headline(rows: Rows) -> list[tuple[str, str]]:
+    """The tile: the one configuration with the highest mean over all benchmarks, not the best of all bars."""
+    names = {row["benchmark"] for row in rows}
+    by_config: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _measured(rows):
+        by_config.setdefault(config_label(row), []).append(row)
+    complete = {name: found for name, found in by_config.items() if {row["benchmark"] for row in found} == names}
+    if not complete:
+        return []
+    best, found = max(complete.items(), key=lambda item: fmean(row["speedup"] for row in item[1]))
+    prompts = [sum(_count(row.get("num_requests")) for row in found)]
+    words = f"mean speed-up on {', '.join(sorted(map(str, names)))} ({best})"
+    if 0 < prompts[0] < FEW_PROMPTS:
+        words += f", from {prompts[0]} requests only"
+    return [(f"{fmean(row['speedup'] for row in found):.2f}×", words)]
 
 
 def config_label(row: Mapping[str, Any]) -> str:
-    """`4,7,10,60`: batch size, steps, top-k, tokens verified, as on the command line."""
-    return f"{row['batch_size']},{row['steps']},{row['topk']},{row['num_draft_tokens']}"
+    """`batch 4, tree 7×10, 60 verified`, or `batch 1, chain of 3`."""
+    if not row["steps"]:
+        return f"batch {row['batch_size']}, no draft"
+    if row["topk"] == 1:
+        return f"batch {row['batch_size']}, chain of {row['steps']}"
+    return f"batch {row['batch_size']}, tree {row['steps']}×{row['topk']}, {row['num_draft_tokens']} verified"
 
 
-def _chart(name: str, rows: Sequence[Mapping[str, Any]], batch_sizes: Sequence[int]) -> Html:
-    bars = []
-    for row in rows:
-        speedup = row.get("speedup")
-        if not isinstance(speedup, (int, float)) or not math.isfinite(speedup):
-            continue
-        colour = category(batch_sizes.index(int(row["batch_size"])))
-        text = f"{speedup:.2f}×"
-        bars.append(Bar(config_label(row), float(speedup), text, colour, _interval(row, "speedup_interval")))
-    if not bars:
-        return Html("")
-    used = [size for size in batch_sizes if any(int(row["batch_size"]) == size for row in rows)]
-    caption = [(f"batch size {size}", "", category(batch_sizes.index(size))) for size in used]
-    return card(
-        name,
-        bar_chart(f"Speed-up on {name}", bars, reference=1.0, label_width=84, caption=caption),
-        note="batch,steps,top-k,verified",
-    )
+def save_chart(rows: Rows, path: Path) -> None:
+    """The same bars as a PNG, a panel per benchmark on one scale. Nothing without a drafted row."""
+    groups, limit = _bars(rows)
+    if not groups:
+        return
+    tallest = max(map(len, groups.values()))
+    figure, axes = new_figure(len(groups), columns=2, size=(5.4, 0.9 + 0.3 * tallest))
+    for ax, (name, bars) in zip(axes, groups.items()):
+        draw_bars(ax, bars, reference=1.0, limit=limit)
+        ax.grid(False, axis="y")
+        ax.set_title(name, parse_math=False)
+        ax.set_xlabel(AXIS)
+    figure.get_layout_engine().set(rect=(0, 0, 0.95, 1))
+    save_figure(figure, path)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Html:
-    header = ["benchmark", "config", "tokens/pass", "tokens/s", "speed-up", "ms/token", "p95", "first token ms"]
-    header += ["identical"]
-    return table(header, [_cells(row) for row in rows], text_columns=2)
+def _bars(rows: Rows) -> tuple[dict[str, list[Bar]], float]:
+    """Bars by benchmark, and the right end of all axes."""
+    sizes = sorted({int(row["batch_size"]) for row in rows})
+    groups: dict[str, list[Bar]] = {}
+    for row in _measured(rows):
+        colour = CATEGORIES[sizes.index(int(row["batch_size"])) % len(CATEGORIES)]
+        bar = Bar(config_label(row), row["speedup"], f"{row['speedup']:.2f}×", colour, _interval(row, "speedup"))
+        groups.setdefault(str(row["benchmark"]), []).append(bar)
+    tops = [max(bar.value, *(bar.interval or (0.0,))) for bars in groups.values() for bar in bars]
+    return groups, 1.02 * max([*tops, 1.0])
+
+
+def _measured(rows: Rows) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["steps"] and is_number(row.get("speedup")) and math.isfinite(row["speedup"])]
+
+
+def _count(value: Any) -> int:
+    return int(value) if is_number(value) else 0
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    share: Any = row.get("identical_share")
     return [
         str(row["benchmark"]),
-        config_label(row) if row["steps"] else f"{row['batch_size']}, no draft",
+        config_label(row),
+        ",".join(str(row[key]) for key in ("batch_size", "steps", "topk", "num_draft_tokens")) if row["steps"] else "",
         _with_interval(row, "acc_length", 2),
         _with_interval(row, "throughput", 1),
         _with_interval(row, "speedup", 2),
         _number(row.get("latency_per_token_ms"), 2),
         _number(row.get("latency_per_token_p95_ms"), 2),
         _number(row.get("time_to_first_token_ms"), 1),
-        _share(row.get("identical_share")),
+        percent(share, 1) if is_number(share) else "–",
     ]
 
 
 def _with_interval(row: Mapping[str, Any], key: str, digits: int) -> str:
-    interval = _interval(row, f"{key}_interval")
-    text = _number(row.get(key), digits)
-    return f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else text
+    interval, text = _interval(row, key), _number(row.get(key), digits)
+    return f"{text} [{interval[0]:,.{digits}f}, {interval[1]:,.{digits}f}]" if interval else text
 
 
 def _interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    value = row.get(key)
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(v, (int, float)) for v in value):
+    value = row.get(f"{key}_interval")
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_number, value)):
         return None
     return (float(value[0]), float(value[1])) if all(map(math.isfinite, value)) else None
 
 
 def _number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else "–"
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.1f}%" if isinstance(value, (int, float)) else "–"
+    return f"{value:,.{digits}f}" if is_number(value) else "–"

@@ -12,9 +12,8 @@ from specforge_lite.core.log import info
 from specforge_lite.evaluation.acceptance import Acceptance, Decoded, disagreement
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis
 from specforge_lite.evaluation.run import save_results
-from specforge_lite.report.errors import error_tables
-from specforge_lite.report.markup import visible
-from specforge_lite.report.page import write_errors_page
+from specforge_lite.report.errors import error_tables, write_errors_page
+from specforge_lite.report.figures import visible
 from specforge_lite.training.evaluate import EvalResult
 
 MAX_PRINTED_ROWS = 10
@@ -34,7 +33,7 @@ def print_positions(result: EvalResult, title: str) -> None:
         table.add_row(str(k), *(f"{value[k]:.4f}" for value in (*values, result.accuracy, result.loss)))
     Console().print(table)
     info(
-        f"estimated acceptance length, chains of {result.chain_length}: walk {result.tau_walk:.3f}, all rows"
+        f"estimated acceptance length, chains of {result.chain_length}: greedy {result.tau_walk:.3f}, mean over all"
         f" {result.tau_chain:.3f}, sampling {result.tau_sampling:.3f}"
     )
 

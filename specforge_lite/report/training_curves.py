@@ -1,8 +1,8 @@
-"""training_curves.png from a run's metrics.jsonl or a wandb export: losses and accuracies by position, learning rate.
+"""Curves of a run, from its metrics.jsonl or a wandb export; training_curves.png shows all of them.
 
-Read are metrics.jsonl of our runs, and wandb's history: as CSV (`run.history().to_csv`, or the "CSV export" of a chart,
-whose columns are called `RUN - METRIC`) and as JSON (a list of rows, one row per line, or columns as pandas writes
-them). Known are the names of our trackers, of EAGLE (`train/ploss_0`, `train/epochacc_0`, `train/lr`) and of SpecForge.
+wandb's history is read as CSV (`run.history().to_csv`, or the "CSV export" of a chart, whose columns are called
+`RUN - METRIC`) and as JSON (a list of rows, one row per line, or columns as pandas writes them). Known are the names of
+our trackers, of EAGLE (`train/ploss_0`, `train/epochacc_0`, `train/lr`) and of SpecForge.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report.figures import new_figure, save_figure, step_colours
+from specforge_lite.report.figures import Curve, draw_curves, legend_below, new_figure, save_figure
 from specforge_lite.report.sources import read_jsonl
 from specforge_lite.training.run_dir import METRICS_FILE
 
@@ -45,18 +44,6 @@ _NAMES = (
 Row = dict[str, Any]
 
 
-@dataclass
-class Curve:
-    """One line of a panel. `position` where the metric has one; `held_out`: shown as points."""
-
-    label: str
-    panel: str
-    position: int | None
-    held_out: bool
-    x: list[float] = field(default_factory=list)
-    y: list[float] = field(default_factory=list)
-
-
 def read_rows(path: Path) -> list[Row]:
     """Rows of a run's directory, a metrics.jsonl, or a wandb export (.csv, .json, .jsonl). Raises DataError."""
     if path.is_dir():
@@ -79,8 +66,7 @@ def read_rows(path: Path) -> list[Row]:
 def _read_csv(path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [dict(row) for row in reader]
+            rows = [dict(row) for row in csv.DictReader(file)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a CSV file: {error}") from None
     for number, row in enumerate(rows, 2):
@@ -173,24 +159,13 @@ def recognise(column: str) -> Curve | None:
 
 
 def plot_curves(curves: list[Curve], path: Path, title: str) -> None:
-    """One panel per kind of metric that is there; trained as lines, held-out and per epoch as points."""
+    """One panel per kind of metric that is there; training as lines, held-out and per epoch as dots on dashes."""
     panels = [panel for panel in PANELS if any(curve.panel == panel for curve in curves)]
     figure, axes = new_figure(len(panels))
     for panel, ax in zip(panels, axes):
-        shown = [curve for curve in curves if curve.panel == panel]
-        positions = [curve.position for curve in shown if curve.position is not None]
-        colours = step_colours(max(positions) + 1) if positions else []
-        for curve in shown:
-            style: dict[str, Any] = {"marker": "o", "linestyle": "none"} if curve.held_out else {"linewidth": 1.2}
-            if len(curve.x) == 1:
-                style = {"marker": "o"}
-            if curve.position is not None:
-                style["color"] = colours[curve.position]
-            order = sorted(range(len(curve.x)), key=curve.x.__getitem__)
-            ax.plot([curve.x[i] for i in order], [curve.y[i] for i in order], label=curve.label, markersize=4, **style)
+        draw_curves(ax, [curve for curve in curves if curve.panel == panel])
         ax.set_title(PANELS[panel])
         ax.set_xlabel("step")
-        if len(shown) > 1:
-            ax.legend(fontsize=6, ncols=2 if len(shown) > 8 else 1)
-    figure.suptitle(title)
+        legend_below(ax)
+    figure.suptitle(title, parse_math=False)
     save_figure(figure, path)

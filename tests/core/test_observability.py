@@ -185,3 +185,20 @@ def test_wall_time_is_read_in_four_places_only() -> None:
     assert {name for name in users if "plugins" not in name} == {
         "core/files.py", "core/http.py", "core/provenance.py",
     }  # fmt: skip
+
+
+def test_progress_off_a_terminal_is_plain_lines_and_rare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    with log.progress(1000, "regenerate", unit="row") as bar:
+        for _ in range(25):  # 25 seconds, 4 rows each
+            clock[0] += 1.0
+            bar.update(4)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert shown.splitlines() == [
+        "regenerate: 40 of 1,000 (4%), 4 row/s, 4m left",
+        "regenerate: 80 of 1,000 (8%), 4 row/s, 4m left",
+    ]

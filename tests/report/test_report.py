@@ -19,14 +19,23 @@ from specforge_lite.core.errors import DataError
 from specforge_lite.evaluation.compare_generation import Decoding, Sample
 from specforge_lite.inference.output import token_texts
 from specforge_lite.report import write_report
-from specforge_lite.report.charts import Bar, Series, bar_chart, line_chart, nice_ticks, short_number, thin
-from specforge_lite.report.decoding import generations_section
-from specforge_lite.report.markup import escape, tag
-from specforge_lite.report.values import read_decoding
+from specforge_lite.report.cards import (
+    MAX_POINTS,
+    Table,
+    bars_card,
+    curves_card,
+    render,
+    short_number,
+    thinned,
+)
+from specforge_lite.report.figures import Bar, Curve, visible
+from specforge_lite.report.page import generations_section
+from specforge_lite.report.sources import read_decoding
+from specforge_lite.report.speedup import headline, speedup_section
 from tests.report_data import EVALUATION, SPEEDUP_ROWS, metric_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-VOID = {"meta", "br", "hr", "line", "rect", "circle", "path"}
+VOID = {"meta", "br", "hr"}
 
 
 class Text(HTMLParser):
@@ -60,94 +69,131 @@ class Text(HTMLParser):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1]),
-        (0.3, 9.1, [0, 2.5, 5, 7.5, 10]),
-        (2.0, 10.0, [2, 4, 6, 8, 10]),
-        (1e-5, 9e-5, [0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4]),
-        (-3.0, 4.0, [-4, -2, 0, 2, 4]),
-    ],
-)
-def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]) -> None:
-    assert nice_ticks(low, high) == pytest.approx(ticks)
-
-
-@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9))
-def test_ticks_always_enclose_and_are_few(low: float, span: float) -> None:
-    ticks = nice_ticks(low, low + span)
-    assert 2 <= len(ticks) <= 8
-    assert ticks == sorted(ticks)
-    slack = 1e-6 * max(span, abs(low))
-    assert ticks[0] <= low + slack
-    assert ticks[-1] >= low + span - slack
-
-
-def test_ticks_of_a_single_value() -> None:
-    assert nice_ticks(3.0, 3.0)[0] < 3.0 < nice_ticks(3.0, 3.0)[-1]
-
-
-@pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.25"), (1234, "1234"), (15000, "15k"), (2.5e6, "2.5M"), (1e-4, "1e-4"), (0.0015, "1.5e-3"),
-     (6.3e-6, "6.3e-6"), (1.9e9, "1.9G"), (0.0625, "0.0625")],
+    [(0, "0"), (0.25, "0.25"), (1234, "1,234"), (886e6, "886,000,000"), (1e-4, "1×10⁻⁴"), (0.0015, "0.0015"),
+     (4.9e-5, "4.9×10⁻⁵"), (0.0625, "0.0625"), (math.nan, "–")],
 )  # fmt: skip
 def test_short_numbers(value: float, text: str) -> None:
     assert short_number(value) == text
 
 
 def test_thinning_takes_means() -> None:
-    assert thin([1, 2, 3, 4, 5, 6], [1, 3, 5, 7, 0, 2], limit=3) == ([1.5, 3.5, 5.5], [2, 6, 1])
-    assert thin([1, 2], [3, 4], limit=3) == ([1, 2], [3, 4])
+    n = 2 * MAX_POINTS
+    curve = thinned(Curve("a", "p", None, False, [float(i) for i in range(n)], [float(i % 2) for i in range(n)]))
+    assert (len(curve.x), curve.x[:2], set(curve.y)) == (MAX_POINTS, [0.5, 2.5], {0.5})
+    dots = Curve("a", "p", None, True, [0.0] * n, [0.0] * n)
+    assert thinned(dots) is dots
+
+
+def numbers_in(path: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?[\d.]+", path)]
 
 
 def test_line_runs_through_its_points() -> None:
-    """Axes 0..10 by 0..1: the plot spans 40..332 across and 176..10 upwards."""
-    chart = line_chart("t", [Series("a", [0, 5, 10], [0.0, 1.0, 0.5], "red")], floor=0, ceiling=1)
-    assert 'd="M40.0,176.0L186.0,10.0L332.0,93.0"' in chart
+    """0, 1 and 0.5 at 0, 5 and 10: equal steps across, and the last point half way up."""
+    card = curves_card("t", "", [Curve("a", "loss", None, False, [0, 5, 10], [0.0, 1.0, 0.5])], 0.0)
+    (path,) = re.findall(r'<g id="[^"]*line-a">\s*<path d="([^"]+)"', str(card.chart))
+    x0, y0, x1, y1, x2, y2 = numbers_in(path)
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert y0 - y2 == pytest.approx(0.5 * (y0 - y1), rel=1e-3)
+    assert card.legend == (("a", "0.5", "accent"),)
 
 
 def test_a_value_that_is_not_finite_interrupts_the_line() -> None:
-    chart = line_chart("t", [Series("a", [0, 1, 2, 3, 4], [0, 1, math.nan, 1, 0], "red")])
-    assert chart.count("<path") == 2
+    curve = Curve("a", "loss", None, False, [0, 1, 2, 3, 4], [0, 1, math.nan, 1, 0])
+    chart = str(curves_card("t", "", [curve], None).chart)
+    (path,) = re.findall(r'line-a">\s*<path d="([^"]+)"', chart)
+    assert path.count("M") == 2
     assert "nan" not in chart.lower()
-    assert "No finite value" in line_chart("t", [Series("a", [0, 1], [math.nan, math.inf], "red")])
+    assert "No finite value" in curves_card("t", "", [Curve("a", "loss", None, False, [0], [math.inf])], None).note
+
+
+def test_held_out_data_has_a_name_of_its_own() -> None:
+    curves = [Curve("position 0", "loss", 0, False, [1, 2], [3.0, 2.0]), Curve("e", "loss", 0, True, [2], [2.5])]
+    card = curves_card("Loss", "", curves, None)
+    assert card.dots
+    assert card.legend == (("position 0", "2 · held-out 2.5", "ramp-0"),)
 
 
 def test_bars_are_in_proportion() -> None:
-    chart = bar_chart("t", [Bar("a", 1.0, "1"), Bar("b", 0.5, "0.5"), Bar("c", 0.0, "0")], full=1.0, label_width=100)
-    widths = [float(w) for w in re.findall(r'class="bar"[^>]*width="([\d.]+)"', chart)]
+    chart = str(bars_card("t", [Bar("a", 1.0, "1"), Bar("b", 0.5, "0.5"), Bar("c", 0.0, "0")], limit=1.0).chart)
+    widths = []
+    for path in re.findall(r'bar-\d">\s*<path d="([^"]+)"', chart):
+        across = numbers_in(path)[::2]
+        widths.append(max(across) - min(across))
     assert widths[1] / widths[0] == pytest.approx(0.5, abs=0.01)
-    assert widths[2] == 0.5  # a hairline, so that zero is seen as a bar
+    assert widths[2] == pytest.approx(0, abs=0.01)
+    assert 'aria-label="t: a 1, b 0.5, c 0"' in chart
+
+
+def test_charts_carry_no_colour_of_their_own_and_no_double_id() -> None:
+    """Light and dark are the style sheet's; two charts in one page must not share ids."""
+    charts = [str(bars_card(name, [Bar("a", 0.5, "x")], limit=1.0).chart) for name in ("one", "two")]
+    ids = [set(re.findall(r'\bid="([^"]+)"', chart)) for chart in charts]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for chart in charts:
+        assert not re.search(r"(?:fill|stroke): #", chart)
+        assert "var(--accent)" in chart
+        assert "<text" in chart
+
+
+def test_speed_up_charts_share_a_scale_and_the_headline_is_no_best_of_many() -> None:
+    rows = [dict(row) for row in SPEEDUP_ROWS]
+    for row in rows:
+        if row["benchmark"] == "mtbench" and row["batch_size"] == 4 and row["topk"] == 10:
+            row["speedup"] = 4.0  # the best bar of all; the same configuration on gsm8k: 1.9
+    charts = [card for card in speedup_section(rows).cards if card.chart]
+    ticks = [re.findall(r">(\d)</text>", str(card.chart)) for card in charts]
+    assert ticks[0] == ticks[1]
+    assert all("speed-up (1 = without a draft)" in str(card.chart) for card in charts)
+    ((value, words),) = headline(rows)
+    assert value == "2.95×"  # (1.9 + 4.0) / 2
+    assert words == "mean speed-up on gsm8k, mtbench (batch 4, tree 7×10, 60 verified)"
+    few = [{**row, "num_requests": 3} for row in rows]
+    assert headline(few)[0][1].endswith("from 6 requests only")
 
 
 # ------------------------------------------------------------------------------------------------------------- escaping
 
 
+def page_of(*samples: Sample) -> str:
+    return render("report.html", title="t", started="", tiles=[], sections=[generations_section(samples)])
+
+
 def test_plain_text_is_escaped_everywhere() -> None:
-    page = tag("p", {"title": '"><script>', "class": None}, "<b>&", tag("i", None, "ok"))
-    assert page == '<p title="&quot;&gt;&lt;script&gt;">&lt;b&gt;&amp;<i>ok</i></p>'
+    hostile = '"><script>&\x00 $\\frac$ \ud800'
+    section = speedup_section([{**SPEEDUP_ROWS[1], "benchmark": hostile}])
+    cards = [*section.cards, *speedup_section(SPEEDUP_ROWS).cards]
+    table = Table(hostile, [hostile], [[hostile]])
+    section = type(section)(hostile, cards, hostile, facts=[table], folded=[table])
+    page = render("report.html", title=hostile, started=hostile, tiles=[(hostile, hostile)], sections=[section])
+    assert "<script" not in page
+    assert "\x00" not in page
+    assert page.count("&lt;script&gt;") > 10
+    Text(page.removeprefix("<!doctype html>\n"))
 
 
 def test_unprintable_characters_become_pictures() -> None:
-    assert escape("a\x00\x1b\x7f\ud800\tb\n") == "a\u2400\u241b\ufffd\ufffd\tb\n"
+    assert visible("a\x00\x1b\x7f\ud800\tb\n") == "a\u2400\u241b\ufffd\ufffd\tb\n"
 
 
 @given(st.lists(st.text(st.characters()), min_size=1, max_size=8))
 def test_any_generation_comes_back_as_text(texts: list[str]) -> None:
-    section = generations_section([Sample("".join(texts), tuple(texts), (1,) * len(texts))])
-    parsed = Text(section)
+    page = page_of(Sample("".join(texts), tuple(texts), (1,) * len(texts)))
+    article = page[page.index("<article") : page.index("</article>") + len("</article>")]
+    parsed = Text(article)
     assert {name for name, _ in parsed.elements} <= {"p", "article", "span", "b"}
     expected = "".join(texts)
     for code in [*range(9), *range(11, 32)]:
         expected = expected.replace(chr(code), chr(0x2400 + code))
     expected = re.sub("[\x7f-\x9f\ud800-\udfff]", "\ufffd", expected)
-    assert parsed.text.endswith(expected + expected)
+    assert parsed.text.endswith(f"{expected}\n{expected}")
 
 
 def test_tokens_are_grouped_by_pass() -> None:
     """Passes of 3, 1 and 2 tokens, the last one cut after its first: own tokens are c and d, e was drafted."""
-    section = generations_section([Sample("p", ("a", "b", "c", "d", "e"), (3, 1, 2))])
+    section = page_of(Sample("p", ("a", "b", "c", "d", "e"), (3, 1, 2)))
     body = section[section.index('<p class="answer"') :]
     assert re.findall(r'<span class="pass pass-(\d)" title="([^"]+)">', body) == [
         ("0", "pass 1: 3 tokens"), ("1", "pass 2: 1 token"), ("2", "pass 3: 2 tokens"),
@@ -192,7 +238,7 @@ def test_all_parts_together(tmp_path: Path) -> None:
     )
     page = path.read_text()
     parsed = Text(page.removeprefix("<!doctype html>\n"))
-    for words in ("Loss per draft step", "Learning rate", "75%", "33%", "2.50", "1.90×", "optimizer.lr", "7,10,60"):
+    for words in ("Loss by position", "Learning rate", "75%", "33%", "2.50", "optimizer.lr", "tree 7×10, 60 verified"):
         assert words in parsed.text, words
     assert "hf_abcdefghijklmnopqrstu" not in page
     assert "b" * 40 not in page

@@ -15,6 +15,10 @@ from specforge_lite.report.sources import is_number
 
 NEEDED = ("benchmark", "batch_size", "steps", "topk", "num_draft_tokens", "acc_length", "throughput")
 FEW_PROMPTS = 20
+HEADER = [
+    "benchmark", "configuration", "B,steps,topk,verified", "tokens/pass", "tokens/s", "speed-up", "ms/token", "p95",
+    "first token ms", "identical",
+]  # fmt: skip
 AXIS = "speed-up (1 = without a draft)"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,18 +34,7 @@ def speedup_section(rows: Rows) -> PageSection:
     note = "Throughput over that of the same engine without a draft at the same batch size; one scale for all charts."
     if any(bar.interval for bars in groups.values() for bar in bars):
         note += " Whiskers: 95% intervals over prompts."
-    header = [
-        "benchmark",
-        "configuration",
-        "B,steps,topk,verified",
-        "tokens/pass",
-        "tokens/s",
-        "speed-up",
-        "ms/token",
-        "p95",
-        "first token ms",
-    ]
-    table = Table("", [*header, "identical"], [_cells(row) for row in rows], 3)
+    table = Table("", HEADER, [_cells(row) for row in rows], 3)
     return PageSection("Speed-up", [*cards, Card("All figures", tables=(table,), wide=True)], note)
 
 

@@ -83,15 +83,12 @@ def test_a_mistake_is_named_as_it_was_typed_and_all_kinds_are_in_one_report(tmp_
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [
-        (
-            "--gradient_checkpointing",
-            "--gradient_checkpointing: unknown flag; did you mean '--activation-checkpointing'?",
-        ),
+        ("--grad_checkpointing", "--grad_checkpointing: unknown flag; did you mean '--activation-checkpointing'?"),
         ("--per_device_train_batch_size", "did you mean '--batch-size'?"),
         ("--verifier-name-or-path", "did you mean '--target-model-path'?"),
         ("--epochs", "did you mean '--num-epochs'?"),
         ("--save_steps", "did you mean '--save-interval'?"),
-        ("--num-warmup-steps", "did you mean '--warmup-steps'?"),
+        ("--scheduler-warmup-steps", "did you mean '--warmup-steps'?"),
         ("--sglang-mem-fraction-static", "did you mean '--mem-frac'?"),
         ("--draft-global-batch-size", "unknown flag; global batch = --batch-size x"),
         ("--batch", "did you mean '--batch-size'?"),
@@ -104,7 +101,7 @@ def test_suggestions_go_by_meaning(flag: str, hint: str) -> None:
     assert hint in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", ["--num-workers", "--frobnicate", "--order", "--seeds-of-doubt"])
+@pytest.mark.parametrize("flag", ["--num-threads", "--frobnicate", "--order", "--seeds-of-doubt"])
 def test_no_suggestion_goes_by_spelling_alone(flag: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(TrainConfig, [flag, "3"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.core import provenance
+from specforge_lite.core import log, provenance
 from specforge_lite.core.errors import TrainingError
 from specforge_lite.training import run_dir
 from specforge_lite.training.loop import Trainer

@@ -35,10 +35,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if x.device.type == "cpu":
-            return rms_norm(x, weight.shape, weight, self.eps)
-        return torch.ops.aten._fused_rms_norm(x, weight.shape, weight, self.eps)[0]  # type: ignore[no-any-return]
+        if x.is_cuda or not torch.is_grad_enabled():  # one fused kernel, where weight and input are of one dtype
+            return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number per row, where torch's parts keep two more copies of x in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        x, weight, scale = ctx.saved_tensors
+        normed, wide_grad = x * scale, grad.to(scale.dtype)
+        grad_weight = (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        wide_grad = wide_grad * weight
+        mean = (wide_grad * normed).mean(-1, keepdim=True)
+        return wide_grad.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
 class Projections(nn.Module):

@@ -28,7 +28,7 @@ from specforge_lite.model.target_head import TargetHead
 # Logits alive at a time. On a CPU a chunk stays in the cache; a GPU wants few and large ones, as its memory allows.
 CPU_CHUNK_ELEMENTS = 4 << 20
 CPU_PASS_ELEMENTS = 1 << 20
-BYTES_PER_CHUNK_ELEMENT = 640  # of GPU memory: one chunk takes at most 14 bytes an element, 2% of the memory
+BYTES_PER_CHUNK_ELEMENT = 256  # of GPU memory: a chunk takes at most 12 bytes an element, 5% of it
 UNKNOWN_MEMORY = 80 << 30  # of a device that does not tell
 
 
@@ -216,6 +216,8 @@ def _logits_to_gradient(
     else:
         lk = fused(lk_pass, compiled)
         results = [lk(*part, lse, loss_name) for part, lse in zip(parts, lse_m.split(tokens))]
+    if len(results) == 1:
+        return results[0]
     losses, hits = zip(*results)
     return torch.cat(losses), torch.cat(hits)
 
@@ -228,9 +230,11 @@ def cross_entropy_pass(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Ten
     top_mK1 = wide_mKV.amax(-1, keepdim=True)
     own_mK1 = wide_mKV.gather(-1, teacher_id_m[:, None, None].expand(-1, wide_mKV.shape[1], 1))
     expected_mK = (wide_mKV * teacher_m1V).sum(-1)
-    exp_mKV = (wide_mKV - top_mK1).exp_()
+    exp_mKV = wide_mKV.sub_(top_mK1).exp_()
     total_mK1 = exp_mKV.sum(-1, keepdim=True)
-    logits_mKV.copy_(exp_mKV.div_(total_mK1).sub_(teacher_m1V))
+    exp_mKV.div_(total_mK1).sub_(teacher_m1V)
+    if exp_mKV.dtype != logits_mKV.dtype:
+        logits_mKV.copy_(exp_mKV)
     return (top_mK1 + total_mK1.log()).squeeze(-1) - expected_mK, (own_mK1 >= top_mK1).squeeze(-1)
 
 

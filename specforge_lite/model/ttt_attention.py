@@ -172,13 +172,15 @@ def single_keys_backward(
     groups, scale, wide = keys[0].shape[1], 1 / math.sqrt(q_RHd.shape[2]), probabilities[0].dtype
     q_RGgd, grad_RGgd = (_by_group(x, groups).to(wide) for x in (q_RHd, grad_RHd))
     delta_RGg = (grad_RGgd * _by_group(out_RHd, groups)).sum(-1)
-    dq_RGgd = _by_group(dq_RHd, groups)
+    own_RGgd = torch.zeros_like(q_RGgd)
+    q_RGgd = q_RGgd * scale
     key_grads, value_grads = [], []
     for probability, key, value in zip(probabilities, keys, values):
-        d_score = (grad_RGgd * value.unsqueeze(2)).sum(-1).sub_(delta_RGg).mul_(probability).mul_(scale).unsqueeze(-1)
-        dq_RGgd += d_score * key.unsqueeze(2)
+        d_score = (grad_RGgd * value.unsqueeze(2)).sum(-1).sub_(delta_RGg).mul_(probability).unsqueeze(-1)
+        own_RGgd.addcmul_(d_score, key.unsqueeze(2))
         key_grads.append((d_score * q_RGgd).sum(2).to(key.dtype))
         value_grads.append((probability.unsqueeze(-1) * grad_RGgd).sum(2).to(value.dtype))
+    _by_group(dq_RHd, groups).add_(own_RGgd, alpha=scale)
     return key_grads, value_grads
 
 

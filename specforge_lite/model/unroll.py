@@ -79,11 +79,14 @@ class _Pass:
     compiled: bool
     kv_first: tuple[Tensor, Tensor]
 
-    def split(self, rows_RO: Tensor, position_ids_R: Tensor, count: int = 1) -> tuple[Tensor, ...]:
+    def rope(self, position_ids_R: Tensor) -> tuple[Tensor, ...]:
+        """cos and sin of some rows, [R, 1, d / 2]."""
+        return self.rope_P2h.index_select(0, position_ids_R).unsqueeze(1).unbind(2)
+
+    def split(self, rows_RO: Tensor, rope: tuple[Tensor, ...], count: int = 1) -> tuple[Tensor, ...]:
         """`count` (1: queries, 2: keys and values) projected parts -> [R, heads, d], all but values after RoPE."""
         parts = rows_RO.to(self.rope_P2h.dtype).unflatten(-1, (count, -1, self.layer.self_attn.head_dim)).unbind(1)
-        cos, sin = self.rope_P2h.index_select(0, position_ids_R).unsqueeze(1).unbind(2)
-        return (apply_rope(parts[0], cos, sin), *parts[1:])
+        return (apply_rope(parts[0], *rope), *parts[1:])
 
 
 def unroll(
@@ -114,7 +117,7 @@ def unroll(
     )
     x_RD: Tensor | None
     residual_RD, x_RD = layer_input.enter(state_ND, plan.key_embed_places)
-    key, value = shared.split(layer_input.keys_values(x_RD, plan.key_embed_places), plan.key_positions, 2)
+    key, value = shared.split(layer_input.keys_values(x_RD, plan.key_embed_places), shared.rope(plan.key_positions), 2)
     if ttt.sequence is not None:
         assert plan.key_places is not None
         key, value = ttt.sequence.share(key, value, plan.key_places, plan.num_keys)
@@ -145,12 +148,13 @@ def _step(
 
     Step 0 comes with x, the input of the layer; later steps with the state alone, and make a key and a value each.
     """
+    layer_input, rope = shared.layer_input, shared.rope(rows.position_ids)
     if x_RD is None:
-        residual_RD, x_RD = shared.layer_input.enter(residual_RD, rows.embed_places)
-        key, value = shared.split(shared.layer_input.keys_values(x_RD, rows.embed_places), rows.position_ids, 2)
+        residual_RD, x_RD = layer_input.enter(residual_RD, rows.embed_places)
+        key, value = shared.split(layer_input.keys_values(x_RD, rows.embed_places), rope, 2)
         later = [*later, (key, value)]
     layer = shared.layer
-    (q_RHd,) = shared.split(shared.layer_input.queries(x_RD, rows.embed_places), rows.position_ids)
+    (q_RHd,) = shared.split(layer_input.queries(x_RD, rows.embed_places), rope)
     keys, values = zip(shared.kv_first, *later)
     out_RHd = shared.backend.attend(q_RHd, keys, values, rows)
     state_RD = shared.o(out_RHd.flatten(1).to(residual_RD.dtype), residual_RD)
@@ -193,12 +197,12 @@ def summarize(num_tokens: int, plan: RowPlan, loss: Tensor, results: RowResults)
     runs_N = correct_NK.int().cumprod(1).sum(1)
     return StepOutput(
         loss=loss,
-        loss_sum_K=torch.where(counted_MK, results.loss_MK, 0).sum(0).float(),
-        counted_K=counted_MK.sum(0).float(),
-        supervised_K=exists_MK.sum(0).float(),
-        correct_K=correct_MK.sum(0).float(),
-        run_sum=(runs_N * supervised_NK[:, 0]).sum().float(),
-        run_rows=supervised_NK[:, 0].sum().float(),
+        loss_sum_K=torch.where(counted_MK, results.loss_MK, 0).sum(0, dtype=torch.float32),
+        counted_K=counted_MK.sum(0, dtype=torch.float32),
+        supervised_K=exists_MK.sum(0, dtype=torch.float32),
+        correct_K=correct_MK.sum(0, dtype=torch.float32),
+        run_sum=(runs_N * supervised_NK[:, 0]).sum(dtype=torch.float32),
+        run_rows=supervised_NK[:, 0].sum(dtype=torch.float32),
         alpha_sum_K=None if alpha_MK is None else torch.where(counted_MK, alpha_MK, 0).sum(0),
         correct_NK=None if alpha_MK is None else correct_NK,
         supervised_NK=None if alpha_MK is None else supervised_NK,

@@ -221,7 +221,7 @@ def _loss(load: Workload) -> dict[str, float]:
     if load.device == "cpu":
         chunk = 2.0 * elements * size + 4 * CPU_PASS_ELEMENTS * 3  # the product of before is freed late
     else:
-        chunk = elements * (size + (4 if size == 4 else 3 * 4))  # the whole chunk in fp32, several times
+        chunk = elements * (size + (4 if size == 4 else 2 * 4))  # the whole chunk in fp32, several times
     half = 0.0 if size == 4 else 2 * head * size  # the head and its product in the compute dtype
     return {
         "head inputs and their gradients": 3 * inputs * (3 if load.device == "cpu" and size == 2 else 1),

@@ -13,13 +13,13 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser stress engine-sglang engine-vllm engine-lists mooncake clean
+.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser test-codegen stress engine-sglang engine-vllm engine-lists mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
 
 test: $(VENV)/.installed-dev
-	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit" -n 2 --dist worksteal
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m "not engine and not gpu and not stress and not browser and not adam8bit and not codegen" -n 2 --dist worksteal
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(VENV)/adam8bit $(PY) -m pytest -m adam8bit tests/training/test_adam8bit.py
 
 test-gpu: $(VENV)/.installed-dev
@@ -53,8 +53,12 @@ test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm mooncake
 test-browser: $(VENV)/.installed-dev
 	$(PY) -m pytest -m browser tests
 
-stress: $(VENV)/.installed-dev
-	$(PY) -m pytest -m stress tests
+# Attention and loss compiled to sm_90 cubins, no GPU needed.
+test-codegen: $(VENV)/.installed-codegen
+	PYTHONPATH=$(VENV)/codegen $(PY) -m pytest -m "codegen and not stress" tests/gpu_codegen
+
+stress: $(VENV)/.installed-dev $(VENV)/.installed-codegen
+	PYTHONPATH=$(VENV)/codegen $(PY) -m pytest -m stress tests
 
 # requirements.lock fixes the versions of all that comes along; pip reads it as constraints.
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
@@ -67,6 +71,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-ada
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements.lock
 	rm -rf $(VENV)/adam8bit
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/adam8bit -r requirements-adam8bit.txt
+	touch $@
+
+$(VENV)/.installed-codegen: $(VENV)/.installed-dev requirements-codegen.txt
+	rm -rf $(VENV)/codegen
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/codegen -r requirements-codegen.txt
 	touch $@
 
 # An engine's environment is rebuilt when its lock, its installer or our plugin changes.

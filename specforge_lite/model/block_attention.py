@@ -87,11 +87,12 @@ def flex_attention(
     """One call for all documents and blocks."""
     if not len(q_RHd) or rows.kernel is None:
         return masked_attention(q_RHd, k_CGd, v_CGd, k_SGd, v_SGd, rows, plan)
-    block_R, start_n, stop_n, sizes = rows.block_R, plan.key_start_n, plan.key_stop_n, rows.kernel.sizes
+    block_R, start_n, stop_n = rows.block_R, plan.key_start_n, plan.key_stop_n
+    num_context, block_size = rows.kernel.sizes
 
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         block = block_R[row]
-        own = (key >= sizes[0]) & ((key - sizes[0]) // sizes[1] == block)
+        own = (key >= num_context) & ((key - num_context) // block_size == block)
         return own | ((key >= start_n[block]) & (key < stop_n[block]))
 
     keys, values = torch.cat([k_CGd, k_SGd]), torch.cat([v_CGd, v_SGd])

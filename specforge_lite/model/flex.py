@@ -19,8 +19,8 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head
 @dataclass(frozen=True)
 class FlexRows:
     """A step's block mask: for each block of rows, its blocks of keys (int32, as torch's BlockMask wants them), partly
-    and wholly visible; and the other way round. sizes: int64 numbers that the mask function reads, on the device, so
-    that they are no constants of a graph."""
+    and wholly visible; and the other way round. sizes: int64 scalars that the mask function reads, on the device,
+    so that they are no constants of a graph (and no elements of a vector: Inductor lowers no constant index here)."""
 
     kv_counts: Tensor
     kv_blocks: Tensor
@@ -30,14 +30,14 @@ class FlexRows:
     q_blocks: Tensor
     full_q_counts: Tensor
     full_q_blocks: Tensor
-    sizes: Tensor
+    sizes: list[Tensor]
 
     @classmethod
     def of(cls, partly_IJ: Tensor, wholly_IJ: Tensor, sizes: Sequence[int]) -> FlexRows:
         """From which blocks see which, bool; none is in both."""
         both = (partly_IJ, wholly_IJ, partly_IJ.T, wholly_IJ.T)
         tensors = [tensor for visible in both for tensor in _ordered(visible)]
-        return cls(*[*tensors, torch.tensor(list(sizes))])
+        return cls(*tensors, sizes=[torch.tensor(size) for size in sizes])  # type: ignore[misc]
 
 
 def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:

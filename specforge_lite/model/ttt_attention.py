@@ -225,10 +225,10 @@ class Flex:
         if len(q_RHd) == 0:
             return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
         plan: FlexRows = rows.kernel
-        key_row_R, first_key_R, sizes = rows.key_rows, rows.first_keys, plan.sizes
+        (num_keys, num_rows), key_row_R, first_key_R = plan.sizes, rows.key_rows, rows.first_keys
 
         def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
             step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
-            return step0 | ((key >= sizes[0]) & ((key - sizes[0]) % sizes[1] == row))
+            return step0 | ((key >= num_keys) & ((key - num_keys) % num_rows == row))
 
         return run_flex(q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self._compiled)

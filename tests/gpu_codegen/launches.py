@@ -58,8 +58,6 @@ class _Counting(TorchDispatchMode):
             else:
                 self.counts.blocking[name] += 1
         elif any(tensor.device.type == "meta" for tensor in outs):
-            if ins and not any(tensor.device.type == "meta" and tensor.numel() for tensor in ins if tensor.ndim):
-                pass
             if name not in VIEWS:
                 self.counts.launches[name] += 1
         elif name in ("_local_scalar_dense", "nonzero", "item") and any(on_device):

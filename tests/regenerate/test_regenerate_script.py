@@ -241,10 +241,10 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
             RegenerateConfig, ["--raw-data-file", "a.jsonl", "--output-dir", "b", "--output-file", "./a.jsonl"]
         )
     for flags, message in [
-        (["--extra-body", "{"], "extra_body: not valid JSON"),
-        (["--extra-body", '{"stream": true}'], "extra_body: 'stream' is set by the program"),
-        (["--temperature", "-1"], "temperature: expected one or more numbers >= 0"),
-        (["--server-address-port"], "server_address_port: expected at least one"),
+        (["--extra-body", "{"], "--extra-body: not valid JSON"),
+        (["--extra-body", '{"stream": true}'], "--extra-body: 'stream' is set by the program"),
+        (["--temperature", "-1"], "--temperature: expected one or more numbers >= 0"),
+        (["--server-address-port"], "server.address.port: expected at least one"),
     ]:
         with pytest.raises(ConfigError, match=message):
             parse_config(RegenerateConfig, ["--raw-data-file", "a.jsonl", "--output-dir", "b", *flags])

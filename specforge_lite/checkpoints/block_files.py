@@ -26,7 +26,7 @@ FOREIGN_KEYS = {
 }
 
 
-def block_exported_config(config: DraftConfig, num_target_layers: int | None) -> dict[str, Any]:
+def block_exported_config(config: DraftConfig) -> dict[str, Any]:
     """What the config.json of an exported block draft has besides the keys of every draft."""
     layers, mask = list(config.aux_layer_ids or ()), config.mask_token_id
     values: dict[str, Any] = {
@@ -39,8 +39,6 @@ def block_exported_config(config: DraftConfig, num_target_layers: int | None) ->
         "dflash_config": {"mask_token_id": mask, "target_layer_ids": layers},
         "loss_gamma": config.loss_gamma,
     }
-    if num_target_layers is not None:
-        values["num_target_layers"] = num_target_layers
     if config.algorithm == "dspark":
         values |= {
             "markov_rank": config.markov_rank,

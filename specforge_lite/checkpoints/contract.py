@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import default_aux_layer_ids
+from specforge_lite.checkpoints.block_files import block_problems
 from specforge_lite.checkpoints.draft_files import (
     TRAINING_CONFIG,
     DraftFiles,
@@ -27,6 +28,7 @@ from specforge_lite.checkpoints.draft_files import (
 from specforge_lite.checkpoints.loading import find_draft, read_draft_files
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.weight_files import unused_weight_files
+from specforge_lite.model.block_config import BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 
 
@@ -89,7 +91,7 @@ def check_draft(
     if unused := ", ".join(file.name for file in unused_weight_files(folder)):
         findings = [Finding("files", "broken", f"{unused} beside {files.weight_file}: engines read both; delete it")]
     findings.append(Finding("shape of the draft", "broken" if problem else "ok", problem or _describe(shape)))
-    for name, check in CHECKS.items():
+    for name, check in (BLOCK_CHECKS if algorithm in BLOCK_KINDS else CHECKS).items():
         problems = list(check(subject))
         findings += [Finding(name, level, message) for level, message in problems]
         if not problems:
@@ -339,6 +341,19 @@ CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
     "aux layers": check_aux_layers,
     "sizes": check_sizes,
     "target": check_target,
+}
+
+
+def check_block(subject: Subject) -> Iterator[Problem]:
+    """DFlash and DSpark: keys, names, shapes and the target."""
+    if subject.shape is not None:
+        yield from block_problems(subject.files.config, subject.files.tensors, subject.shape, subject.target)
+
+
+BLOCK_CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
+    "block draft": check_block,
+    "values": check_values,
+    "rope": check_rope,
 }
 
 

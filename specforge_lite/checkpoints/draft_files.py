@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_lite.checkpoints.block_files import block_shapes
 from specforge_lite.core.errors import CheckpointError, first_line
 from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
-from specforge_lite.model.block_config import BLOCK_KINDS
+from specforge_lite.model.block_config import BLOCK_KINDS, block_kind_of
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
 
 TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
@@ -90,9 +91,11 @@ def read_safetensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def algorithm_of(config: dict[str, Any], names: Sequence[str]) -> str:
-    """`eagle1` or `eagle3`, from the architecture where it says so, else from the tensors."""
+    """The kind of draft, from the architecture where it says so, else `eagle1` or `eagle3` from the tensors."""
     if "algorithm" in config:
         return str(config["algorithm"])
+    if (kind := block_kind_of(config)) is not None:
+        return kind
     architecture = " ".join(config.get("architectures") or [])
     if "Eagle3" in architecture:
         return "eagle3"
@@ -108,6 +111,8 @@ def draft_config_of(files: DraftFiles, target: Any | None = None) -> DraftConfig
     check_kinds(files.config, source)
     values = dict(files.config)
     values["algorithm"] = algorithm_of(values, list(files.tensors))
+    if values["algorithm"] in BLOCK_KINDS:  # their config.json says everything
+        return DraftConfig.from_dict(values, source)
     values = fill_from_tensors(values, files.tensors, target)
     values = fill_from_target(values, target if values.get("hidden_size") else None, source)
     fc = files.tensors.get("fc.weight")
@@ -199,7 +204,7 @@ def canonical_weights(files: DraftFiles, config: DraftConfig) -> dict[str, Tenso
     unused = {"d2t", "t2d"}
     if "embed_tokens.weight" not in expected_shapes(config):
         unused.add("embed_tokens.weight")
-    if config.algorithm == "eagle1":
+    if config.algorithm != "eagle3":
         unused.add("lm_head.weight")
     if "fc.bias" in weights and not weights["fc.bias"].any():
         unused.add("fc.bias")
@@ -209,6 +214,8 @@ def canonical_weights(files: DraftFiles, config: DraftConfig) -> dict[str, Tenso
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that an exported draft of this config must hold (d2t and t2d apart)."""
+    if config.algorithm in BLOCK_KINDS:
+        return block_shapes(config)
     width, inner, target = config.hidden_size, config.intermediate_size, config.target_hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim

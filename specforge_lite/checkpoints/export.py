@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from specforge_lite import __version__
+from specforge_lite.checkpoints.block_files import block_exported_config
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, expected_shapes
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import newest_complete, read_state, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.files import atomic_directory, save_tensors, user_errors, write_json
+from specforge_lite.model.block_config import BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, Draft, DraftConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,7 +44,7 @@ def export_draft(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: unknown value '{dtype}'{suggest(dtype, DTYPES)}")
     config = draft.config if aux_layer_ids is None else draft.config.replace(aux_layer_ids=tuple(aux_layer_ids))
-    if config.algorithm == "eagle3" and config.aux_layer_ids is None:
+    if config.algorithm != "eagle1" and config.aux_layer_ids is None:
         raise ConfigError(
             "aux_layer_ids: the draft's config has none, and engines would take their default for the target's depth;"
             " give the ids that the draft was trained with"
@@ -128,6 +130,9 @@ def exported_config(config: DraftConfig, dtype: str, provenance: dict[str, Any] 
         del values["draft_vocab_size"]
         return values
     outputs = list(config.aux_layer_ids or ())
+    if config.algorithm in BLOCK_KINDS:
+        del values["draft_vocab_size"], values["target_hidden_size"]
+        return values | block_exported_config(config)
     values["aux_layer_ids"] = outputs
     values[AUX_IDS_KEY] = [i + 1 for i in outputs]  # vLLM: layer inputs
     values["eagle_config"] = {AUX_IDS_KEY: outputs, "use_aux_hidden_state": True}  # SGLang: layer outputs

@@ -270,7 +270,7 @@ class SpeculativeModel:
         if isinstance(prompts, str):
             return [self._encode(prompts)]
         values = _nested(prompts)
-        if values and all(isinstance(value, int) for value in values):
+        if isinstance(values, list) and values and all(isinstance(value, int) for value in values):
             return [values]
         if not isinstance(values, list) or not all(isinstance(value, (str, list)) for value in values):
             raise ConfigError(f"prompts: expected text, token ids, or a list of either, found {type(prompts).__name__}")

@@ -107,6 +107,7 @@ def session_opener(options: ServingOptions, longest: int, temperature: float, se
             num_draft_tokens=max(speculation.num_draft_tokens, 1),
             max_length=min(wanted, limit),
             concurrency=batch_size,
+            temperature=temperature,
             engine_args=engine_args,
         )
         return ServerSession(serving, temperature)

@@ -46,6 +46,8 @@ class ServingOptions:
 
     num_steps: tokens a chain drafts; topk: branches per step; num_draft_tokens: nodes verified at once, the last
     accepted token included (SGLang's words). max_length: tokens of prompt plus answer. concurrency: requests at a time.
+    temperature: of the requests to come; above 0 a chain's draft tokens are sampled as they were trained, where both
+    engines' default is the draft's largest probability.
     """
 
     backend: str
@@ -58,6 +60,7 @@ class ServingOptions:
     dtype: str = "auto"
     mem_frac: float | None = None
     max_length: int = 2048
+    temperature: float = 0.0
     concurrency: int = 16
     port: int | None = None
     engine_python: str | None = None

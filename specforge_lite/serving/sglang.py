@@ -110,6 +110,8 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
             words += ["--speculative-draft-model-path", str(Path(str(options.draft_path)).resolve())]
             words += ["--speculative-num-steps", str(options.num_steps), "--speculative-eagle-topk", str(options.topk)]
             words += ["--speculative-num-draft-tokens", str(options.num_draft_tokens)]
+            if options.temperature > 0 and options.topk == 1 and launch.gpu:  # on a CPU verification is greedy
+                words.append("--speculative-use-rejection-sampling")
         if not launch.gpu:
             tokens = max(2, launch.num_requests) * (options.max_length + options.num_draft_tokens * options.topk)
             words += [*NO_GRAPHS, "--max-total-tokens", str(min(tokens, 4 * MAX_POOLED_TOKENS_CPU))]

@@ -119,11 +119,13 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
                 f"vllm drafts chains only: topk {options.topk} and {options.num_draft_tokens} draft tokens asked for,"
                 f" expected topk 1 and num_steps + 1 = {options.num_steps + 1}"
             )
-        draft = {
+        draft: dict[str, Any] = {
             "method": self.draft_algorithm(str(options.draft_path)),
             "model": str(Path(str(options.draft_path)).resolve()),
             "num_speculative_tokens": options.num_steps,
         }
+        if options.temperature > 0:
+            draft["draft_sample_method"] = "probabilistic"
         return [*words, "--speculative-config", json.dumps(draft)]
 
     def _command(self, launch: Launch) -> list[str]:

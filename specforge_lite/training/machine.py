@@ -53,6 +53,13 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config.model_copy(update=sections)
 
 
+def _physical(device: torch.device) -> str:
+    """The device's name among all of the host, as `--engine-devices` gives them: this process may see only some."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = device.index or 0
+    return visible.split(",")[index].strip() if visible else str(index)
+
+
 def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The config with `mem_frac` chosen where a launched server shares this rank's GPU and none was given: engines take
     70 to 92% otherwise. Raises ConfigError, with the numbers, where both do not fit."""
@@ -61,7 +68,7 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
         return config
     if _backend(config) not in ("sglang", "vllm"):
         return config
-    if target.engine_devices is not None and str(device.index) not in target.engine_devices.split(","):
+    if target.engine_devices is not None and _physical(device) not in target.engine_devices.split(","):
         return config
     training, total = config.training, torch.cuda.get_device_properties(device).total_memory
     draft_file, target_config = config.draft.draft_model_config, load_config(target.target_model_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_vllm_drafts_chains_only(draft: str) -> None:
     for topk, num_draft_tokens in ((2, 4), (1, 3)):
         with pytest.raises(ConfigError, match="vllm drafts chains only"):
             words("vllm", ServingOptions("vllm", "M", draft, 3, topk, num_draft_tokens))
+
+
+def test_drafts_are_sampled_as_they_were_trained_where_sampling_is_served(draft: str) -> None:
+    for temperature, sampled in ((0.0, False), (0.7, True)):
+        chain = ServingOptions("sglang", "M", draft, 3, 1, 4, temperature=temperature)
+        assert ("--speculative-use-rejection-sampling" in words("sglang", chain, gpu=True)) == sampled
+        assert "rejection" not in words("sglang", chain)  # the CPU engine verifies greedily
+        chain = replace(chain, backend="vllm")
+        assert ('"draft_sample_method": "probabilistic"' in words("vllm", chain)) == sampled
+    tree = ServingOptions("sglang", "M", draft, 3, 4, 8, temperature=0.7)
+    assert "rejection" not in words("sglang", tree, gpu=True)
 
 
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])

@@ -166,7 +166,7 @@ def _capture_shard(
     tokens = int(dataset.lengths[first:end].sum())
     aux = torch.zeros(tokens, len(target.aux_layer_ids), target.hidden_size, dtype=dtype)
     last = torch.zeros(tokens, target.hidden_size, dtype=dtype)
-    start_of = {dataset.sample_id(i): int(s) for i, s in zip(range(first, end), _starts(dataset, first, end))}
+    start_of = {dataset.sample_id(i): s for i, s in zip(range(first, end), _starts(dataset, first, end))}
     checksums: dict[str, int] = {}
     normed = True
     for samples, states in captured:
@@ -178,14 +178,10 @@ def _capture_shard(
             bar.update(len(sample))
     # one entry per sample, None for one that the engine refused
     facts = {"first": first, "end": end, "last_is_normed": normed, "checksums": [checksums.get(i) for i in start_of]}
-    _write_shard(directory, number, {"aux": aux, "last": last}, facts)
-
-
-def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     path = _shard(directory, number)
     with user_errors(path):
-        save_tensors(tensors, path)
-        facts = {**facts, "size": path.stat().st_size, "sha256": sha256_of(path)}
+        save_tensors({"aux": aux, "last": last}, path)
+        facts |= {"size": path.stat().st_size, "sha256": sha256_of(path)}
         write_json(_sidecar(directory, number), facts)
 
 
@@ -200,9 +196,10 @@ def _groups(dataset: TokenizedDataset, first: int, end: int) -> Iterator[list[To
         yield group
 
 
-def _starts(dataset: TokenizedDataset, first: int, end: int) -> np.ndarray:
+def _starts(dataset: TokenizedDataset, first: int, end: int) -> list[int]:
+    """First token of each sample in its shard."""
     lengths = dataset.lengths[first:end]
-    return np.cumsum(lengths) - lengths
+    return (np.cumsum(lengths) - lengths).tolist()  # type: ignore[no-any-return]
 
 
 def _complete_shards(directory: Path, count: int) -> set[int]:
@@ -213,11 +210,12 @@ def _complete_shards(directory: Path, count: int) -> set[int]:
         if not _sidecar(directory, number).exists():
             continue
         try:
-            _check_shard(directory, number)
+            recorded = _read_sidecar(directory, number)["sha256"]
+            if sha256_of(_shard(directory, number)) != recorded:
+                raise DataError(f"{_shard(directory, number)}: its content changed since it was written")
+            done.add(number)
         except DataError as error:
             warn(f"captured again: {error}")
-        else:
-            done.add(number)
     return done
 
 
@@ -247,12 +245,6 @@ def _read_sidecar(directory: Path, number: int) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}") from None
     return facts
-
-
-def _check_shard(directory: Path, number: int) -> None:
-    """Raise DataError unless a shard has the size and the hash that were noted."""
-    if sha256_of(_shard(directory, number)) != _read_sidecar(directory, number)["sha256"]:
-        raise DataError(f"{_shard(directory, number)}: its content changed since it was written")
 
 
 def _checksum(aux: Tensor, last: Tensor) -> int:
@@ -294,7 +286,7 @@ class OfflinePart:
             facts = _read_sidecar(directory, number)
             self._normed.append(facts["last_is_normed"])
             self._shards.append(safe_open(_shard(directory, number), framework="pt"))
-            starts = _starts(self.dataset, facts["first"], facts["end"]).tolist()
+            starts = _starts(self.dataset, facts["first"], facts["end"])
             indices = range(facts["first"], facts["end"])
             for index, start, checksum in zip(indices, starts, facts["checksums"], strict=True):
                 if checksum is not None:

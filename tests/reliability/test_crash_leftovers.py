@@ -120,6 +120,19 @@ def test_a_capture_killed_while_it_copied_the_dataset_continues(tmp_path: Path, 
     assert len(OfflinePart(directory).dataset) == len(data)
 
 
+@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
+def test_a_shard_that_is_not_as_written_is_captured_again(tmp_path: Path, damage: str) -> None:
+    data, directory = make_dataset(tmp_path / "data"), tmp_path / "states"
+    capture_offline(data, FakeEngine(INFO), directory, CaptureSection(offline_dir=directory))
+    shard = directory / "states_00000.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-4] if damage == "cut" else good[:-1] + bytes([good[-1] ^ 1]))
+    if damage == "deleted":
+        shard.unlink()
+    capture_offline(data, FakeEngine(INFO), directory, CaptureSection(offline_dir=directory))
+    assert shard.read_bytes() == good
+
+
 def test_a_second_capture_into_one_directory_is_refused(tmp_path: Path, tiny_target: Path, capsys: Any) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "q", "response": "an answer"}\n')

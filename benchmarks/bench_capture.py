@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 
 from specforge_lite.capture.base import TargetEngine
-from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.capture.transport import TmpfsTransport
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info, run_script
@@ -81,7 +81,7 @@ def measure(engine: TargetEngine, samples: list[TokenizedSample], in_flight: int
     size = in_flight if engine.max_concurrency == 1 else 1
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     start = time.perf_counter()
-    with prefetch(engine, iter(batches), depth=in_flight // size) as stream:
+    with Prefetcher(engine, iter(batches), depth=in_flight // size) as stream:
         num_tokens = sum(len(sample) for captured, _ in stream for sample in captured)
     return num_tokens / (time.perf_counter() - start)
 

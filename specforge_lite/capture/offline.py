@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo
-from specforge_lite.capture.prefetch import Prefetcher, SkipBudget, prefetch
+from specforge_lite.capture.prefetch import Prefetcher, SkipBudget
 from specforge_lite.core.errors import CaptureError, ConfigError, DataError
 from specforge_lite.core.files import (
     atomic_directory,
@@ -123,7 +123,7 @@ def capture_offline(dataset: TokenizedDataset, engine: TargetEngine, directory: 
     total = sum(int(dataset.lengths[slice(*plan.shards[number])].sum()) for number in todo)
     with progress(total, "capture", unit="tok", unit_scale=True) as bar:
         for number in todo:
-            feed = prefetch(engine, _groups(dataset, *plan.shards[number]), config.prefetch_depth, skips)
+            feed = Prefetcher(engine, _groups(dataset, *plan.shards[number]), config.prefetch_depth, skips)
             with feed as captured:
                 _capture_shard(dataset, captured, target, directory, number, plan.shards[number], dtype, bar)
     facts = [json.loads(_sidecar(directory, number).read_text(encoding="utf-8")) for number in range(len(plan.shards))]

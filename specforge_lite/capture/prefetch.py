@@ -100,10 +100,12 @@ class SkipBudget:
 
 
 class Prefetcher(Iterator[Captured]):
-    """The iterator `prefetch` returns.
+    """Iterate over `(samples, states)` of `batches`, in order, with up to `depth` batches captured ahead.
 
-    wait_seconds: time the consumer was blocked so far. skips: the budget with its counts. Not thread-safe: one
-    consumer.
+    A sample longer than `engine.info.max_length`, or one whose capture raises CaptureError (also when it is asked for
+    alone), is left out of its batch (which may become empty, so that ranks stay in step) as long as `skips` allows.
+    Every reply is checked with `check_capture`. Anything else that a worker raises is raised here, at that batch's
+    place. Use as a context manager, or call `close()`. wait_seconds: time the one consumer was blocked so far.
     """
 
     def __init__(
@@ -223,19 +225,3 @@ class Prefetcher(Iterator[Captured]):
         for sample, state in zip(samples, states, strict=True):
             check_capture(sample, state, self._engine.info)
         return states
-
-
-def prefetch(
-    engine: TargetEngine,
-    batches: Iterator[list[TokenizedSample]],
-    depth: int,
-    skips: SkipBudget | None = None,
-) -> Prefetcher:
-    """Iterate over `(samples, states)` of `batches`, in order, with up to `depth` batches captured ahead.
-
-    A sample longer than `engine.info.max_length`, or one whose capture raises CaptureError (also when it is asked for
-    alone), is left out of its batch (which may become empty, so that ranks stay in step) as long as `skips` allows.
-    Every reply is checked with `check_capture`. Anything else that a worker raises is raised here, at that batch's
-    place. Use as a context manager, or call `close()`.
-    """
-    return Prefetcher(engine, batches, depth, skips)

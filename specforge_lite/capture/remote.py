@@ -21,7 +21,7 @@ from specforge_lite.capture import transport
 from specforge_lite.capture.base import TargetInfo, check_capture, check_sample
 from specforge_lite.capture.transport import Blob, LostSample, NoSpace, Transport, open_transport
 from specforge_lite.core.errors import CaptureError, EngineError
-from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone
+from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone, backoff_seconds
 from specforge_lite.core.log import format_seconds, warn
 from specforge_lite.types import CapturedStates, TokenizedSample
 
@@ -204,7 +204,7 @@ class RemoteEngine:
                             f"{self._space_hint(error)}{'' if url in str(error) else f' ({url})'}"
                         ) from None
                     self._warn_once(f"sample {sample.sample_id}: {error}; asking again")
-                    await asyncio.sleep(min(RETRY_SECONDS * 2 ** (attempt - 1), 10.0))
+                    await asyncio.sleep(backoff_seconds(attempt, RETRY_SECONDS, 10.0))
         states = CapturedStates(
             sample_id=sample.sample_id,
             input_ids_L=blob.input_ids_L,

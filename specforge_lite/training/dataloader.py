@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from specforge_lite.capture.base import TargetEngine
-from specforge_lite.capture.prefetch import CLOSE_SECONDS, SkipBudget, prefetch
+from specforge_lite.capture.prefetch import CLOSE_SECONDS, Prefetcher, SkipBudget
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.distributed import World
@@ -65,7 +65,7 @@ class Dataloader:
         depth = max(2, -(-engine.max_concurrency // max(1, int(samples_per_batch))))
         if torch.cuda.is_available():
             engine = _PinningEngine(engine)
-        self._prefetcher = prefetch(engine, self._micro_batches(), depth, skips)
+        self._prefetcher = Prefetcher(engine, self._micro_batches(), depth, skips)
 
     @property
     def wait_seconds(self) -> float:

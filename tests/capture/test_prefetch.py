@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.prefetch import SkipBudget, prefetch
+from specforge_lite.capture.prefetch import Prefetcher, SkipBudget
 from specforge_lite.core.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.types import CapturedStates, TokenizedSample
 from tests.fake_engine import FakeEngine, Fault
@@ -51,7 +51,7 @@ def test_results_are_those_of_plain_capture_in_the_order_of_the_batches() -> Non
     plain = FakeEngine(INFO)
     expected = [plain.capture(batch) for batch in given]
     engine = SlowEngine(INFO, max_concurrency=3)
-    with prefetch(engine, iter(given), depth=5) as stream:
+    with Prefetcher(engine, iter(given), depth=5) as stream:
         got = list(stream)
     assert [[s.sample_id for s in samples] for samples, _ in got] == [[s.sample_id for s in b] for b in given]
     for (_, states), wanted in zip(got, expected, strict=True):
@@ -69,7 +69,7 @@ def test_never_pulls_further_ahead_than_depth() -> None:
             pulled.append(index)
             yield batch
 
-    with prefetch(FakeEngine(INFO), source(), depth=3) as stream:
+    with Prefetcher(FakeEngine(INFO), source(), depth=3) as stream:
         for taken in range(1, 13):
             next(stream)
             time.sleep(0.01)
@@ -78,7 +78,7 @@ def test_never_pulls_further_ahead_than_depth() -> None:
 
 def test_capture_overlaps_with_the_consumer() -> None:
     engine = FakeEngine(INFO, latency_s=0.05, max_concurrency=2)
-    with prefetch(engine, iter(batches(8)), depth=4) as stream:
+    with Prefetcher(engine, iter(batches(8)), depth=4) as stream:
         for _ in stream:
             time.sleep(0.05)
         waited = stream.wait_seconds
@@ -86,14 +86,14 @@ def test_capture_overlaps_with_the_consumer() -> None:
 
 
 def test_wait_seconds_counts_the_time_the_consumer_is_blocked() -> None:
-    with prefetch(FakeEngine(INFO, latency_s=0.05, max_concurrency=1), iter(batches(4)), depth=1) as stream:
+    with Prefetcher(FakeEngine(INFO, latency_s=0.05, max_concurrency=1), iter(batches(4)), depth=1) as stream:
         list(stream)
         assert 0.15 < stream.wait_seconds < 0.6
 
 
 def test_an_error_is_raised_at_its_batch_and_ends_the_stream() -> None:
     engine = FakeEngine(INFO, faults={"3.1": Fault("bug")})
-    with prefetch(engine, iter(batches(8)), depth=6) as stream:
+    with Prefetcher(engine, iter(batches(8)), depth=6) as stream:
         for _ in range(3):
             next(stream)
         with pytest.raises(RuntimeError):
@@ -104,7 +104,7 @@ def test_an_error_is_raised_at_its_batch_and_ends_the_stream() -> None:
 
 def test_an_engine_that_is_gone_ends_the_stream_whatever_the_budget() -> None:
     engine = FakeEngine(INFO, faults={"1.0": Fault("gone")})
-    with prefetch(engine, iter(batches(4)), depth=2, skips=SkipBudget(fraction=1.0)) as stream:
+    with Prefetcher(engine, iter(batches(4)), depth=2, skips=SkipBudget(fraction=1.0)) as stream:
         next(stream)
         with pytest.raises(EngineError):
             next(stream)
@@ -113,7 +113,7 @@ def test_an_engine_that_is_gone_ends_the_stream_whatever_the_budget() -> None:
 @pytest.mark.parametrize("kind", ["wrong_width", "wrong_ids", "too_short", "refused"])
 def test_a_reply_that_is_not_the_samples_is_never_handed_out(kind: str) -> None:
     engine = FakeEngine(INFO, faults={"2.1": Fault(kind)})
-    with prefetch(engine, iter(batches(4)), depth=2, skips=SkipBudget(num_samples=8)) as stream:
+    with Prefetcher(engine, iter(batches(4)), depth=2, skips=SkipBudget(num_samples=8)) as stream:
         next(stream), next(stream)
         with pytest.raises(CaptureError, match=r"2\.1"):
             next(stream)
@@ -124,7 +124,7 @@ def test_too_long_samples_are_left_out_within_the_budget() -> None:
     given[2][0] = sample("long", 33)
     given[4] = [sample("longer", 40)]
     skips = SkipBudget(fraction=0.2, num_samples=12)
-    with prefetch(FakeEngine(INFO), iter(given), depth=2, skips=skips) as stream:
+    with Prefetcher(FakeEngine(INFO), iter(given), depth=2, skips=skips) as stream:
         kept = [[s.sample_id for s in samples] for samples, _ in stream]
     assert kept == [["0.0", "0.1"], ["1.0", "1.1"], ["2.1"], ["3.0", "3.1"], [], ["5.0", "5.1"]]
     assert (skips.skipped, skips.seen) == (2, 11)
@@ -133,7 +133,7 @@ def test_too_long_samples_are_left_out_within_the_budget() -> None:
 def test_one_too_long_sample_too_many_says_what_to_do() -> None:
     given = [[sample("a"), sample("long", 33)], [sample("longer", 34)]]
     skips = SkipBudget(fraction=0.34, num_samples=3)
-    with prefetch(FakeEngine(INFO), iter(given), depth=1, skips=skips) as stream:
+    with Prefetcher(FakeEngine(INFO), iter(given), depth=1, skips=skips) as stream:
         next(stream)
         with pytest.raises(CaptureError, match="longer: 34 tokens, the target accepts 32; 2 skipped, the budget is 1"):
             next(stream)
@@ -143,7 +143,7 @@ def test_a_sample_left_out_in_every_epoch_counts_once() -> None:
     epoch = [[sample("a"), sample("long", 33)], [sample("bad")]]
     engine = FakeEngine(INFO, faults={"bad": Fault("refused", times=3)})
     skips = SkipBudget(fraction=0.7, num_samples=3)
-    with prefetch(engine, iter(epoch * 3), depth=2, skips=skips) as stream:
+    with Prefetcher(engine, iter(epoch * 3), depth=2, skips=skips) as stream:
         assert [[s.sample_id for s in samples] for samples, _ in stream] == [["a"], []] * 3
     assert skips.skipped_ids == {"long", "bad"}
 
@@ -165,7 +165,7 @@ def test_default_budget_is_a_tenth_of_a_percent() -> None:
 
 def test_close_drops_what_is_queued_and_ends_the_threads() -> None:
     engine = FakeEngine(INFO, latency_s=0.02, max_concurrency=2)
-    stream = prefetch(engine, iter(batches(50)), depth=20)
+    stream = Prefetcher(engine, iter(batches(50)), depth=20)
     next(stream)
     stream.close()
     calls = engine.num_calls
@@ -179,7 +179,7 @@ def test_close_drops_what_is_queued_and_ends_the_threads() -> None:
 
 def test_close_does_not_wait_for_a_capture_that_hangs() -> None:
     engine = FakeEngine(INFO, faults={"0.0": Fault("hang")})
-    stream = prefetch(engine, iter(batches(3)), depth=2)
+    stream = Prefetcher(engine, iter(batches(3)), depth=2)
     stream._top_up()
     start = time.monotonic()
     stream.close(timeout_s=0.2)
@@ -189,4 +189,4 @@ def test_close_does_not_wait_for_a_capture_that_hangs() -> None:
 
 def test_depth_must_be_positive() -> None:
     with pytest.raises(ValueError, match="depth 0"):
-        prefetch(FakeEngine(INFO), iter([]), depth=0)
+        Prefetcher(FakeEngine(INFO), iter([]), depth=0)

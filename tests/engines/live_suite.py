@@ -23,7 +23,7 @@ from proxy import Proxy
 from training import TrainingRuns
 
 from specforge_lite.capture import remote, transport
-from specforge_lite.capture.prefetch import SkipBudget, prefetch
+from specforge_lite.capture.prefetch import Prefetcher, SkipBudget
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.core.sections import TargetSection
@@ -171,7 +171,7 @@ class CaptureChecks:
         ids += [base, base, base[:128], base[:16]]
         samples = [TokenizedSample(str(i), x, x >= 0) for i, x in enumerate(ids * 4)]
         batches = [samples[i : i + 3] for i in range(0, len(samples), 3)]
-        with prefetch(engine, iter(batches), depth=5) as stream:
+        with Prefetcher(engine, iter(batches), depth=5) as stream:
             got = [state for _, states in stream for state in states]
         assert [state.sample_id for state in got] == [s.sample_id for s in samples]
         for wanted, state in zip(samples, got, strict=True):
@@ -207,7 +207,7 @@ class CaptureChecks:
     def test_too_long_samples_are_counted_and_skipped_within_the_budget(self, engine: RemoteEngine) -> None:
         batches = [[sample("a", 5)], [sample("long", 1001), sample("b", 6)], [sample("longer", 1200)]]
         skips = SkipBudget(fraction=0.25, num_samples=4)
-        with prefetch(engine, iter(batches), depth=1, skips=skips) as stream:
+        with Prefetcher(engine, iter(batches), depth=1, skips=skips) as stream:
             assert [[s.sample_id for s in next(stream)[0]] for _ in range(2)] == [["a"], ["b"]]
             with pytest.raises(CaptureError, match="longer: 1200 tokens, the target accepts 1000; 2 skipped"):
                 next(stream)
@@ -309,7 +309,7 @@ class CaptureChecks:
         assert run.wait(120) == 2, run.log()
         assert "no answer for" in run.log()
         assert str(run.newest_checkpoint()) in run.log()
-        with prefetch(engine, iter([[s] for s in samples]), depth=16) as stream:
+        with Prefetcher(engine, iter([[s] for s in samples]), depth=16) as stream:
             after = [states[0] for _, states in stream]
         for wanted, first, second in zip(samples, before, after, strict=True):
             assert_close(second.aux_LAH, first.aux_LAH)

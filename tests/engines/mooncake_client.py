@@ -11,7 +11,7 @@ from pathlib import Path
 from live_suite import Oracle, sample
 
 from specforge_lite.capture import transport
-from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.capture.transport import Blob, LostSample, MooncakeTransport
 from specforge_lite.core.sections import TargetSection
@@ -64,7 +64,7 @@ def main() -> None:
     oracle = Oracle(Path(model))
     samples = [sample(str(i), 1 + 13 * i) for i in range(32)]
     parity = 0
-    with prefetch(engine, iter([[s] for s in samples]), depth=16) as stream:
+    with Prefetcher(engine, iter([[s] for s in samples]), depth=16) as stream:
         for wanted, states in stream:
             oracle.assert_equal(wanted[0], states[0])
             parity += 1

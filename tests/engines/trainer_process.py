@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from live_suite import LENGTHS, MAX_LENGTH, sample
 
-from specforge_lite.capture.prefetch import prefetch
+from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.registry import open_engine
 
@@ -22,7 +22,7 @@ def main() -> None:
     )
     engine = open_engine(target, MAX_LENGTH, log_dir=Path(out), wait_minutes=5)
     samples = [sample(f"length {n}", n) for n in LENGTHS] + [sample(f"repeat {i}", 90 + i % 2) for i in range(8)]
-    with prefetch(engine, iter([[s] for s in samples]), depth=16) as stream:
+    with Prefetcher(engine, iter([[s] for s in samples]), depth=16) as stream:
         states = [states[0] for _, states in stream]
     answers = {
         s.sample_id: {"ids": s.input_ids_L, "aux": s.aux_LAH, "last": s.last_LH, "normed": s.last_is_normed}

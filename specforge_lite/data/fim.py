@@ -21,24 +21,27 @@ from typing import Any
 import numpy as np
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data.conversations import ID_KEYS, RowRejected, clean_text
+from specforge_lite.data.conversations import CUT_OFF, ID_KEYS, RowRejected, clean_text
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec
 
 
 @dataclass(frozen=True)
 class FimRow:
-    """One hole in one file. `source` names the file: rows of one file never come into both halves of a split."""
+    """One hole in one file. source: the file's name; rows of one file never come into both halves of a split. cut_off:
+    a token limit ended the middle (`finish_reason` "length"), so no end token follows it."""
 
     id: str
     prefix: str
     middle: str
     suffix: str
     source: str = ""
+    cut_off: bool = False
 
     def to_row(self) -> dict[str, Any]:
         """The normal form, ready for `json.dumps`."""
         row = {"id": self.id, "prefix": self.prefix, "middle": self.middle, "suffix": self.suffix}
-        return {**row, "source": self.source} if self.source else row
+        row |= {"source": self.source} if self.source else {}
+        return row | ({"finish_reason": "length"} if self.cut_off else {})
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def to_fim_row(row: Any) -> FimRow:
     given = next((str(row[key]) for key in ID_KEYS if isinstance(row.get(key), (str, int))), "")
     source = row["source"] if isinstance(row.get("source"), str) else ""
     digest = hashlib.sha256(json.dumps([prefix, middle, suffix]).encode("utf-8")).hexdigest()
-    return FimRow(clean_text(given) or digest[:16], prefix, middle, suffix, clean_text(source))
+    cut_off = row.get("finish_reason") in CUT_OFF
+    return FimRow(clean_text(given) or digest[:16], prefix, middle, suffix, clean_text(source), cut_off)
 
 
 class FimTokenizer:
@@ -153,7 +157,7 @@ class FimTokenizer:
         prefix, suffix, middle = (
             ids.tolist() for ids in self._encoder.encode_text([row.prefix, row.suffix, row.middle])
         )
-        answer = [*middle, self.end_token_ids[0]]
+        answer = middle if row.cut_off else [*middle, self.end_token_ids[0]]
         room = self._max_length - sum(len(part) for part in self.layout if isinstance(part, list)) - len(answer)
         num_cut = max(0, len(prefix) + len(suffix) - max(room, 0)) + max(0, -room)
         if room < 0:

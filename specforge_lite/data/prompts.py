@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from specforge_lite.core.errors import ConfigError, DataError, first_line
-from specforge_lite.core.hub import load_config, load_tokenizer
+from specforge_lite.core.hub import load_config, load_tokenizer, text_token_ids
 from specforge_lite.core.log import warn
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.reading import BadRow
@@ -143,7 +143,7 @@ class ChatEncoder:
         if self.system_prompt is not None and not any(message["role"] == "system" for message in messages):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         if self.raw:
-            return list(self.tokenizer("".join(message["content"] for message in messages))["input_ids"])
+            return text_token_ids(self.tokenizer, "".join(message["content"] for message in messages))
         try:
             encoded = self.tokenizer.apply_chat_template(
                 messages,

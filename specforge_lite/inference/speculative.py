@@ -15,7 +15,7 @@ from torch import Tensor
 from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
-from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.core.hub import load_tokenizer, text_token_ids
 from specforge_lite.inference.attention import without_cudnn
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, Meter
@@ -282,14 +282,9 @@ class SpeculativeModel:
         return rows
 
     def _encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens that the tokenizer puts in front are left out where the text, such as one
-        that a chat template rendered, begins with them already."""
         if self.tokenizer is None:
             raise ConfigError("a text prompt needs a tokenizer, and the target has none; give token ids")
-        full = list(self.tokenizer(text)["input_ids"])
-        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        num_added = next((n for n in range(1, len(full) - len(bare) + 1) if full[n : n + len(bare)] == bare), 0)
-        return bare if num_added and bare[:num_added] == full[:num_added] else full
+        return text_token_ids(self.tokenizer, text)
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -76,6 +76,15 @@ def test_an_order_the_family_does_not_know() -> None:
         marked(tokenizer_of("qwen2.5-coder"), ROW, "spm")
 
 
+def test_a_middle_that_was_cut_off_has_no_end() -> None:
+    value = {"id": "x", "prefix": "def add(", "middle": "one, two", "suffix": "):\n"}
+    row = to_fim_row({**value, "finish_reason": "length"})
+    assert row.to_row() == {**value, "finish_reason": "length"}
+    expected = f"<fim_prefix> {P} <fim_suffix> {S} <fim_middle> {M}"
+    assert marked(tokenizer_of("starcoder2"), row, "psm") == expected
+    assert not to_fim_row({**value, "finish_reason": "stop"}).cut_off
+
+
 LITERAL = "<fim_prefix>{prefix}<fim_middle><fim_suffix>{suffix}"
 
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.hub import load_config, load_tokenizer
+from specforge_lite.core.hub import load_config, load_tokenizer, text_token_ids
 from specforge_lite.data.conversations import check_messages
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
+from specforge_lite.data.prompts import ChatEncoder
 from specforge_lite.data.templates import TEMPLATES
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow, tokenize_conversation
 from specforge_lite.types import Conversation
@@ -94,6 +97,27 @@ def test_prepended_space_of_sentencepiece() -> None:
     text = marked(tokenizer, row)
     assert text.startswith("<s> ▁ <0x5B> ")
     assert text.endswith(" <0x5D> *▁It *▁is *▁ *</s>")
+
+
+def test_begin_of_text_exactly_once() -> None:
+    """The template writes it and the post-processor is not asked; a text that was rendered elsewhere has it."""
+    plain = byte_level(all_control=False, extra=("<s>", "<|im_start|>", "<|im_end|>"))
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    row = tokenize(tokenizer, chat("Hi", "It"), template="auto")
+    assert row.input_ids.tolist().count(bos) == 1
+    assert row.input_ids[0] == bos
+    messages = chat("Hi").messages
+    own = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    raw = ChatEncoder(tokenizer, raw=True).encode([{"role": "user", "content": rendered}])
+    assert text_token_ids(tokenizer, rendered) == raw == own
+    assert text_token_ids(tokenizer, "Hi")[0] == bos
 
 
 # ----------------------------------------------------------------------------------------------- control tokens in text

@@ -47,21 +47,20 @@ class VerifyOptions:
 
 @dataclass
 class Examination:
-    """Results so far; each check fills in what later ones need."""
+    """Results so far; each check fills in what later ones need (target.CHECKS names these grounds)."""
 
     options: VerifyOptions
     config: Any = None
     text_config: Any = None
-    directory: Path | None = None
-    head: TargetHead | None = None
-    aux_layer_ids: tuple[int, ...] = ()
-    draft_config: DraftConfig | None = None
     tokenizer: Any = None
-    tokenize: ConversationTokenizer | None = None
+    aux_layer_ids: tuple[int, ...] = ()
     sample: TokenizedSample | None = None
-    engine: HfEngine | None = None
-    states: CapturedStates | None = None
-    draft: Draft | None = None
+    directory: Path = field(init=False)
+    head: TargetHead = field(init=False)
+    draft: Draft = field(init=False)
+    tokenize: ConversationTokenizer = field(init=False)
+    engine: HfEngine = field(init=False)
+    states: CapturedStates = field(init=False)
     broken: set[str] = field(default_factory=set)
 
 
@@ -87,7 +86,6 @@ def check_weights(x: Examination) -> Iterator[Problem]:
 
 
 def check_head(x: Examination) -> Iterator[Problem]:
-    assert x.directory is not None
     x.head = head = load_target_head(x.directory, x.config)
     parts = ["tied to the embedding" if head.lm_head_VH is head.embed_VH else "a matrix of its own"]
     parts.append("LayerNorm before it" if head.norm_centers else "RMSNorm before it")
@@ -121,7 +119,6 @@ def check_draft_shape(x: Examination) -> Iterator[Problem]:
     config = DraftConfig.from_target(x.config, vocab).replace(aux_layer_ids=x.aux_layer_ids)
     ids = torch.arange(vocab)
     x.draft = build_draft(config, torch.zeros_like(ids), torch.arange(config.vocab_size) < vocab)
-    x.draft_config = config
     count = sum(p.numel() for p in x.draft.parameters())
     yield (
         "ok",
@@ -165,7 +162,6 @@ def check_template(x: Examination) -> Iterator[Problem]:
 
 def check_mask(x: Examination) -> Iterator[Problem]:
     """The answers of a made-up conversation, and nothing else, must be trained."""
-    assert x.tokenize is not None
     x.sample = x.tokenize(Conversation("verify", list(MESSAGES))).to_sample()
     ids, mask = x.sample.input_ids_L, x.sample.loss_mask_L
     trained, masked = (x.tokenizer.decode(ids[keep].tolist()) for keep in (mask, ~mask))
@@ -183,7 +179,6 @@ def check_mask(x: Examination) -> Iterator[Problem]:
 
 def check_prompt(x: Examination) -> Iterator[Problem]:
     """What the last answer is trained after must be what it is asked for with: the tokenizer's own template."""
-    assert x.tokenize is not None
     if not x.tokenizer.chat_template:
         yield "warning", "the tokenizer has no chat template to compare with; a base model answers no chat"
         return

@@ -40,7 +40,6 @@ def check_load(x: Examination) -> Iterator[Problem]:
 
 def check_states(x: Examination) -> Iterator[Problem]:
     """The hooks of the hf engine against transformers' own hidden states."""
-    assert x.engine is not None
     if x.sample is None:
         ids = torch.arange(3, 3 + min(64, x.text_config.vocab_size - 3))
         x.sample = TokenizedSample("verify", ids, torch.arange(len(ids)) >= 8)
@@ -65,10 +64,7 @@ def check_states(x: Examination) -> Iterator[Problem]:
 def check_logits(x: Examination) -> Iterator[Problem]:
     """Teacher logits from the three frozen tensors against the model's own, on both paths of training: of EAGLE-1
     (`TargetHead.logits`) and of EAGLE-3 (`ask_teacher`, which also decides what counts by its argmax)."""
-    assert x.engine is not None
-    assert x.head is not None
     assert x.sample is not None
-    assert x.states is not None
     head = x.head.to(x.engine.device, x.engine.model.dtype)
     with torch.no_grad():
         own = x.engine.model(input_ids=x.sample.input_ids_L[None].to(x.engine.device), use_cache=False).logits[0]
@@ -88,8 +84,6 @@ def check_logits(x: Examination) -> Iterator[Problem]:
 
 def check_final_norm(x: Examination) -> Iterator[Problem]:
     """vLLM hands over the state before the final norm; ours must then be the model's."""
-    assert x.engine is not None
-    assert x.head is not None
     assert x.sample is not None
     seen: list[Tensor] = []
     layer = find_decoder(x.engine.model)[1][-1]
@@ -128,12 +122,7 @@ def _compare(what: str, ours: Tensor, own: Tensor) -> Iterator[Problem]:
 
 def check_training(x: Examination) -> Iterator[Problem]:
     """Three training steps of a fresh draft on the sample."""
-    assert x.engine is not None
-    assert x.head is not None
     assert x.sample is not None
-    assert x.states is not None
-    assert x.draft is not None
-    assert x.directory is not None
     init_random(x.draft)
     left_random = init_from_target(x.draft, x.directory, x.config, x.head)
     draft, device = x.draft.to(x.engine.device), x.engine.device
@@ -159,9 +148,7 @@ def check_training(x: Examination) -> Iterator[Problem]:
 
 def check_decoding(x: Examination) -> Iterator[Problem]:
     """Speculative decoding with the fresh draft must give the target's own greedy tokens."""
-    assert x.engine is not None
     assert x.sample is not None
-    assert x.draft is not None
     model = SpeculativeModel(x.engine.model, x.draft.eval().requires_grad_(False), shape=TreeShape(12, 3, 3))
     first = int(x.sample.loss_mask_L.int().argmax())  # up to the first answer
     prompt = x.sample.input_ids_L[: max(first, 4)].to(x.engine.device)

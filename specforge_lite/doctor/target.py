@@ -49,7 +49,7 @@ def verify_target(options: VerifyOptions) -> list[Finding]:
             findings.append(Finding(name, level, message))
             if level in ("broken", "skipped"):
                 examination.broken.add(name)
-    if examination.engine is not None:
+    if "model" not in examination.broken:
         examination.engine.close()
     return findings
 

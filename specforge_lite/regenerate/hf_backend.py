@@ -57,7 +57,7 @@ class HfBackend:
         answer = self._to_answer(shown, question.prompt_ids is None, opened, bool(question.tools))
         return replace(answer, completion_tokens=len(result.token_ids))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Stop within SEGMENT_TOKENS tokens."""
         self._stopped.set()
         if self._runner is not None:

@@ -117,7 +117,7 @@ class ServerPool:
                 self._places.put_nowait(server)
             await asyncio.sleep(backoff_seconds(attempt, self.retry_base_s, LONGEST_PAUSE_SECONDS, self._jitter))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Stop probing."""
         if self._end_timer is not None:
             self._end_timer.cancel()

@@ -6,12 +6,12 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, EngineError
@@ -27,23 +27,14 @@ from specforge_lite.regenerate.pool import ServerPool
 from specforge_lite.regenerate.rows import InputRow, RowSource
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.shards import ShardStore, sync_files
-from specforge_lite.regenerate.turns import Answer, Question, RequestFailed, Sampling, regenerate, row_sampling
+from specforge_lite.regenerate.turns import Question, RequestFailed, Sampling, regenerate, row_sampling
 from specforge_lite.types import Conversation
 
 SYNC_SECONDS = 2.0
 ROWS_PER_PLACE = 2  # rows in work per request place: those in a retry pause need no place
 
 
-class Backend(Protocol):
-    """Who answers: servers, or a model in this process. num_places: questions it can work on at once."""
-
-    model: str
-    num_places: int
-
-    @property
-    def status(self) -> str: ...
-    async def answer(self, question: Question) -> Answer: ...
-    async def close(self) -> None: ...
+Backend = ServerPool | HfBackend
 
 
 @dataclass
@@ -83,10 +74,12 @@ def run(config: RegenerateConfig) -> Summary:
 
 
 async def run_async(config: RegenerateConfig, source: RowSource) -> Summary:
-    """`run`, inside an event loop of the caller's."""
-    stopped = _stop_on_sigterm()
+    """`run`, inside an event loop of the caller's. SIGTERM ends it like Ctrl-C: files are synced, the next run goes
+    on."""
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     async with AsyncExitStack() as stack:
-        backend = await stack.enter_async_context(open_backend(config))
+        backend = await _open_backend(config, stack)
         settings = run_settings(config, backend.model)
         prompts = config.prompts
         store = stack.enter_context(ShardStore(prompts.output_dir, prompts.num_per_shard, settings, prompts.resume))
@@ -109,28 +102,22 @@ def _merge(store: ShardStore, output_file: Path | None) -> None:
         errors.unlink(missing_ok=True)
 
 
-@asynccontextmanager
-async def open_backend(config: RegenerateConfig) -> AsyncIterator[Backend]:
-    """The servers, checked, or the model in this process; closed at the end."""
+async def _open_backend(config: RegenerateConfig, stack: AsyncExitStack) -> Backend:
+    """The servers, checked, or the model in this process; `stack` closes it."""
     backend = config.backend
     if backend.target_backend == "hf":
-        hf = HfBackend(str(backend.model_name), backend.target_dtype, backend.batch_size, backend.trust_remote_code)
-        try:
-            yield hf
-        finally:
-            await hf.close()
-        return
+        model = str(backend.model_name)
+        hf = HfBackend(model, backend.target_dtype, backend.batch_size, backend.trust_remote_code)
+        return await stack.enter_async_context(aclosing(hf))
     addresses = [parse_address(text) for text in dict.fromkeys(backend.server_address_port)]
-    async with open_http() as http:
-        clients = [ChatClient(http, a, backend.request_timeout, backend.extra_body) for a in addresses]
-        pool = ServerPool(
-            clients, backend.max_concurrency, backend.max_retries, backend.retry_base_seconds, backend.server_wait
-        )
-        try:
-            await pool.start(backend.model_name)
-            yield pool
-        finally:
-            await pool.close()
+    http = await stack.enter_async_context(open_http())
+    clients = [ChatClient(http, a, backend.request_timeout, backend.extra_body) for a in addresses]
+    pool = ServerPool(
+        clients, backend.max_concurrency, backend.max_retries, backend.retry_base_seconds, backend.server_wait
+    )
+    await stack.enter_async_context(aclosing(pool))
+    await pool.start(backend.model_name)
+    return pool
 
 
 class Run:
@@ -196,44 +183,39 @@ class Run:
         sampling = row_sampling(row.id, config.seed, config.temperature, config.max_tokens, config.top_p)
         try:
             if row.fim is not None:
-                answered, facts = await self._fill(row.fim, sampling)
+                answered = await self._fill(row.fim, sampling)
             elif row.conversation is not None:
-                answered, facts = await self._converse(row.conversation, sampling)
+                answered = await self._converse(row.conversation, sampling)
             else:
                 raise RequestFailed(row.reason, row.detail)
         except RequestFailed as error:
             asked = row.fim.to_row() if row.fim else to_row(row.conversation) if row.conversation else {}
-            facts = {"reason": error.reason, "detail": error.detail}
-            self.store.add_error(row.number, {**asked, "id": row.id, **facts})
+            self.store.add_error(row.number, {**asked, "id": row.id, "reason": error.reason, "detail": error.detail})
             return
-        self.summary.num_tokens += facts.pop("completion_tokens")
-        self.store.add_answer(row.number, {**answered, "id": row.id, **facts, "temperature": sampling.temperature})
+        self.store.add_answer(row.number, {**answered, "id": row.id, "temperature": sampling.temperature})
 
-    async def _converse(self, conversation: Conversation, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _converse(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
         """The answered row in normal form, and facts about the answer."""
         keep_reasoning = self.config.sampling.reasoning == "keep"
         result = await regenerate(
             conversation, self.config.prompts.system_prompt, sampling, keep_reasoning, self.backend.answer
         )
-        facts: dict[str, Any] = {
-            "finish_reason": result.finish_reason,
-            "completion_tokens": result.completion_tokens,
-        }
+        self.summary.num_tokens += result.completion_tokens
+        row = to_row(Conversation(conversation.id, result.messages, conversation.tools))
+        row["finish_reason"] = result.finish_reason
         if result.num_recorded_turns_left:
-            facts["num_recorded_turns_left"] = result.num_recorded_turns_left
-        if result.left_out_reason:
-            facts["left_out_reason"] = result.left_out_reason
-        return to_row(Conversation(conversation.id, result.messages, conversation.tools)), facts
+            row["num_recorded_turns_left"] = result.num_recorded_turns_left
+        return {**row, "left_out_reason": result.left_out_reason} if result.left_out_reason else row
 
-    async def _fill(self, row: FimRow, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _fill(self, row: FimRow, sampling: Sampling) -> dict[str, Any]:
         prompts = self._fim_prompts
         sampling = replace(sampling, max_tokens=prompts.max_tokens)
         question = Question([], None, sampling, prompts.prompt_ids(row), prompts.end_token_ids)
         answer = await self.backend.answer(question)
         if not answer.content.strip():
             raise RequestFailed("empty-answer", "the target put nothing into the hole")
-        facts = {"finish_reason": answer.finish_reason, "completion_tokens": answer.completion_tokens}
-        return replace(row, middle=answer.content).to_row(), facts
+        self.summary.num_tokens += answer.completion_tokens
+        return {**replace(row, middle=answer.content).to_row(), "finish_reason": answer.finish_reason}
 
     @cached_property
     def _fim_prompts(self) -> FimPrompts:
@@ -274,10 +256,3 @@ def run_settings(config: RegenerateConfig, model: str) -> dict[str, Any]:
         "reasoning": sampling.reasoning,
         "fim": [sampling.fim_order, sampling.fim_max_length],
     }
-
-
-def _stop_on_sigterm() -> asyncio.Event:
-    """SIGTERM ends the run like Ctrl-C: files are synced and the next run goes on."""
-    stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    return stopped

@@ -65,7 +65,7 @@ def test_over_http(tmp_path: Path, tiny_target: Path) -> None:
         expected = by_hand(tiny_target, str(row["prefix"]), str(row["suffix"]))
         body = bodies[len(expected)]
         assert body["prompt"] == expected
-        assert body["stop_token_ids"] == [0]  # <|endoftext|>
+        assert body["stop_token_ids"] == [0, 2]  # <|endoftext|>, and what ends an answer of the tokenizer
         assert body["max_tokens"] == 50
         answered = rows_in(tmp_path, "shard_*.jsonl")[str(row["id"])]
         assert to_fim_row(answered) == to_fim_row({**row, "middle": answer_to(str(expected))})

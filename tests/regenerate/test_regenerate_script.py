@@ -223,7 +223,7 @@ def test_hf_stops_between_segments(tmp_path: Path, tiny_target: Path, monkeypatc
     calls = iter([False, False, True])
     (result,) = generate_batch(backend.lm, [GenerationRequest([5, 6], 50)], [], 0, lambda: next(calls))
     assert len(result.token_ids) == 4
-    asyncio.run(backend.close())
+    asyncio.run(backend.aclose())
 
 
 def test_hf_user_mistakes(tmp_path: Path, tiny_target: Path) -> None:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from specforge_lite.model.device import usable_dtype
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.eagle3_reference import ReferenceConfig, reference_loss
 from specforge_lite.model.initialize import init_random
@@ -119,9 +120,9 @@ def make_step(variant: Variant, shape: Shape, device: str) -> Callable[[], float
     batch, head, d2t, t2d = make_inputs(shape, variant.supervised, device)
     draft = make_draft(shape, d2t, t2d).to(device)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)  # as the trainer
-    if variant.kind == "bf16":
-        batch, head = batch.to(device, torch.bfloat16), head.to(device, torch.bfloat16)
-    dtype = torch.bfloat16 if variant.kind == "bf16" else None
+    dtype = usable_dtype(torch.bfloat16, device) if variant.kind == "bf16" else None
+    if dtype is not None:
+        batch, head = batch.to(device, dtype), head.to(device, dtype)
     settings = TTTSettings(
         num_steps=shape.num_steps, attention_backend=variant.backend, compute_dtype=dtype, compile=variant.compile
     )

@@ -136,14 +136,16 @@ def load_target_head(model_dir: str | Path, config: Any) -> TargetHead:
     """
     directory = Path(model_dir)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    embed = read_tensor(directory, EMBED_NAMES, "token embedding", EMBED_ENDINGS)
     norm = read_tensor(directory, NORM_NAMES, "final norm", NORM_ENDINGS).float()
     head_name = find_tensor(directory, HEAD_NAMES, HEAD_ENDINGS)
     tied = bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
-    if tied and head_name is None:
-        head = embed
+    if tied and head_name is not None and find_tensor(directory, EMBED_NAMES, EMBED_ENDINGS) is None:
+        embed = head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
     else:
-        head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
+        embed = read_tensor(directory, EMBED_NAMES, "token embedding", EMBED_ENDINGS)
+        head = embed
+        if head_name is not None or not tied:
+            head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
     if text.model_type in ONE_PLUS_WEIGHT:
         norm = norm + 1.0
     centers, eps = final_norm_kind(text)

@@ -10,6 +10,7 @@ import torch
 from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import format_bytes, info
 from specforge_lite.core.weight_files import safetensors_files
+from specforge_lite.model.device import choose_attention, usable_dtype
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.serving.environment import choose_backend
 from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
@@ -28,15 +29,25 @@ def _backend(config: TrainConfig) -> str:
 
 
 def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with what a CPU cannot do replaced, one line each, before anything is loaded."""
+    """The config with what the device cannot do replaced, one line each, before anything is loaded. Raises ConfigError
+    where no attention backend fits."""
     if device.type == "cuda":
-        return config
+        precision = config.training.precision
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+        file = config.draft.draft_model_config
+        head_dim = None if file is None else DraftConfig.from_json(file).head_dim
+        backend = choose_attention(config.training.draft_attention_backend, "cuda", dtype, head_dim)
+        changed = config.training.model_copy(update={"draft_attention_backend": backend})
+        return config.model_copy(update={"training": changed})
     training: dict[str, Any] = {}
     if config.training.draft_attention_backend == "flex_attention":
         info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
         training["draft_attention_backend"] = "sdpa"
     if config.training.precision == "fp16":
         info("--precision fp16: CPUs have no fast fp16 arithmetic (a hundred times slower); training in fp32")
+        training["precision"] = "fp32"
+    if config.training.precision == "bf16" and usable_dtype(torch.bfloat16, device.type) != torch.bfloat16:
+        info("--precision bf16: this CPU has no AVX-512 (thirty times slower than fp32); training in fp32")
         training["precision"] = "fp32"
     sections: dict[str, Any] = {"training": config.training.model_copy(update=training)}
     if config.distributed.cpu_offload:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.remote import ServerInfo
+from specforge_lite.capture.remote import CaptureDialect
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
-from specforge_lite.core.http import HttpLoop
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Support:
     note: str = ""
 
 
-class Engine(ABC):
+class Engine(CaptureDialect, ABC):
     """One serving engine: a `CaptureDialect`, and how its server is started, asked and measured.
 
     distributions: names of its packages. versions: (first supported, first unsupported); what is used of the engine was
@@ -176,22 +175,6 @@ class Engine(ABC):
             hint = suggest(str(architecture), self.draft_algorithms)
             raise ConfigError(f"{path}: architectures ['{architecture}']{hint}")
         return self.draft_algorithms[architecture]
-
-    # -------------------------------------------------------------------------------------------------------- capture
-    @abstractmethod
-    def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]: ...
-
-    @abstractmethod
-    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None: ...
-
-    @abstractmethod
-    def generated_token(self, reply: dict[str, Any]) -> int | None: ...
-
-    @abstractmethod
-    def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo: ...
 
     # ------------------------------------------------------------------------------------------------------- decoding
     @abstractmethod

@@ -123,7 +123,7 @@ def _remove(run_dir: Path) -> None:
 
 
 def collect_leftovers(parent: Path) -> int:
-    """End servers and delete directories whose trainer is gone (its lock is free); return how many."""
+    """End servers and delete directories whose trainer has ended (its lock is free); return how many."""
     collected = 0
     for path in parent.glob(f"{RUN_PREFIX}{'[0-9a-f]' * 32}"):
         try:
@@ -151,7 +151,7 @@ def _end_recorded_session(run_dir: Path) -> None:
         return
     session = int(record["session"])
     if watchdog.start_time(session) not in (None, record["start_time"]):
-        return  # the number belongs to somebody else by now, so every process of the old session has ended
+        return  # the number was reused, so every process of the old session has ended
     watchdog.end_session(session, 0.0)
     if watchdog.start_time(session) is not None:
         os.kill(session, 9)
@@ -306,7 +306,7 @@ class LaunchedServer:
 def first_error(log: str) -> str | None:
     """The first error of any worker in a server's log, as one line; None if there is none that looks like one.
 
-    The last lines of a log tell how the other processes ended because one did: what came first is the reason. It is the
+    The last lines of a log are of the processes that ended because another one did; the first error is the reason: the
     exception that ends the first traceback, else the first line that an argument parser or a logger calls an error.
     """
     lines = log.splitlines()
@@ -314,7 +314,7 @@ def first_error(log: str) -> str | None:
     plain = [_LOG_PREFIX.sub("", line) for line in lines[starts[0] :]] if starts else []
     for line, after in zip_longest(plain, plain[1:], fillvalue=""):
         if found := _EXCEPTION.match(line):
-            more = after if after.startswith("  ") else ""  # pydantic says what is wrong in the second line
+            more = after if after.startswith("  ") else ""  # pydantic's second line holds what is wrong
             return " ".join(f"{found[0]} {more}".split())[:MAX_ERROR]
     for line in lines:
         if found := _ERROR_LINE.search(line):

@@ -37,13 +37,13 @@ def session_processes(session: int) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """Clock ticks between boot and the start of a living process: with its id, a name nobody else will get."""
+    """Clock ticks between boot and the start of a living process: with its id, unique on this host."""
     fields = _stat(pid)
     return fields[19] if fields else None
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields 3 and later of /proc/PID/stat (state, ppid, pgrp, session, ...), or None if the process is gone."""
+    """Fields 3 and later of /proc/PID/stat (state, ppid, pgrp, session, ...), or None if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()
@@ -141,7 +141,7 @@ def main() -> int:
     died = server.poll() is not None
     end_session(os.getpid(), 0.0 if died else float(order["grace_s"]), shared)
     server.wait()
-    if os.getppid() != trainer:  # nobody is left who would restart the server or fetch its files
+    if os.getppid() != trainer:  # nothing is left that would restart the server or fetch its files
         for directory in order["directories"]:
             shutil.rmtree(directory, ignore_errors=True)
     return server.returncode

@@ -130,7 +130,7 @@ class TmpfsSink:
             slot.delete()
 
     def fail(self, key: str, error: BaseException) -> None:
-        """Leave an empty file whose name tells the reason: on a full tmpfs a name still fits where no byte does."""
+        """Leave an empty file whose name is the reason: on a full tmpfs a name still fits where no byte does."""
         reason = errno.errorcode.get(error.errno or 0, "EIO") if isinstance(error, OSError) else "FAILED"
         path = os.path.join(self.directory, f"{key}.{reason}")
         try:
@@ -198,7 +198,7 @@ def open_mooncake_store(address: str, segment_bytes: int):  # type: ignore[no-un
 
     parts = urlsplit(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port))  # sends nothing; tells which of our addresses faces the master
+        probe.connect((parts.hostname, parts.port))  # sends nothing; shows which of our addresses faces the master
         own_address = probe.getsockname()[0]
     store = MooncakeDistributedStore()
     code = store.setup(

@@ -48,7 +48,7 @@ class CaptureWriter:
         return self
 
     def reply(self, key: str) -> dict[str, str]:
-        """What the client is told: enough to check that this plugin, and not a stock path, handled its request."""
+        """What the client receives: enough to check that this plugin, and not a stock path, handled its request."""
         return {**self._facts, "key": key, "place": self._place}
 
     def submit(self, key: str, input_ids: Sequence[int], aux: Any, last: Any, ready: Any = None) -> None:
@@ -66,23 +66,23 @@ class CaptureWriter:
                 self._threads.submit(self._store, key, input_ids, aux.clone(), last.clone(), None)
             else:
                 self._store(key, input_ids, aux, last, None)
-        except Exception as error:  # whatever it is, the server goes on, and the client is told at once
+        except Exception as error:  # whatever it is, the server goes on, and the failure is reported at once
             logger.exception("specforge_capture: sample %s was not stored", key)
-            self._tell(key, error)
+            self._report(key, error)
 
     def fail(self, key: str, reason: str) -> None:
         """Tell the client that this sample will not come."""
         logger.error("specforge_capture: %s: %s", key, reason)
-        self._tell(key, RuntimeError(reason))
+        self._report(key, RuntimeError(reason))
 
-    def _tell(self, key: str, error: Exception) -> None:
-        """Leave word for the client. Never raises: a client that hears nothing asks again."""
+    def _report(self, key: str, error: Exception) -> None:
+        """Report the failure to the client. Never raises: a client without a report asks again."""
         if self._sink is None or not KEY.match(key):
             return
         try:
             self._sink.fail(key, error)
         except Exception:
-            logger.exception("specforge_capture: cannot tell the failure of %s", key)
+            logger.exception("specforge_capture: cannot report the failure of %s", key)
 
     def _copy_async(self, tensors: list[Any], ready: Any) -> tuple[Any, Any, Any]:
         import torch
@@ -116,4 +116,4 @@ class CaptureWriter:
             self._sink.put(key, Blob(input_ids, aux, last, {**self._facts, "key": key}))
         except Exception as error:
             logger.exception("specforge_capture: sample %s was not stored", key)
-            self._tell(key, error)
+            self._report(key, error)

@@ -65,7 +65,7 @@ class CompareServingConfig(PromptsSection, DraftPathSection, EngineFlags, Target
 def main() -> None:
     config = parse_config(CompareConfig, description=__doc__ or "")
     from specforge_lite.data.prompts import encode_prompt_file
-    from specforge_lite.evaluation.compare_generation import compare_generation
+    from specforge_lite.evaluation.compare_generation import compare_generation, identity_line
     from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 
     prompts = encode_prompt_file(config.prompts, config.num_prompts, config.target_model_path, config.trust_remote_code)
@@ -84,6 +84,7 @@ def main() -> None:
     if config.output:
         config.output.write_text(json.dumps(result.to_dict(), indent=1))
     Console().print(_table_of(result))
+    info(identity_line(result, model.target.dtype))
 
 
 def _table_of(result: Decoding) -> Table:

@@ -8,6 +8,8 @@ python scripts/evaluate_draft.py --target-model-path TARGET --draft-model-path D
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,7 +62,7 @@ class EvaluationSection(MeasureSection):
     error_analysis: Path | None = Field(
         None, description="directory for errors.json and errors.html: where the draft fails, with samples"
     )
-    save_results: Path | None = Field(None, description="write everything as JSON")
+    save_results: Path | None = Field(None, description="write everything as JSON: a file, or a directory for it")
 
 
 class EvaluateConfig(Section):
@@ -72,7 +74,11 @@ class EvaluateConfig(Section):
 
 
 def main() -> None:
-    config = parse_config(EvaluateConfig, description=__doc__ or "")
+    words = sys.argv[1:]
+    flags = {word.split("=")[0].replace("_", "-") for word in words}
+    if flags & {"--basepath", "--base-model-path", "--target-model-path"}:  # EAGLE's test.py calls the draft model_path
+        words = [re.sub(r"^--model[-_]path(?==|$)", "--draft-model-path", word) for word in words]
+    config = parse_config(EvaluateConfig, words, description=__doc__ or "")
     from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.evaluation.acceptance import Acceptance
     from specforge_lite.evaluation.error_analysis import ErrorAnalysis
@@ -89,8 +95,11 @@ def main() -> None:
     from specforge_lite.report.terminal import print_comparison, print_positions, write_errors
 
     options = config.evaluation
-    if options.save_results is not None:
-        prepare_place(options.save_results, "save_results")
+    results_file = options.save_results
+    if results_file is not None:
+        if results_file.suffix != ".json":  # a directory, as EAGLE's users give it
+            results_file = results_file / "results.json"
+        prepare_place(results_file, "save_results")
     if options.error_analysis is not None:
         prepare_place(options.error_analysis / "errors.json", "error_analysis")
     dataset = open_eval_data(config.target, config.data)
@@ -123,9 +132,9 @@ def main() -> None:
         decoded = _decode(config, dataset, result.chain_length)
         results["decoded"] = decoded.to_dict()
         print_comparison(estimated, decoded)
-    if options.save_results is not None:
-        save_results(options.save_results, results)
-        info(f"results: {options.save_results}")
+    if results_file is not None:
+        save_results(results_file, results)
+        info(f"results: {results_file}")
 
 
 def _decode(config: EvaluateConfig, dataset: TokenizedDataset, chain_length: int) -> Decoded:

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from specforge_lite.core.log import progress
 from specforge_lite.data.prompts import Prompt
 from specforge_lite.inference.output import DecodeStats, token_texts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
+
+NEAR_UNITS = 4.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Decoding:
     acceptance_length: tokens per verification pass. accepted_per_position[k]: share of passes whose drafted token k
     (0-based) was accepted. num_passes, num_passes_without: forward passes of the target for `num_tokens` tokens.
     tokens_per_second: with and without the draft. num_identical: prompts whose output is the same without the draft.
+    num_near_ties: of the others, those that first differ where two tokens lead by rounding only (see `is_near_tie`).
     settings: a few words, e.g. "greedy, chains of 5".
     """
 
@@ -39,6 +44,7 @@ class Decoding:
     settings: str = ""
     accepted_per_position: tuple[float, ...] = ()
     num_identical: int | None = None
+    num_near_ties: int | None = None
     num_passes: int | None = None
     num_passes_without: int | None = None
     tokens_per_second: float | None = None
@@ -59,7 +65,7 @@ def compare_generation(
     """Decode every prompt (and its token ids) twice, one at a time and in turn, so that a machine whose speed drifts
     favours neither."""
     with_draft, without = DecodeStats(), DecodeStats()
-    num_identical = 0
+    num_identical = num_near_ties = 0
     samples: list[Sample] = []
     with progress(len(prompts), "decode with and without the draft", "prompt") as bar:
         for prompt, prompt_ids in prompts:
@@ -67,7 +73,10 @@ def compare_generation(
             drafted = model.run(prompt_ids, settings, speculative=True)
             without.add(plain.stats)
             with_draft.add(drafted.stats)
-            num_identical += plain.new_tokens == drafted.new_tokens
+            if plain.new_tokens == drafted.new_tokens:
+                num_identical += 1
+            elif settings.sampling.is_greedy:
+                num_near_ties += is_near_tie(model, prompt_ids, plain.new_tokens[0], drafted.new_tokens[0])
             if len(samples) < num_samples:
                 chunks = [len(c.tokens) for c in model.stream(prompt_ids, settings) if c.tokens]
                 texts = token_texts(model.tokenizer, drafted.new_tokens[0])
@@ -79,9 +88,38 @@ def compare_generation(
         num_tokens=with_draft.num_tokens,
         accepted_per_position=tuple(with_draft.acceptance_per_position),
         num_identical=num_identical,
+        num_near_ties=num_near_ties,
         num_passes=with_draft.target_forwards,
         num_passes_without=without.target_forwards,
         tokens_per_second=with_draft.tokens_per_second,
         tokens_per_second_without=without.tokens_per_second,
         samples=tuple(samples),
     )
+
+
+@torch.inference_mode()
+def is_near_tie(model: SpeculativeModel, prompt_ids: list[int], first: list[int], second: list[int]) -> bool:
+    """Do two greedy answers first differ where the target leaves the choice to rounding?
+
+    The target reads the text up to there in one pass; its logits of the two tokens must lie within NEAR_UNITS units in
+    the last place (of the dtype) of its largest logit. Passes of other shapes round otherwise by a few units.
+    """
+    place = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), None)
+    if place is None:
+        return False
+    text = torch.tensor([[*prompt_ids, *first[:place]]], device=model.target.device)
+    logits_V = model.target.model(text).logits[0, -1].float()
+    unit = torch.finfo(model.target.dtype).eps * float(logits_V.abs().max())
+    return float((logits_V[first[place]] - logits_V[second[place]]).abs()) <= NEAR_UNITS * unit
+
+
+def identity_line(result: Decoding, dtype: torch.dtype) -> str:
+    """Whether the draft left the output as it was, and when it must."""
+    if result.num_identical is None:
+        return ""
+    different = result.num_prompts - result.num_identical
+    counted = f"{result.num_identical} of {result.num_prompts} outputs identical"
+    if different:
+        counted += f"; {result.num_near_ties} of the {different} others first differ at a near tie"
+    promise = "exact in float32; in 16 bits up to near ties, where passes of another shape round otherwise"
+    return f"{counted} ({str(dtype).removeprefix('torch.')}; {promise})"

@@ -20,7 +20,6 @@ from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.model.draft import Draft, TTTSettings
-from specforge_lite.model.registry import DRAFTS
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.dataloader import BatchMaker
@@ -122,8 +121,10 @@ def evaluate_draft(
 
 def check_evaluable(draft: Draft) -> None:
     """Raise ConfigError for a draft whose layer differs from the one that the training pass computes."""
+    from specforge_lite.checkpoints.compat.speculators import SpeculatorsEagle3
+
     biases = [name for name, _ in draft.named_parameters() if name.endswith("_proj.bias")]
-    if biases or type(draft) not in DRAFTS.values():
+    if biases or isinstance(draft, SpeculatorsEagle3):
         reason = f"it has {biases[0]}" if biases else "its layer is not the published one of EAGLE-3"
         raise ConfigError(f"{reason}; such a draft can be decoded (scripts/compare_generation.py), not evaluated")
 

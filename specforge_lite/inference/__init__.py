@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specforge_lite.inference.ea_model import EaModel
     from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
     from specforge_lite.inference.tree import TreeShape
 
-__all__ = ["GenerationSettings", "SpeculativeModel", "TreeShape"]
+__all__ = ["EaModel", "GenerationSettings", "SpeculativeModel", "TreeShape"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from specforge_lite.inference import speculative
 
         return getattr(speculative, name)
+    if name == "EaModel":
+        from specforge_lite.inference.ea_model import EaModel
+
+        return EaModel
     if name == "TreeShape":
         from specforge_lite.inference.tree import TreeShape
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_lite.inference.logit_rules import PLACE_RULES, check_generation_config
+
 SEGMENT_TOKENS = 32
 CACHE_SLACK_TOKENS = 64
 DEFAULT_BATCH_SIZE = 64
@@ -60,6 +62,8 @@ def generate_batch(
             raise ValueError("a request needs a prompt of at least one token and at least one new token")
     if not requests:
         return []
+    # `generate` applies the rest of the model's own config; a segment's beginning is not the end of the prompt.
+    check_generation_config(model.generation_config, PLACE_RULES)
     batch = _Batch(model, requests, list(eos_token_ids), pad_token_id)
     while batch.rows and not is_stopped():
         batch.run_segment()

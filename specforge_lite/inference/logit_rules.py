@@ -25,6 +25,8 @@ TEXT_RULES = (
     "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "suppress_tokens",
     "begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "remove_invalid_values",
 )  # fmt: skip
+# Of these, what counts from the end of the prompt.
+PLACE_RULES = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
 SAMPLING_RULES = ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")  # beside temperature, top_k, top_p
 REFUSED = (
     "guidance_scale", "num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
@@ -42,13 +44,13 @@ def rules_in_force(generation_config: Any, names: Sequence[str]) -> list[str]:
     return [name for name, value in values.items() if value and not (value == 1 and name in ONE_IS_OFF)]
 
 
-def check_generation_config(generation_config: Any) -> None:
-    """Raise ConfigError naming a rule that cannot be applied to a tree."""
-    if found := rules_in_force(generation_config, REFUSED):
+def check_generation_config(generation_config: Any, also: Sequence[str] = ()) -> None:
+    """Raise ConfigError naming a rule that cannot be applied to a tree, or is among `also`."""
+    if found := rules_in_force(generation_config, (*REFUSED, *also)):
         shown = ", ".join(f"{name} {getattr(generation_config, name)!r}" for name in found)
         raise ConfigError(
-            f"generation_config of the target: {shown}: not applied with speculation, so the output would not be the"
-            " target's; remove it from generation_config.json"
+            f"generation_config of the target: {shown}: not applied here, so the output would not be the target's;"
+            " remove it from generation_config.json"
         )
 
 

@@ -305,45 +305,39 @@ class SpeculativeModel:
 
     def eagenerate(
         self,
-        input_ids: Tensor,
+        input_ids: Prompts,
         temperature: float = 0.0,
         top_p: float = 0.0,
         top_k: int = 0,
         max_new_tokens: int = 512,
         max_length: int = 2048,
         log: bool = False,
-    ) -> Tensor | tuple[Tensor, int, int]:
+        is_llama3: bool = False,
+    ) -> Any:
         """As EAGLE's `EaModel.eagenerate`: token ids [B, T] of prompt and answer; with `log` also the number of new
-        tokens of the first prompt and the index of its last verification pass."""
-        return self._eagle_call(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, log, True)
+        tokens of the first prompt and the index of its last verification pass. is_llama3: not needed, the target's own
+        end tokens are taken."""
+        settings = GenerationSettings(max_new_tokens, max_length, temperature, top_p, int(top_k))
+        return self._answer(input_ids, settings, log, speculative=True)
 
     def naivegenerate(
         self,
-        input_ids: Tensor,
+        input_ids: Prompts,
         temperature: float = 0.0,
         top_p: float = 0.0,
         top_k: int = 0,
         max_new_tokens: int = 512,
         max_length: int = 2048,
         log: bool = False,
-    ) -> Tensor | tuple[Tensor, int, int]:
+        is_llama3: bool = False,
+    ) -> Any:
         """As EAGLE's `EaModel.naivegenerate`: the same without the draft."""
-        return self._eagle_call(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, log, False)
-
-    def _eagle_call(
-        self,
-        input_ids: Tensor,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
-        max_length: int,
-        log: bool,
-        speculative: bool,
-    ) -> Tensor | tuple[Tensor, int, int]:
         settings = GenerationSettings(max_new_tokens, max_length, temperature, top_p, int(top_k))
-        output = self.run(input_ids, settings, speculative)
-        sequences = output.sequences_BT.to(input_ids.device)
+        return self._answer(input_ids, settings, log, speculative=False)
+
+    def _answer(self, prompts: Prompts, settings: GenerationSettings, log: bool, speculative: bool) -> Any:
+        output = self.run(prompts, settings, speculative)
+        sequences = output.sequences_BT.to(self.target.device)
         if not log:
             return sequences
         passes = output.stats.verification_passes if speculative else output.stats.num_tokens

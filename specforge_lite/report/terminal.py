@@ -29,8 +29,9 @@ def print_positions(result: EvalResult, title: str) -> None:
     for column in ("position", "accuracy mean", "accuracy std", "loss mean", "loss std", "accuracy", "loss"):
         table.add_column(column, justify="right")
     for k in range(len(result.accuracy)):
-        values = (result.accuracy_mean, result.accuracy_std, result.loss_mean, result.loss_std)
-        table.add_row(str(k), *(f"{value[k]:.4f}" for value in (*values, result.accuracy, result.loss)))
+        accuracies = (f"{100 * value[k]:.2f}%" for value in (result.accuracy_mean, result.accuracy_std))
+        losses = (f"{value[k]:.4f}" for value in (result.loss_mean, result.loss_std))
+        table.add_row(str(k), *accuracies, *losses, f"{100 * result.accuracy[k]:.2f}%", f"{result.loss[k]:.4f}")
     Console().print(table)
     info(
         f"estimated acceptance length, chains of {result.chain_length}: greedy {result.tau_walk:.3f}, mean over all"

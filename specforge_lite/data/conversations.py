@@ -64,7 +64,7 @@ def to_conversation(row: Any) -> Conversation:
         raise RowRejected("not-an-object", f"expected a JSON object per row, found {_kind(row)}")
     try:
         messages = check_messages(_messages_of(row))
-        tools = map_strings(_tools_of(row.get("tools")), clean_text)
+        tools = _map_strings(_tools_of(row.get("tools")), clean_text)
     except RecursionError:
         raise RowRejected("nested-too-deeply", "more levels of nesting than a row can have") from None
     if row.get("finish_reason") in CUT_OFF and messages[-1]["role"] == "assistant":
@@ -255,7 +255,7 @@ def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     first_empty = 0
     for number, message in enumerate(messages, 1):
-        message = map_strings(message, clean_text)
+        message = _map_strings(message, clean_text)
         role, last = message["role"], result[-1]["role"] if result else None
         if role == "assistant" and last in (None, "system"):
             continue
@@ -319,13 +319,13 @@ def clean_text(text: str) -> str:
     return clean(text)
 
 
-def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """`function` of every string in nested lists and dicts, keys included."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, dict):
-        return {map_strings(key, function): map_strings(item, function) for key, item in value.items()}
-    return [map_strings(item, function) for item in value] if isinstance(value, list) else value
+        return {_map_strings(key, function): _map_strings(item, function) for key, item in value.items()}
+    return [_map_strings(item, function) for item in value] if isinstance(value, list) else value
 
 
 def _id_of(row: dict[str, Any], messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:

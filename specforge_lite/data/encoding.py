@@ -144,15 +144,6 @@ class TextEncoder:
         self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
         self._renamed: tuple[Any, np.ndarray] | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id this tokenizer can produce."""
-        return int(max(self._plain.get_vocab(with_added_tokens=True).values())) + 1
-
-    def token_id(self, name: str) -> int | None:
-        """Id of an exact token, None if the vocabulary has none."""
-        return self._plain.token_to_id(name)
-
     def has_control_token(self, values: Any) -> bool:
         """True if a string anywhere in `values` (strings, lists, dicts) quotes a control token."""
         if isinstance(values, str):

@@ -85,7 +85,7 @@ def file_rows(name: str, text: str, options: FimSourceOptions) -> Iterator[FimRo
             line = getattr(error, "lineno", None) or 1
             yield BadRow(line, "syntax-error", f"{name}:{line}: {getattr(error, 'msg', None) or error}")
             return
-    spans |= random_spans(lines, chooser, max(1, options.rows_per_file // 2), options.max_span_lines)
+    spans |= _random_spans(lines, chooser, max(1, options.rows_per_file // 2), options.max_span_lines)
     whole = sorted(span for span in spans if "".join(lines[slice(*span)]).strip())
     if not whole:
         yield BadRow(1, "empty-middle", f"{name}: no line to cut out")
@@ -118,7 +118,7 @@ def python_spans(text: str) -> set[tuple[int, int]]:
     return spans
 
 
-def random_spans(lines: list[str], chooser: random.Random, count: int, max_lines: int) -> set[tuple[int, int]]:
+def _random_spans(lines: list[str], chooser: random.Random, count: int, max_lines: int) -> set[tuple[int, int]]:
     """Up to `count` spans [start, end) of 1..max_lines lines that start and end on a line with text."""
     filled = [number for number, line in enumerate(lines) if line.strip()]
     spans = set()

@@ -113,7 +113,7 @@ def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> Prep
         if not report.num_usable:
             first = f"; first: {report.first_rejected}" if report.first_rejected else ""
             raise DataError(f"{source}: no usable row of {report.num_rows}{first}")
-        chosen, held_out = choose_rows(collector.groups, options)
+        chosen, held_out = _choose_rows(collector.groups, options)
         report.num_train = _copy(spool, collector.starts, chosen, train)
         if evaluation is not None:
             report.num_eval = _copy(spool, collector.starts, held_out, evaluation)
@@ -220,7 +220,7 @@ def _shown(value: Any) -> str:
         return ""
 
 
-def choose_rows(groups: array[int], options: PrepareOptions) -> tuple[np.ndarray, np.ndarray]:
+def _choose_rows(groups: array[int], options: PrepareOptions) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, evaluation rows), ascending row numbers, drawn by the seed.
 
     Whole groups go to one side. With a split there is at least one evaluation row, and at least one for training.

@@ -135,11 +135,11 @@ def _lines(line: bytes, file: BinaryIO, number: int) -> Iterator[Row | BadRow]:
             while line and not line.endswith(b"\n"):
                 line = file.readline(_CHUNK)
         elif line.strip():
-            yield parse_line(line, number)
+            yield _parse_line(line, number)
         line, number = file.readline(MAX_ROW_BYTES + 1), number + 1
 
 
-def parse_line(line: bytes, number: int) -> Row | BadRow:
+def _parse_line(line: bytes, number: int) -> Row | BadRow:
     """One line of a jsonl file."""
     try:
         return Row(number, json.loads(line.decode("utf-8")))

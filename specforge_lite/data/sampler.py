@@ -11,6 +11,7 @@ ranks by supervised tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.data.packing import balance, pack
 
 PACKING_WINDOW = 4096
 
@@ -214,3 +214,51 @@ class BatchPlan:
         num_micro = -(-len(samples) // (self.batch_size * self.world_size))
         parts = np.array_split(np.array(samples, dtype=np.int64), num_micro * self.world_size)
         return [parts[micro * self.world_size + self.rank].tolist() for micro in range(num_micro)]
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Put every item into one of few bins of at most `budget` in all; returns the item numbers of each bin.
+
+    Best fit, longest first: at most 11/9 of the optimum plus a bin (Johnson 1974), O(n log n) comparisons. Items of a
+    bin ascend. Raises ConfigError for an item longer than the budget.
+    """
+    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free, bin number), ascending
+    for item in order:
+        length = int(lengths[item])
+        if length > budget:
+            raise ConfigError(f"max_tokens_per_batch {budget} < {length} tokens of the longest sample")
+        at = bisect_left(room, (length, -1))
+        if at < len(room):
+            free, number = room.pop(at)
+        else:
+            free, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(item)
+        if free > length:
+            insort(room, (free - length, number))
+    return [sorted(items) for items in bins]
+
+
+def balance(weights: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Share items out so that ranks get equally many (give or take one) and nearly equal sums of weight.
+
+    Heaviest first, each to the rank with the smallest sum that still has room. Returns the item numbers of each rank,
+    heaviest first, so that the i-th items of all ranks are of a kind.
+    """
+    most, extra = divmod(len(weights), num_ranks)
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0] * num_ranks
+    num_full = 0  # ranks that took one of the extra items
+    for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
+        open_ranks = [
+            rank
+            for rank in range(num_ranks)
+            if len(shares[rank]) < most or (len(shares[rank]) == most and num_full < extra)
+        ]
+        rank = min(open_ranks, key=lambda rank: (sums[rank], rank))
+        num_full += len(shares[rank]) == most
+        shares[rank].append(item)
+        sums[rank] += weights[item]
+    return shares

@@ -12,7 +12,7 @@ from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
-from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
+from specforge_lite.data.fim import FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import ChatTemplate
 from specforge_lite.data.templates.auto import choose_template, own_template
 from specforge_lite.types import Conversation, TokenizedSample
@@ -140,12 +140,6 @@ class NoForm(DataError):
     def __init__(self, sample_id: str, reason: str) -> None:
         super().__init__(reason)
         self.sample_id = sample_id
-
-
-def tokenize_fim(row: FimRow, tokenizer: Any, order: str = "psm", max_length: int = 2048) -> TokenizedSample:
-    """Tokenize one FIM row with a transformers tokenizer. For many, make one `FimTokenizer`."""
-    ids, mask, num_cut = FimTokenizer(TokenizerSpec.from_tokenizer(tokenizer), order, max_length)(row)
-    return TokenRow(row.id, ids, mask, num_cut).to_sample()
 
 
 def tokenize_conversation(

@@ -58,7 +58,7 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 32 else "\ufffd", text)
 
 
-def check_indices(dataset: TokenizedDataset, indices: Sequence[int]) -> None:
+def _check_indices(dataset: TokenizedDataset, indices: Sequence[int]) -> None:
     """Raise DataError for an index outside the dataset."""
     for index in indices:
         if not 0 <= index < len(dataset):
@@ -80,7 +80,7 @@ def print_samples(dataset: TokenizedDataset, indices: Sequence[int], decode: Dec
     from rich.console import Console
     from rich.text import Text
 
-    check_indices(dataset, indices)
+    _check_indices(dataset, indices)
     console = Console(highlight=False, soft_wrap=True)
     for index in indices:
         sample = dataset[index]
@@ -97,7 +97,7 @@ def print_samples(dataset: TokenizedDataset, indices: Sequence[int], decode: Dec
 
 def write_html(dataset: TokenizedDataset, indices: Sequence[int], decode: Decode, path: str | Path) -> None:
     """Write samples as one self-contained HTML file (no script, nothing loaded), trained text on green."""
-    check_indices(dataset, indices)
+    _check_indices(dataset, indices)
     parts = []
     for index in indices:
         sample = dataset[index]

@@ -18,7 +18,6 @@ from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import FAMILIES, FimRow, FimTokenizer, is_fim_row, recognise_family, to_fim_row
 from specforge_lite.data.fim_source import FimSourceOptions, file_rows, fim_rows, python_spans
 from specforge_lite.data.reading import BadRow
-from specforge_lite.data.tokenize import tokenize_fim
 from tests.data_tokenizers import byte_level, sentencepiece_like
 
 ROW = FimRow("x", "def add(", "one, two", "):\n")
@@ -65,10 +64,10 @@ def test_golden(family: str, order: str) -> None:
 def test_the_tiny_target(tiny_target: Path) -> None:
     """`<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>M<|endoftext|>`, as its README says."""
     tokenizer = load_tokenizer(str(tiny_target))
-    sample = tokenize_fim(ROW, tokenizer)
+    ids, mask, _ = FimTokenizer(TokenizerSpec.from_tokenizer(tokenizer), "psm", 2048)(ROW)
     text = "<|fim_prefix|>def add(<|fim_suffix|>):\n<|fim_middle|>one, two<|endoftext|>"
-    assert sample.input_ids_L.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(sample.input_ids_L[sample.loss_mask_L]) == "one, two<|endoftext|>"
+    assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[mask]) == "one, two<|endoftext|>"
 
 
 def test_an_order_the_family_does_not_know() -> None:

@@ -134,7 +134,7 @@ def finish(results: Path, seconds: float) -> None:
     info(f"total time: {format_seconds(seconds)}")
     print(
         f"RESULT acceptance_length={values['acceptance_length']:.2f} exact_match={with_draft['exact_match']:.1%}"
-        f" bleu={with_draft['bleu']:.2f} bleu_without={without['bleu']:.2f} identical=yes",
+        f" bleu={with_draft['bleu']:.1f}/100 bleu_without={without['bleu']:.1f}/100 identical=yes",
         flush=True,
     )
 

@@ -201,18 +201,18 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: st
 def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -> None:
     """The table, the report, and the RESULT line."""
     from specforge_lite.report import write_report
+    from specforge_lite.report.sources import find_run_files, read_json
 
     evaluation = json.loads((out / "evaluation.json").read_text())
     decoding = json.loads((out / "decoding.json").read_text())
-    provenance_file = run_dir / "provenance.json"
-    provenance = json.loads(provenance_file.read_text()) if provenance_file.exists() else None
+    provenance = find_run_files(run_dir).provenance  # of the newest checkpoint
     report = write_report(
         out / "report.html",
         title="specforge_lite quickstart",
         metrics_path=run_dir / "metrics.jsonl",
         evaluation=evaluation,
         decoding=decoding,
-        provenance=provenance,
+        provenance=read_json(provenance) if provenance else None,
     )
     tokens = decoding["num_tokens"]
     saved = 1 - decoding["num_passes"] / decoding["num_passes_without"]
@@ -225,7 +225,7 @@ def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -
         served = json.loads((out / f"serving_{config.engine}.json").read_text())["acceptance_length"]
         table.add_row(f"acceptance length, served by {config.engine}", "", f"{served:.2f}")
     for k, accuracy in enumerate(evaluation["accuracy"][:CHAIN]):
-        table.add_row(f"accuracy, step {k}", "", f"{accuracy:.1%}")
+        table.add_row(f"accuracy, position {k}", "", f"{accuracy:.1%}")
     passes = [decoding[key] / tokens for key in ("num_passes_without", "num_passes")]
     table.add_row("target passes per token", *(f"{value:.2f}" for value in passes))
     table.add_row("tokens/s", f"{decoding['tokens_per_second_without']:.0f}", f"{decoding['tokens_per_second']:.0f}")

@@ -301,6 +301,6 @@ def _completions_table(result: CompletionResult) -> Table:
     table.add_row("tokens/s", *(f"{speed:.0f}" for speed in speeds))
     table.add_row("exact match", *(f"{quality.exact_match:.1%}" for quality in both))
     table.add_row("first line matches", *(f"{quality.first_line_match:.1%}" for quality in both))
-    table.add_row("BLEU (of 100)", *(f"{quality.bleu:.2f}" for quality in both))
+    table.add_row("BLEU (of 100)", *(f"{quality.bleu:.1f}" for quality in both))
     table.add_row("outputs identical", "", f"{result.num_identical} of {result.num_rows}")
     return table

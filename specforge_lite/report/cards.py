@@ -6,6 +6,7 @@ become markup.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -72,15 +73,19 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package. Text is escaped; only `Markup`, which figures.py alone makes, is not."""
-    loader = PackageLoader("specforge_lite.report")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("specforge_lite.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )  # fmt: skip
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package. Text is escaped; only `Markup`, which figures.py alone makes, is not."""
     style = Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style=style, **values)
+    return _environment().get_template(template).render(style=style, **values)
 
 
 def curves_card(title: str, note: str, curves: Sequence[Curve], floor: float | None) -> Card:

@@ -166,32 +166,20 @@ def check_sample(sample: TokenizedSample, info: TargetInfo) -> None:
 
 def check_capture(sample: TokenizedSample, states: CapturedStates, info: TargetInfo) -> None:
     """Raise CaptureError, with the arithmetic, unless `states` are complete and belong to `sample`."""
-    name, length = sample.sample_id, len(sample)
-    if states.sample_id != name:
-        raise CaptureError(f"{info.engine}: asked for sample {name}, got {states.sample_id}")
-    if states.input_ids_L.shape != sample.input_ids_L.shape:
-        raise CaptureError(
-            f"{info.engine}: sample {name}: sent {length} token ids, {len(states.input_ids_L)} came back"
-        )
-    if not torch.equal(states.input_ids_L.cpu(), sample.input_ids_L.cpu()):
-        at = int((states.input_ids_L.cpu() != sample.input_ids_L.cpu()).nonzero()[0])
-        raise CaptureError(
-            f"{info.engine}: sample {name}: token {at} is {int(states.input_ids_L[at])} in the reply,"
-            f" {int(sample.input_ids_L[at])} was sent"
-        )
+    place, length = f"{info.engine}: sample {sample.sample_id}", len(sample)
+    if states.sample_id != sample.sample_id:
+        raise CaptureError(f"{info.engine}: asked for sample {sample.sample_id}, got {states.sample_id}")
+    found_L, sent_L = states.input_ids_L.cpu(), sample.input_ids_L.cpu()
+    if found_L.shape != sent_L.shape:
+        raise CaptureError(f"{place}: sent {length} token ids, {len(found_L)} came back")
+    if not torch.equal(found_L, sent_L):
+        at = int((found_L != sent_L).nonzero()[0])
+        raise CaptureError(f"{place}: token {at} is {int(found_L[at])} in the reply, {int(sent_L[at])} was sent")
     if tuple(states.aux_layer_ids) != info.aux_layer_ids:
-        raise CaptureError(
-            f"{info.engine}: sample {name}: aux layers {list(states.aux_layer_ids)},"
-            f" expected {list(info.aux_layer_ids)}"
-        )
-    expected = (length, len(info.aux_layer_ids), info.hidden_size)
-    if tuple(states.aux_LAH.shape) != expected:
-        raise CaptureError(
-            f"{info.engine}: sample {name}: aux shape {tuple(states.aux_LAH.shape)}"
-            f" != (tokens, aux layers, hidden) = {expected}"
-        )
-    if tuple(states.last_LH.shape) != (length, info.hidden_size):
-        raise CaptureError(
-            f"{info.engine}: sample {name}: last hidden shape {tuple(states.last_LH.shape)}"
-            f" != (tokens, hidden) = {(length, info.hidden_size)}"
-        )
+        raise CaptureError(f"{place}: aux layers {list(states.aux_layer_ids)}, expected {list(info.aux_layer_ids)}")
+    for name, tensor, letters, expected in (
+        ("aux", states.aux_LAH, "tokens, aux layers, hidden", (length, len(info.aux_layer_ids), info.hidden_size)),
+        ("last hidden", states.last_LH, "tokens, hidden", (length, info.hidden_size)),
+    ):
+        if tuple(tensor.shape) != expected:
+            raise CaptureError(f"{place}: {name} shape {tuple(tensor.shape)} != ({letters}) = {expected}")

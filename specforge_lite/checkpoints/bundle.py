@@ -15,6 +15,7 @@ from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_directory, user_errors, write_json
+from specforge_lite.model.block_config import block_kind_of
 
 NUM_DRAFT_TOKENS = 3
 SETTINGS_ON_THE_CARD = (
@@ -91,36 +92,43 @@ def model_card(
     decoding: dict[str, Any] | None,
 ) -> str:
     """The README.md of a draft, in the form that the hub reads."""
-    eagle3 = "Eagle3" in config["architectures"][0]
-    kind = "EAGLE-3" if eagle3 else "EAGLE-1"
+    block = block_kind_of(config)
+    algorithm = block or ("eagle3" if "Eagle3" in config["architectures"][0] else "eagle")
+    kind = {"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "dspark": "DSpark", "dflash": "DFlash"}[algorithm]
     target = without_paths(facts.target)
     header = ["---", *([f"license: {facts.license}"] if facts.license else []), f"base_model: {target}"]
     header += [
         "pipeline_tag: text-generation",
         "tags:",
-        f"- {'eagle3' if eagle3 else 'eagle'}",
+        f"- {algorithm}",
         "- speculative-decoding",
     ]
     sections = [
         "\n".join([*header, "---"]),
         f"# {name}\n\n{kind} draft model for `{target}`, for speculative decoding: answers stay those of the target,"
         " in fewer passes.",
-        "## Use\n\n" + launch_commands(name, target, eagle3),
+        "## Use\n\n" + launch_commands(name, target, algorithm, int(config.get("block_size") or 0)),
         *([results_section(evaluation, decoding)] if evaluation or decoding else []),
         training_section(config),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def launch_commands(draft: str, target: str, eagle3: bool) -> str:
-    """The exact commands for both engines."""
-    algorithm, method = ("EAGLE3", "eagle3") if eagle3 else ("EAGLE", "eagle")
-    speculative = json.dumps({"method": method, "model": draft, "num_speculative_tokens": NUM_DRAFT_TOKENS})
+def launch_commands(draft: str, target: str, algorithm: str, block_size: int = 0) -> str:
+    """The exact commands for both engines. algorithm: in vLLM's words; a block draft is served with its own length."""
+    num_tokens = {"dspark": block_size, "dflash": block_size - 1}.get(algorithm, NUM_DRAFT_TOKENS)
+    speculative: dict[str, Any] = {"method": algorithm, "model": draft, "num_speculative_tokens": num_tokens}
+    size = f"--speculative-num-draft-tokens {num_tokens + 1}"
+    if algorithm == "dspark":  # its loss trains drafts that are sampled; vLLM's default is the most probable token
+        speculative["draft_sample_method"] = "probabilistic"
+    elif algorithm == "dflash":
+        size = f"--speculative-dflash-block-size {block_size}"
+    else:
+        size = f"--speculative-num-steps {num_tokens} \\\n  --speculative-eagle-topk 1 {size}"
     return (
-        f"```bash\npython -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\\n"
-        f"  --speculative-draft-model-path {draft} --speculative-num-steps {NUM_DRAFT_TOKENS} \\\n"
-        f"  --speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFT_TOKENS + 1}\n\n"
-        f"vllm serve {target} --speculative-config '{speculative}'\n```"
+        f"```bash\npython -m sglang.launch_server --model-path {target} \\\n"
+        f"  --speculative-algorithm {algorithm.upper()} --speculative-draft-model-path {draft} {size}\n\n"
+        f"vllm serve {target} --speculative-config '{json.dumps(speculative)}'\n```"
     )
 
 

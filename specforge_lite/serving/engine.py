@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.remote import CaptureDialect
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
+from specforge_lite.model.block_config import block_kind_of
 
 
 @dataclass(frozen=True)
@@ -164,16 +165,26 @@ class Engine(CaptureDialect, ABC):
         """Why these settings would capture other states than the target's, in one clause; None if they do not. dtype:
         what the target runs in (`bfloat16`, ...), resolved."""
 
-    def draft_algorithm(self, draft_path: str) -> str:
-        """What the engine calls the algorithm of an exported draft; raises ConfigError."""
-        path = Path(draft_path) / "config.json"
+    def draft_algorithm(self, options: ServingOptions) -> str:
+        """What the engine calls the algorithm of the draft; raises ConfigError, also for a block draft that is served
+        with another number of tokens than it was trained with: the block would have other slots."""
+        path = Path(str(options.draft_path)) / "config.json"
         try:
-            architecture = json.loads(path.read_text())["architectures"][0]
+            config = json.loads(path.read_text())
+            architecture = config["architectures"][0]
         except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ConfigError(f"{path}: not an exported draft ({type(error).__name__})") from None
         if architecture not in self.draft_algorithms:
             hint = suggest(str(architecture), self.draft_algorithms)
             raise ConfigError(f"{path}: architectures ['{architecture}']{hint}")
+        kind = block_kind_of(config)
+        if kind is not None:
+            trained = int(config.get("block_size", 0)) - (kind == "dflash")
+            if (options.num_steps, options.topk) != (trained, 1):
+                raise ConfigError(
+                    f"{path}: a {kind} draft of {trained} tokens a block: num_steps {options.num_steps} and topk"
+                    f" {options.topk} asked for, expected {trained} and 1"
+                )
         return self.draft_algorithms[architecture]
 
     # ------------------------------------------------------------------------------------------------------- decoding

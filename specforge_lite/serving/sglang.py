@@ -12,7 +12,7 @@ from typing import Any
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.remote import ServerInfo
-from specforge_lite.core.errors import EngineError
+from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpLoop
 from specforge_lite.serving.engine import (
     Acceptance,
@@ -85,7 +85,12 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         "OLMo 1, 2, 3": NO_AUX,
         "Nemotron H": NO_AUX,
     }
-    draft_algorithms = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE"}
+    draft_algorithms = {
+        "LlamaForCausalLMEagle3": "EAGLE3",
+        "LlamaForCausalLMEagle": "EAGLE",
+        "DFlashDraftModel": "DFLASH",
+        "Qwen3DSparkModel": "DSPARK",
+    }
     cumulative_stream = True
 
     # ------------------------------------------------------------------------------------------------------- starting
@@ -106,8 +111,11 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         words = self._command(launch)
         words += ["--max-running-requests", str(launch.num_requests)]
         if options.speculative:
-            words += ["--speculative-algorithm", self.draft_algorithm(str(options.draft_path))]
+            algorithm = self.draft_algorithm(options)
+            words += ["--speculative-algorithm", algorithm]
             words += ["--speculative-draft-model-path", str(Path(str(options.draft_path)).resolve())]
+            if algorithm in ("DFLASH", "DSPARK"):
+                return words + self._block_words(launch, options, algorithm)
             words += ["--speculative-num-steps", str(options.num_steps), "--speculative-eagle-topk", str(options.topk)]
             words += ["--speculative-num-draft-tokens", str(options.num_draft_tokens)]
             if options.temperature > 0 and options.topk == 1 and launch.gpu:  # on a CPU verification is greedy
@@ -119,6 +127,13 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
             if options.speculative:  # the only CPU attention that knows draft trees
                 words += ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
         return words
+
+    def _block_words(self, launch: Launch, options: ServingOptions, algorithm: str) -> list[str]:
+        """speculative_hook.py: steps and topk are 1 there, and the verified window is the block's tokens plus one."""
+        if not launch.gpu:
+            raise ConfigError(f"{options.draft_path}: sglang serves {algorithm.lower()} drafts on a GPU only")
+        size = str(options.num_steps + 1)
+        return ["--speculative-num-draft-tokens" if algorithm == "DSPARK" else "--speculative-dflash-block-size", size]
 
     def _command(self, launch: Launch) -> list[str]:
         words = [launch.python, "-m", "sglang.launch_server", "--model-path", launch.model_path]

@@ -88,7 +88,12 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
         "OLMo 1, 2, 3": THROUGH_TRANSFORMERS,
         "Nemotron H": Support("read"),
     }
-    draft_algorithms = {"LlamaForCausalLMEagle3": "eagle3", "LlamaForCausalLMEagle": "eagle"}
+    draft_algorithms = {
+        "LlamaForCausalLMEagle3": "eagle3",
+        "LlamaForCausalLMEagle": "eagle",
+        "DFlashDraftModel": "dflash",
+        "Qwen3DSparkModel": "dspark",
+    }
     metrics_path = "/metrics"
 
     # ------------------------------------------------------------------------------------------------------- starting
@@ -119,12 +124,17 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
                 f"vllm drafts chains only: topk {options.topk} and {options.num_draft_tokens} draft tokens asked for,"
                 f" expected topk 1 and num_steps + 1 = {options.num_steps + 1}"
             )
+        method = self.draft_algorithm(options)
+        if method == "dspark" and not launch.gpu:  # config/vllm.py: its runner needs Triton
+            raise ConfigError(
+                f"{options.draft_path}: vllm serves dspark drafts on a GPU only; dflash is served on a CPU"
+            )
         draft: dict[str, Any] = {
-            "method": self.draft_algorithm(str(options.draft_path)),
+            "method": method,
             "model": str(Path(str(options.draft_path)).resolve()),
             "num_speculative_tokens": options.num_steps,
         }
-        if options.temperature > 0:
+        if options.temperature > 0 and method != "dflash":
             draft["draft_sample_method"] = "probabilistic"
         return [*words, "--speculative-config", json.dumps(draft)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge_lite.checkpoints.bundle import CardFacts, copy_tokenizer, without_paths, write_bundle
+from specforge_lite.checkpoints.bundle import CardFacts, copy_tokenizer, launch_commands, without_paths, write_bundle
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.core.errors import ConfigError, DataError
@@ -99,3 +99,12 @@ def test_an_old_bundle_is_replaced_only_when_told(exported: Path, tmp_path: Path
         write_bundle(exported, folder, CardFacts("second"))
     write_bundle(exported, folder, CardFacts("second"), overwrite=True)
     assert "base_model: second" in (folder / "README.md").read_text()
+
+
+def test_a_block_draft_is_served_with_its_own_length_and_sampled() -> None:
+    commands = launch_commands("D", "T", "dspark", 7)
+    assert "--speculative-algorithm DSPARK" in commands
+    assert "--speculative-num-draft-tokens 8" in commands
+    assert '"num_speculative_tokens": 7, "draft_sample_method": "probabilistic"' in commands
+    assert "--speculative-dflash-block-size 16" in launch_commands("D", "T", "dflash", 16)
+    assert '"num_speculative_tokens": 15' in launch_commands("D", "T", "dflash", 16)

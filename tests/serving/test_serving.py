@@ -55,6 +55,28 @@ def test_drafts_are_sampled_as_they_were_trained_where_sampling_is_served(draft:
     assert "rejection" not in words("sglang", tree, gpu=True)
 
 
+def test_block_drafts_are_served_with_the_length_they_were_trained_with(tmp_path: Path) -> None:
+    config = {"architectures": ["Qwen3DSparkModel"], "block_size": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = str(tmp_path)
+    options = ServingOptions("sglang", "M", path, 7, 1, 8, temperature=0.7)
+    command = words("sglang", options, gpu=True)
+    assert "--speculative-algorithm DSPARK" in command
+    assert command.endswith("--speculative-num-draft-tokens 8")
+    assert "--speculative-num-steps" not in command
+    command = words("vllm", replace(options, backend="vllm"), gpu=True)
+    speculative = {"method": "dspark", "model": path, "num_speculative_tokens": 7}
+    assert json.dumps({**speculative, "draft_sample_method": "probabilistic"}) in command
+    with pytest.raises(ConfigError, match="a dspark draft of 7 tokens a block: num_steps 5 and topk 1 asked for"):
+        words("vllm", ServingOptions("vllm", "M", path, 5, 1, 6), gpu=True)
+    for backend in ("sglang", "vllm"):
+        with pytest.raises(ConfigError, match="on a GPU only"):
+            words(backend, replace(options, backend=backend))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DFlashDraftModel"], "block_size": 8}))
+    assert words("sglang", options, gpu=True).endswith("--speculative-dflash-block-size 8")
+    assert '"method": "dflash"' in words("vllm", replace(options, backend="vllm"))
+
+
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])
 def test_no_steps_is_plain_decoding(backend: str, draft: str) -> None:
     for options in (ServingOptions(backend, "M", draft, num_steps=0), ServingOptions(backend, "M")):
@@ -65,10 +87,10 @@ def test_no_steps_is_plain_decoding(backend: str, draft: str) -> None:
 
 def test_unknown_drafts_and_backends_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an exported draft"):
-        SERVING_ENGINES["sglang"].draft_algorithm(str(tmp_path))
+        SERVING_ENGINES["sglang"].draft_algorithm(ServingOptions("sglang", "M", str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle4"]}))
     with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLMEagle"):
-        SERVING_ENGINES["vllm"].draft_algorithm(str(tmp_path))
+        SERVING_ENGINES["vllm"].draft_algorithm(ServingOptions("vllm", "M", str(tmp_path)))
     with pytest.raises(ConfigError, match="backend 'sgland': cannot serve; did you mean 'sglang'"):
         ServingSession(ServingOptions("sgland", "M"))
 

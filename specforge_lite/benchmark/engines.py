@@ -16,7 +16,7 @@ from specforge_lite.benchmark.session import Session
 from specforge_lite.capture.base import num_positions
 from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG
 from specforge_lite.checkpoints.export import DTYPES, export_checkpoint
-from specforge_lite.checkpoints.training_run import checkpoints, newest_complete
+from specforge_lite.checkpoints.loading import find_draft
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
@@ -59,12 +59,8 @@ def check_options(options: ServingOptions, drafted: bool) -> None:
 
 
 def resolve_draft(path: str | None) -> str | None:
-    """A draft path as given, or the newest complete checkpoint where it is the output directory of a training run."""
-    if path is None or not checkpoints(Path(path)) or (Path(path) / "config.json").exists():
-        return path
-    newest = newest_complete(Path(path))
-    info(f"draft {path}: the output of a training run, taking {newest}")
-    return str(newest)
+    """A draft path as given, or the checkpoint that is meant where it is the output directory of a training run."""
+    return path if path is None or not Path(path).is_dir() else str(find_draft(path))
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def test_a_training_checkpoint_is_exported_for_servers(tmp_path: Path, capsys: p
         assert (exported / "model.safetensors").exists()
     assert not exported.exists()
     output = capsys.readouterr().out
-    assert "the output of a training run, taking" in output
+    assert "the output of a training run; taking step_12" in output
     assert "a training checkpoint, exported in float32" in output
 
 

@@ -66,7 +66,7 @@ def test_bundle_of_an_eagle1_draft_without_results(tmp_path: Path) -> None:
     exported = export_draft(random_draft(algorithm="eagle1"), tmp_path / "exported")
     card = (write_bundle(exported, tmp_path / "d", CardFacts(str(tmp_path / "target"))) / "README.md").read_text()
     assert "base_model: target\n" in card
-    assert "--speculative-algorithm EAGLE \\" in card
+    assert "--speculative-algorithm EAGLE --speculative" in card
     assert '"method": "eagle",' in card
     assert "## Results" not in card
 

@@ -155,7 +155,9 @@ def check_sample(sample: TokenizedSample, info: TargetInfo) -> None:
     uses CUDA."""
     name, length = sample.sample_id, len(sample)
     if not 1 <= length <= info.max_length:
-        raise CaptureError(f"{info.engine}: sample {name}: {length} tokens, the target accepts 1 to {info.max_length}")
+        raise CaptureError(
+            f"{info.engine}: sample {name} has {length} tokens, the target accepts 1 to {info.max_length}"
+        )
     low, high = int(sample.input_ids_L.min()), int(sample.input_ids_L.max())
     if low < 0 or high >= info.vocab_size:
         raise CaptureError(

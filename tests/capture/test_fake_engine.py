@@ -54,7 +54,7 @@ def test_other_faults() -> None:
     for name, error in (("no", CaptureError), ("gone", EngineError), ("bug", RuntimeError)):
         with pytest.raises(error, match="as asked"):
             engine.capture([sample([1, 2], name)])
-    with pytest.raises(CaptureError, match="sample long: 41 tokens, the target accepts 1 to 40"):
+    with pytest.raises(CaptureError, match="sample long has 41 tokens, the target accepts 1 to 40"):
         engine.capture([sample([1] * 41, "long")])
     assert engine.num_calls == engine.num_samples == 5
 

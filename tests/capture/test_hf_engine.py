@@ -162,7 +162,9 @@ def test_default_aux_layers_are_told(llama: Path, capsys: pytest.CaptureFixture[
 
 def test_user_mistakes(llama: Path, tmp_path: Path) -> None:
     engine = HfEngine(str(llama))
-    with pytest.raises(CaptureError, match=f"sample long: {POSITIONS + 1} tokens, the target accepts 1 to {POSITIONS}"):
+    with pytest.raises(
+        CaptureError, match=f"sample long has {POSITIONS + 1} tokens, the target accepts 1 to {POSITIONS}"
+    ):
         engine.capture([make_sample("ok", 4), make_sample("long", POSITIONS + 1)])
     wrong = TokenizedSample("w", torch.tensor([5, VOCAB]), torch.ones(2, dtype=torch.bool))
     with pytest.raises(CaptureError, match=f"sample w: token ids .*{VOCAB}, the vocabulary is 0..{VOCAB - 1}"):

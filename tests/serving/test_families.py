@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.engine import Engine
-from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter
+from specforge_lite.serving.environment import PLUGIN_DIR, SERVING_ENGINES, Interpreter
 from specforge_lite.serving.families import FAMILIES, check_target, support_of, support_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,3 +123,18 @@ def test_every_family_has_a_line_for_every_engine() -> None:
 
 def test_the_table_of_the_docs_is_the_one_in_the_code() -> None:
     assert support_table() in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+
+
+def test_the_sglang_plugin_reports_what_the_model_captures_not_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PLUGIN_DIR))
+    from specforge_capture.sglang_plugin import _captured_layer_ids
+
+    inner = torch.nn.Module()
+    model = torch.nn.ModuleDict({"model": inner})
+    inner.layers_to_capture = []
+    with pytest.raises(RuntimeError, match="ModuleDict keeps no record of the layers it captures"):
+        _captured_layer_ids(model)
+    inner.layers_to_capture = [2, 29, 57]  # what DeepSeek-V3 makes of `--return-aux-hidden-state-layer-ids 2 29 57`
+    assert _captured_layer_ids(model) == [1, 28, 56]
+    inner.layers_to_capture = [2, 30, 58]  # and of `1 29 57`
+    assert _captured_layer_ids(model) == [1, 29, 57]

@@ -33,7 +33,7 @@ from specforge_lite.serving.engine import (
 
 NO_AUX = Support("refused", "it hands out no aux hidden states")
 THROUGH_TRANSFORMERS = Support("read", "run through its transformers backend")
-MLA = Support("refused", "with multi-head latent attention its hidden states share a cache group with the keys")
+MLA = Support("refused", "multi-head latent attention: upstream's own hidden-states connector refuses it, too")
 
 _PASSES = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})?\s+(\S+)", re.M)
 _ACCEPTED_AT = re.compile(
@@ -154,7 +154,7 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
     def target_problem(
         self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
     ) -> str | None:
-        if getattr(text_config, "kv_lora_rank", None):  # as upstream's own hidden-states connector
+        if getattr(text_config, "kv_lora_rank", None):
             return MLA.note
         # deepseek_v2.py, openpangu.py, AXK1.py divide the stream in float16, to keep it in range.
         if dtype == "float16" and getattr(text_config, "routed_scaling_factor", None):

@@ -12,8 +12,6 @@ from specforge_lite.core.log import format_bytes, info
 from specforge_lite.core.weight_files import safetensors_files
 from specforge_lite.model.device import choose_attention, usable_dtype
 from specforge_lite.model.draft import DraftConfig
-from specforge_lite.serving.environment import choose_backend
-from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
 from specforge_lite.training.settings import TrainConfig
 
 
@@ -24,8 +22,11 @@ def use_deterministic_kernels() -> None:
 
 
 def _backend(config: TrainConfig) -> str:
-    name: str = config.target.target_backend
-    return choose_backend(config.target) if name == "auto" else name
+    if config.target.target_backend != "auto":
+        return config.target.target_backend
+    from specforge_lite.serving.environment import choose_backend
+
+    return choose_backend(config.target)
 
 
 def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -81,6 +82,8 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
         return config
     if target.engine_devices is not None and _physical(device) not in target.engine_devices.split(","):
         return config
+    from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
+
     training, total = config.training, torch.cuda.get_device_properties(device).total_memory
     draft_file, target_config = config.draft.draft_model_config, load_config(target.target_model_path)
     if draft_file is not None:

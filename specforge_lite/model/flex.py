@@ -37,7 +37,7 @@ class FlexRows:
         """From which blocks see which, bool; none is in both."""
         both = (partly_IJ, wholly_IJ, partly_IJ.T, wholly_IJ.T)
         tensors = [tensor for visible in both for tensor in _ordered(visible)]
-        return cls(*tensors, sizes=[torch.tensor(size) for size in sizes])  # type: ignore[misc]
+        return cls(*tensors, sizes=[torch.tensor(size) for size in sizes])  # type: ignore[arg-type, misc]
 
 
 def _ordered(visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def _by_context(errors: Mapping[str, Any]) -> Table:
 
 def _pairs(errors: Mapping[str, Any]) -> Table:
     rows = [[shown(pair["expected"]), shown(pair["guessed"]), str(pair["count"])] for pair in errors["pairs"]]
-    return Table("Mistaken for each other", ["target says", "draft guesses", "times"], rows, 2)
+    return Table("Mistaken for each other", ["target's token", "draft's token", "times"], rows, 2)
 
 
 def _samples(errors: Mapping[str, Any]) -> Table:
@@ -81,7 +81,7 @@ def _samples(errors: Mapping[str, Any]) -> Table:
         [m["sample_id"], str(m["place"]), m["kind"], *(shown(m[name]) for name in ("before", "expected", "guessed"))]
         for m in errors["samples"]
     ]
-    return Table("Samples", ["sample", "token", "kind", "before", "target says", "draft guesses"], rows, 6)
+    return Table("Samples", ["sample", "token", "kind", "before", "target's token", "draft's token"], rows, 6)
 
 
 TALLY = ["tokens", "missed", "accuracy"]

@@ -338,6 +338,15 @@ def test_own_template_of_an_answer_that_was_cut_off(source: str, answer: dict[st
     assert marked(cut).endswith(ending)
 
 
+def test_reasoning_of_a_target_whose_template_only_has_the_switch() -> None:
+    """It keeps thoughts inside of content, and closes one in the prompt when thinking is off."""
+    source = CHATML.replace(
+        "assistant\n{% endif %}", "assistant\n{{ '<think>\n\n</think>\n' if enable_thinking is false }}{% endif %}"
+    )
+    expected = f"{_HEAD}⟦<think>\nAdd.\n</think>\n\nIt is 2.<|im_end|>⟧\n"
+    assert marked(own(source).render(QA)).endswith(expected)
+
+
 def test_reasoning_that_a_template_has_no_place_for() -> None:
     assert own(CHATML).render(QA).lost_reasoning
     assert not own(QWEN3).render(QA).lost_reasoning

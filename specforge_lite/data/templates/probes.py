@@ -36,7 +36,7 @@ class Probes:
 
     problem: why it cannot be used, None where it can. prompt_ends: texts that may stand between a question and what
     the target produces. end_tokens: what ends a turn. opens_thought: a server's prompt ends with `<think>`.
-    strips_thoughts: `<think>...</think>` in an answer is left out. content_parts: content as a list of parts.
+    strips_thoughts: `<think>...</think>` in an earlier answer is left out. content_parts: content as a list of parts.
     arguments: form of a tool call's arguments, "as-is", "object" or "text".
     """
 
@@ -108,7 +108,8 @@ def probe(template: JinjaTemplate) -> Probes:
     try:
         prompt, _ = template.jinja([probes.shape(_TALK[0])], (), True)
         thought = {**_TALK[1], "content": "<think>\nGamma\n</think>\n\nAlpha."}
-        stripped = "Gamma" not in template.jinja([probes.shape(_TALK[0]), probes.shape(thought)], ())[0]
+        history = [probes.shape(message) for message in (_TALK[0], thought, *_TALK[2:])]
+        stripped = "Gamma" not in template.jinja(history, ())[0]
         probes = replace(probes, opens_thought=OPEN_THOUGHT.search(prompt) is not None, strips_thoughts=stripped)
     except DataError:
         pass

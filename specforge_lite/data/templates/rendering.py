@@ -149,7 +149,10 @@ class ChatTemplate(JinjaTemplate):
         prompts = [self.jinja(shaped, tools, True, **switch)[0] for switch in SWITCHES[:2]]
         prompt = next((text for text in prompts if OPEN_THOUGHT.search(text)), prompts[0])
         opened = OPEN_THOUGHT.search(prompt)
-        if opened is None and not self._probes.strips_thoughts:
+        before = max((position for position, index, _ in drawing.marks if index < last), default=0)
+        header = drawing.text[before : own[0][1] if own else len(drawing.text)]
+        thinks = self._probes.strips_thoughts or any("think>" in text for text in (header, *self._probes.prompt_ends))
+        if opened is None and not thinks:
             return lost
         breaks = opened is None or opened[0].endswith("\n")  # DeepSeek V3.1 thinks without line ends around
         head = f"{prompt}{'' if opened else '<think>' + chr(10)}{thought}"

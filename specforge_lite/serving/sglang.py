@@ -230,7 +230,7 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         return Generation(tokens, acceptance, str(reason), len(chunks[0]["output_ids"]))
 
     def flush_request(self) -> tuple[str, str] | None:
-        return "POST", "/flush_cache"
+        return "POST", "/flush_cache?timeout=30"  # refused while the last answer's request is not yet released
 
 
 def _whole_prompts(launch: Launch) -> list[str]:

@@ -140,7 +140,7 @@ def test_an_answer_with_its_passes_and_times(backend: str) -> None:
         assert (reply.finish_reason, reply.num_first_tokens) == ("length", 1)
         path, body = server.seen[-1]
         if backend == "sglang":
-            assert (path, server.seen[0][0]) == ("/generate", "/flush_cache")
+            assert (path, server.seen[0][0]) == ("/generate", "/flush_cache?timeout=30")
             params = {"max_new_tokens": 7, "temperature": 0.5, "ignore_eos": False}
             assert body == {"input_ids": [10, 11], "sampling_params": params, "stream": True}
             assert session.counters() == Counters()

@@ -97,7 +97,8 @@ def main() -> None:
     options = config.evaluation
     results_file = options.save_results
     if results_file is not None:
-        if results_file.suffix != ".json":  # a directory, as EAGLE's users give it
+        holds_checkpoints = results_file.is_dir() and any(results_file.glob("st*_*"))
+        if results_file.suffix != ".json" and not holds_checkpoints:  # a directory, as EAGLE's users give it
             results_file = results_file / "results.json"
         prepare_place(results_file, "save_results")
     if options.error_analysis is not None:

@@ -25,7 +25,7 @@ that are not negative and relative residuals, by
 
     verify   v0 + v1 (VERIFY - 1) + v2 [TOPK > 1]          draft   d0 STEPS + d1 STEPS (TOPK - 1)
 
-(v2: a tree has to be built, masked and compacted; a chain has not), each by itself where the engine tells the draft's
+(v2: a tree has to be built, masked and compacted; a chain has not), each by itself where the engine reports the draft's
 share (hf), else their sum, where the run without a draft is the point STEPS 0, VERIFY 1.
 
 Correction. Costs are not quite linear and contexts not all alike, so the predicted rate tau / t is multiplied by what

@@ -273,7 +273,7 @@ class ResultFile:
         self.rows.append(row)
 
     def records(self, key: RowKey) -> list[Record] | None:
-        """The answers behind a finished row; None, with a warning, where they are gone."""
+        """The answers behind a finished row; None, with a warning, where the file is missing."""
         path = self.answers_dir / key.file_name
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

@@ -31,7 +31,7 @@ class Reply:
 @dataclass(frozen=True)
 class Counters:
     """What an engine counted over all requests since `begin`. draft_share: part of the decoding time spent in the
-    draft; None where it cannot be told."""
+    draft; None where it is not known."""
 
     passes: int | None = None
     accepted_at: tuple[int, ...] = ()

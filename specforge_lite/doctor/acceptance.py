@@ -2,7 +2,7 @@
 
 A draft learns from whatever states it is given. Where these come in another order, from other layers, or from another
 revision of the target than a server hands out, training looks healthy and decoding accepts next to nothing. Greedy
-output stays right all the same, so nobody is told. Here the run's own record is held against real decoding.
+output stays right all the same, so no error shows it. Here the run's own record is held against real decoding.
 """
 
 from __future__ import annotations

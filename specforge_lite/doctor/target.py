@@ -72,7 +72,7 @@ def _answers(check: Callable[[Examination], Iterator[Problem]], examination: Exa
         yield from check(examination)
     except SpecforgeError as error:
         yield "broken", str(error)
-    except Exception as error:  # modelling code nobody has tried may raise anything; here that is the finding
+    except Exception as error:  # untried modelling code may raise anything; here that is the finding
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         yield "broken", f"{type(error).__name__}: {first}"
 

@@ -75,7 +75,7 @@ def _split_channels(text: str, is_cut: bool) -> tuple[str, str, list[dict[str, A
         elif recipient is None and channel in ("analysis", "final") and channel not in found:
             found[channel] = match["text"]
         else:
-            where = f"{channel} to {recipient[1]}" if recipient else f"{channel} (again, or to nobody)"
+            where = f"{channel} to {recipient[1]}" if recipient else f"{channel} (a second time, or an unknown channel)"
             raise RequestFailed("answer-form", f"channel {where}; expected analysis, final and calls of functions")
     if not at or (("<|message|>" in text[at:] or not is_cut) and text[at:].strip()):
         raise RequestFailed("answer-form", f"not a sequence of channels: {text[at : at + 80]!r}")

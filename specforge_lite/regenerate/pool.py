@@ -79,7 +79,7 @@ class ServerPool:
         """Ask every server for its models. Raises EngineError if none answers, ConfigError for an unknown model."""
         listed = await asyncio.gather(*(self._first_contact(server) for server in self.servers))
         if all(server.is_down for server in self.servers):
-            raise EngineError(self._all_gone())
+            raise EngineError(self._no_server_left())
         names = sorted({name for models in listed for name in models or []})
         if model_name is None:
             if len(names) != 1:
@@ -91,7 +91,7 @@ class ServerPool:
         self.model = model_name
 
     async def answer(self, question: Question) -> Answer:
-        """Ask until answered. Raises RequestFailed after `max_retries` more attempts, EngineError if all are gone."""
+        """Ask until answered. Raises RequestFailed after `max_retries` more attempts, EngineError without servers."""
         attempt = 0
         while True:
             server = await self._take_place()
@@ -132,7 +132,7 @@ class ServerPool:
             server = await self._places.get()
             if server is None:
                 self._places.put_nowait(None)  # for all others that wait
-                raise EngineError(self._all_gone())
+                raise EngineError(self._no_server_left())
             if server.is_down:
                 server.num_aside += 1
             elif server.not_before > loop.time():
@@ -187,7 +187,7 @@ class ServerPool:
             self._places.put_nowait(server)
         server.num_aside = 0
 
-    def _all_gone(self) -> str:
+    def _no_server_left(self) -> str:
         reasons = "; ".join(f"{s.name}: {s.down_reason}" for s in self.servers)
         return f"no server is left ({reasons})"
 

@@ -186,6 +186,8 @@ def _tiles(
             tiles.append((f"{ratio:.2f}×", f"speed in our decoder: {words}"))
         if decoding.num_identical is not None:
             words = "outputs are the same with and without the draft"
+            if decoding.num_near_ties:
+                words += f"; {decoding.num_near_ties} of the others differ first at a near tie"
             tiles.append((f"{decoding.num_identical} of {decoding.num_prompts}", words))
     elif is_number(estimate):
         tiles.append((f"{estimate:.2f}", "tokens per pass of the target, estimated on held-out data"))

@@ -315,7 +315,7 @@ def test_decoding_values_are_checked(values: dict[str, Any], message: str) -> No
 
 
 def test_decoding_survives_json() -> None:
-    decoding = Decoding(2.5, 2, 40, "greedy", (0.5, 0.25), 2, 16, 40, 10.0, 5.0, (Sample("p", ("a",), (1,), "c"),))
+    decoding = Decoding(2.5, 2, 40, "greedy", (0.5, 0.25), 1, 1, 16, 40, 10.0, 5.0, (Sample("p", ("a",), (1,), "c"),))
     assert read_decoding(json.loads(json.dumps(decoding.to_dict()))) == decoding
 
 

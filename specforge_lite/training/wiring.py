@@ -342,9 +342,10 @@ def _restore_or_start(
     total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
     optimizer.total_steps = training.total_steps or total
     if eagle_state is not None and progress.step >= total:
+        end = run_length(training, plan.total_steps)
         raise ConfigError(
             f"{eagle_state.path}: {eagle_state.epoch + 1} epochs are done ({progress.step} steps), the run ends after"
-            f" {total} steps; give --num-epochs above {eagle_state.epoch + 1}, or another --output-dir to start anew"
+            f" {end} steps; give --num-epochs above {eagle_state.epoch + 1}, or another --output-dir to start anew"
         )
     if training.total_steps is not None and total < training.total_steps:
         info(

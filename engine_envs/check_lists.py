@@ -38,10 +38,10 @@ def libraries_of(wheel: Path) -> tuple[set[str], set[str]]:
     needed: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if re.search(r"\.so(\.[\d.]+)?$", name)]
+        library = Path(folder) / "library.so"
         for name in names:
-            text = subprocess.run(
-                ["readelf", "-d", archive.extract(name, folder)], capture_output=True, text=True, check=True
-            ).stdout
+            library.write_bytes(archive.read(name))  # no name of the archive becomes a path
+            text = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
             needed.update(re.findall(r"\(NEEDED\).*\[(.+)\]", text))
     return {Path(name).name for name in names}, needed
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no network, and the repository root on the path (for `benchmarks.reference`)."""
+"""Shared by all tests: one thread, no network, and the repository root on the path (for `benchmarks`)."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.model.acceptance import LK_LOSSES
 from specforge_lite.model.block_config import with_block_fields
 from specforge_lite.model.device import usable_dtype
-from specforge_lite.model.layers import ACTIVATIONS, DraftLayer
-from specforge_lite.model.rope import RotaryEmbedding, apply_rope
+from specforge_lite.model.layers import ACTIVATIONS
 from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
@@ -431,36 +430,3 @@ class Draft(nn.Module):
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Map draft vocabulary ids to target ids."""
         return draft_ids + self.d2t[draft_ids]
-
-
-class EagleDraft(Draft):
-    """A draft of one decoder layer, with all that EAGLE-1 and EAGLE-3 have in common."""
-
-    rope: RotaryEmbedding
-
-    @property
-    def layer(self) -> DraftLayer:
-        """The decoder layer."""
-        raise NotImplementedError
-
-    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (what the layer projects to q, k, v; what attention is added to)."""
-        raise NotImplementedError
-
-    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (h_{k+1}, input of the head)."""
-        raise NotImplementedError
-
-    def step(
-        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
-        cos, sin = self.rope(position_ids_BT)
-        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
-
-    def prepare_decoding(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.layer.fuse()
-
-    def cover_positions(self, num_positions: int) -> None:
-        self.rope.cover(num_positions)

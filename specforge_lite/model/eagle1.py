@@ -22,12 +22,12 @@ from torch.nn.functional import smooth_l1_loss
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import DraftConfig, EagleDraft, TTTSettings
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.model.layers import DraftLayer
 from specforge_lite.model.losses import FrozenTeacher, chunked_cross_entropy, judge_rows
 from specforge_lite.model.rope import RotaryEmbedding
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.model.unroll import RowResults, begin_pass, step_weights, summarize, unroll
+from specforge_lite.model.unroll import EagleDraft, RowResults, begin_pass, step_weights, summarize, unroll
 from specforge_lite.types import DraftBatch, StepOutput
 
 # Noise on f_t is uniform, (u - 0.5) * noise * 512 / L: EAGLE's constant, L the tokens of the sample.

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import DraftConfig, EagleDraft, TTTSettings
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.model.layers import DraftLayer, RMSNorm
 from specforge_lite.model.losses import ask_teacher, chunked_cross_entropy, judge_rows
 from specforge_lite.model.rope import RotaryEmbedding
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.model.unroll import RowResults, begin_pass, step_weights, summarize, unroll
+from specforge_lite.model.unroll import EagleDraft, RowResults, begin_pass, step_weights, summarize, unroll
 from specforge_lite.types import DraftBatch, StepOutput
 
 

@@ -22,12 +22,45 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import EagleDraft, TTTSettings
+from specforge_lite.model.draft import Attend, Draft, TTTSettings
 from specforge_lite.model.layers import DraftLayer, gated
-from specforge_lite.model.rope import apply_rope
+from specforge_lite.model.rope import RotaryEmbedding, apply_rope
 from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
 from specforge_lite.model.ttt_attention import Backend, attention_dtype, make_backend
 from specforge_lite.types import DraftBatch, StepOutput
+
+
+class EagleDraft(Draft):
+    """A draft of one decoder layer, with all that EAGLE-1 and EAGLE-3 have in common."""
+
+    rope: RotaryEmbedding
+
+    @property
+    def layer(self) -> DraftLayer:
+        """The decoder layer."""
+        raise NotImplementedError
+
+    def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (what the layer projects to q, k, v; what attention is added to)."""
+        raise NotImplementedError
+
+    def layer_output(self, state_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (h_{k+1}, input of the head)."""
+        raise NotImplementedError
+
+    def step(
+        self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
+        cos, sin = self.rope(position_ids_BT)
+        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
+
+    def prepare_decoding(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.layer.fuse()
+
+    def cover_positions(self, num_positions: int) -> None:
+        self.rope.cover(num_positions)
 
 
 class LayerInput(Protocol):

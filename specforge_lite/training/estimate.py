@@ -209,7 +209,8 @@ def _teacher(load: Workload, asking: bool) -> dict[str, float]:
     logits = _rows(load)[2] * draft.draft_vocab_size * size
     if not asking:
         return {"teacher logits": logits}
-    return {"teacher logits": logits, "teacher chunk": chunk_elements(load.device, load.device_memory) * size * 1.5}
+    elements = min(chunk_elements(load.device, load.device_memory), _rows(load)[2] * draft.vocab_size)
+    return {"teacher logits": logits, "teacher chunk": elements * size * 1.5}
 
 
 def _loss(load: Workload) -> dict[str, float]:
@@ -217,7 +218,8 @@ def _loss(load: Workload) -> dict[str, float]:
     draft, size = load.draft, BYTES[load.precision]
     head = draft.draft_vocab_size * draft.hidden_size
     inputs = _rows(load)[2] * load.num_steps * draft.hidden_size * size
-    elements = chunk_elements(load.device, load.device_memory)
+    all_logits = _rows(load)[2] * load.num_steps * draft.draft_vocab_size
+    elements = min(chunk_elements(load.device, load.device_memory), all_logits)
     if load.device == "cpu":
         chunk = 2.0 * elements * size + 4 * CPU_PASS_ELEMENTS * 3  # the product of before is freed late
     else:

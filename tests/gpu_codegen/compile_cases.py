@@ -1,7 +1,7 @@
 """Compile parts of the training step to sm_90 cubins; one JSON line per case.
 
 python -m tests.gpu_codegen.compile_cases GUARD CASE...
-CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM:ROWS or loss:DTYPE:NAME or gate:DTYPE
+CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM:ROWS or block:... (the same) or loss:DTYPE:NAME or gate:DTYPE
 {"case": ..., "kernels": [[name, shared memory], ...], "graphs": ["forward", "backward"], "error": null}
 """
 
@@ -96,7 +96,12 @@ def main() -> None:
         kind, dtype, *rest = case.split(":")
         error = None
         try:
-            for run in {"flex": [run_flex], "loss": [run_loss], "gate": [run_gate, run_gate_backward]}[kind]:
+            for run in {
+                "flex": [run_flex],
+                "block": [run_block],
+                "loss": [run_loss],
+                "gate": [run_gate, run_gate_backward],
+            }[kind]:
                 with suppress(NotRunError):
                     run(backend, getattr(torch, dtype), *rest)
         except Exception as problem:  # whatever a compiler raises is this tool's result
@@ -127,6 +132,32 @@ def run_flex(backend: Any, dtype: Any, heads: str, kv_heads: str, head_dim: str,
     make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
     keys, values = ([make(plan.num_keys, kv_heads), make(len(step.row_tokens), kv_heads)] for _ in range(2))
     attention.attend(make(len(step.row_tokens), heads), keys, values, step).sum().backward()
+
+
+def run_block(backend: Any, dtype: Any, heads: str, kv_heads: str, head_dim: str, rows: str) -> None:
+    """Attention of a DSpark layer, blocks of 7; rows: lengths of the documents, with commas."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from specforge_lite.model import block_attention, flex
+    from specforge_lite.model.block_plan import anchor_candidates, plan_blocks
+
+    if "flex" not in flex._COMPILED:
+        flex._COMPILED["flex"] = torch.compile(flex_attention, dynamic=True, backend=backend)
+    plain = flex.run_flex
+    block_attention.run_flex = lambda *arguments: plain(*arguments[:-1], True)
+    offsets = [0]
+    for length in rows.split(","):
+        offsets.append(offsets[-1] + int(length))
+    mask = torch.ones(offsets[-1], dtype=torch.bool)
+    plan = plan_blocks(mask, offsets, anchor_candidates(mask, offsets)[::9], 7, 0)
+    plan = plan.to(torch.device("cpu"), with_flex_masks=True)
+    make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
+    num_context, num_slots = len(plan.context_tokens_C), len(plan.slot_positions_S)
+    keys = (make(num_context, kv_heads), make(num_context, kv_heads), make(num_slots, kv_heads))
+    block_attention.flex_attention(
+        make(num_slots, heads), *keys, make(num_slots, kv_heads), plan.every, plan
+    ).sum().backward()
 
 
 def run_loss(backend: Any, dtype: Any, name: str) -> None:

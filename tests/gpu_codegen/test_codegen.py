@@ -26,6 +26,7 @@ DEFAULT = [
     "flex:bfloat16:28:4:128:20",
     "flex:float32:16:16:128:120",
     "flex:float32:4:2:32:60",
+    "block:bfloat16:32:8:128:300",
     *(f"loss:{dtype}:{loss}" for dtype in DTYPES for loss in ("ce", "lk", "lk_alpha")),
     *(f"gate:{dtype}" for dtype in DTYPES),
 ]
@@ -67,7 +68,7 @@ def check(result: dict[str, Any]) -> None:
     assert result["kernels"], result["case"]
     for name, shared in result["kernels"]:
         assert shared <= SHARED_MEMORY_LIMIT, f"{result['case']}: {name} needs {shared} bytes of shared memory"
-    if result["case"].startswith("flex"):
+    if result["case"].startswith(("flex", "block")):
         assert set(result["graphs"]) == {"forward", "backward"}, result["case"]
         assert any("flex_attention_backward" in name for name, _ in result["kernels"]), result["case"]
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_training.py                     # shape small on one CPU thread, every figure of the table
     python benchmarks/bench_training.py --variants fp32-75  # one row of it
+    python benchmarks/bench_training.py --draft dspark --variants fp32-75 bf16-75
     python benchmarks/bench_training.py --shape 8b --device cuda --variants bf16-100   # MFU on a GPU
 
 One step is forward + backward + AdamW on precomputed hidden states. Variants run in turn inside one process
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from benchmarks.block_step import block_gemms, make_block_step
 from specforge_lite.model.device import usable_dtype
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.eagle3_reference import ReferenceConfig, reference_loss
@@ -115,8 +117,11 @@ def make_draft(shape: Shape, d2t: Tensor, t2d: Tensor) -> Draft:
     return draft
 
 
-def make_step(variant: Variant, shape: Shape, device: str) -> Callable[[], float]:
+def make_step(variant: Variant, shape: Shape, device: str, draft_kind: str = "eagle3") -> Callable[[], float]:
     """Return a function that runs one training step and returns the loss per counted position of step 0."""
+    if draft_kind == "dspark":
+        half = usable_dtype(torch.bfloat16, device) if variant.kind == "bf16" else None
+        return make_block_step(variant.kind, variant.supervised, variant.backend, half, shape, device)
     batch, head, d2t, t2d = make_inputs(shape, variant.supervised, device)
     draft = make_draft(shape, d2t, t2d).to(device)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)  # as the trainer
@@ -223,9 +228,11 @@ def _gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 
-def time_variants(names: list[str], shape: Shape, device: str, rounds: int) -> dict[str, list[float]]:
+def time_variants(
+    names: list[str], shape: Shape, device: str, rounds: int, draft_kind: str = "eagle3"
+) -> dict[str, list[float]]:
     """CPU-seconds (GPU: wall seconds) of one step per variant, `rounds` times in turn after one warm-up each."""
-    steps = {name: make_step(Variant.parse(name), shape, device) for name in names}
+    steps = {name: make_step(Variant.parse(name), shape, device, draft_kind) for name in names}
     clock = time.process_time if device == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in names}
     for step in steps.values():
@@ -242,10 +249,10 @@ def time_variants(names: list[str], shape: Shape, device: str, rounds: int) -> d
     return times
 
 
-def memory_of(name: str, shape: Shape, device: str) -> dict[str, float]:
+def memory_of(name: str, shape: Shape, device: str, draft_kind: str = "eagle3") -> dict[str, float]:
     """MB of this process: after import, with inputs and weights, at the peak of three steps."""
     imported = _resident_mb("VmRSS")
-    step = make_step(Variant.parse(name), shape, device)
+    step = make_step(Variant.parse(name), shape, device, draft_kind)
     with_inputs = _resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the inputs
     for _ in range(3):
@@ -275,6 +282,8 @@ def measure_memory(names: list[str], arguments: argparse.Namespace) -> dict[str,
             arguments.shape,
             "--device",
             arguments.device,
+            "--draft",
+            arguments.draft,
         ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results[name] = json.loads(output.splitlines()[-1])
@@ -284,6 +293,7 @@ def measure_memory(names: list[str], arguments: argparse.Namespace) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--draft", choices=("eagle3", "dspark"), default="eagle3")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -303,13 +313,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     shape = SHAPES[arguments.shape]
     if arguments.memory_of:
-        print(json.dumps(memory_of(arguments.memory_of, shape, arguments.device)))
+        print(json.dumps(memory_of(arguments.memory_of, shape, arguments.device, arguments.draft)))
         return
 
     with_reference = arguments.device == "cpu" and not arguments.no_reference and shape.batch == 1
     names = list(arguments.variants)
     references = {f"reference-{name.split('-')[1]}" for name in names} if with_reference else set()
-    times = time_variants([*sorted(references), *names], shape, arguments.device, arguments.rounds)
+    times = time_variants([*sorted(references), *names], shape, arguments.device, arguments.rounds, arguments.draft)
     memory = {} if arguments.no_memory else measure_memory([*sorted(references), *names], arguments)
     rows = []
     tokens = shape.batch * shape.length
@@ -320,7 +330,7 @@ def main() -> None:
         reference = times.get(f"reference-{name.split('-')[1]}")
         if reference and variant.kind != "reference":
             row["x_reference"] = median(r / t for r, t in zip(reference, times[name]))
-        gemms = needed_gemms(shape, variant.supervised)
+        gemms = (needed_gemms if arguments.draft == "eagle3" else block_gemms)(shape, variant.supervised)
         if arguments.device == "cpu":
             floor, operations = floor_seconds(gemms, torch.bfloat16 if variant.kind == "bf16" else torch.float32)
             row["share_of_floor"] = floor / seconds
@@ -340,7 +350,8 @@ def main() -> None:
 def print_table(arguments: argparse.Namespace, rows: list[dict[str, float | str]]) -> None:
     unit = "CPU-s" if arguments.device == "cpu" else "s"
     last = "share_of_floor" if arguments.device == "cpu" else "mfu"
-    print(f"shape {arguments.shape}: {SHAPES[arguments.shape]}, {arguments.device}, torch {torch.__version__}")
+    shape = f"{arguments.shape}: {SHAPES[arguments.shape]}"
+    print(f"{arguments.draft}, shape {shape}, {arguments.device}, torch {torch.__version__}")
     print(f"| variant | tokens/{unit} | step ms | x reference | {last} | GFLOP | MB above inputs | MB above import |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

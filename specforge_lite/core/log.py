@@ -145,6 +145,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print(f"interrupted after {format_seconds(time.monotonic() - start)}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPT_EXIT_CODE)
+    except BrokenPipeError:  # `... | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:  # the top level: a bug of ours keeps its traceback
         print_last(f"{type(error).__name__}: {error}", only_after_launcher=True)
         raise

@@ -236,7 +236,7 @@ def test_the_console_command(
 def test_a_reader_that_has_read_enough_ends_a_script_quietly() -> None:
     code = "from specforge_lite.core.log import info, run_script;"
     code += "run_script(lambda: [info('x' * 99) for _ in range(9999)] and None)"
-    script = f"{sys.executable} -c \"{code}\" | head -1; exit ${{PIPESTATUS[0]}}"
+    script = f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (141, "")
     assert done.stdout == "x" * 99 + "\n"

@@ -118,7 +118,8 @@ class DraftConfig:
         values["aux_layer_ids"] = aux_layer_ids_of(values, source)
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads")
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
         if required:
             raise ConfigError(f"{source}: {', '.join(required)}: required, not found")

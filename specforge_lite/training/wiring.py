@@ -190,7 +190,8 @@ def read_draft_config(path: Path, algorithm: str, target_config: Any | None = No
     both algorithms."""
     file = path / "config.json" if path.is_dir() else path
     values = read_config(file)
-    draft = DraftConfig.from_dict(fill_from_target(values, target_config, str(file)), str(file))
+    known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
+    draft = DraftConfig.from_dict(fill_from_target(values, known, str(file)), str(file))
     if draft.algorithm == algorithm:
         return draft
     architecture = "".join(values.get("architectures") or [])

@@ -76,7 +76,8 @@ class WorkClock:
         verify, next_token = model.target.verify, model.target.next_token
 
         def costly_verify(cache: SlotCache, tree: TokenTree) -> tuple[torch.Tensor, torch.Tensor]:
-            self.seconds += 0.0068 + 0.00085 * math.log2(tree.num_nodes) + 0.0008 * (not tree.is_chain)
+            is_chain = int(tree.depths_BQ.max()) == tree.num_nodes - 1
+            self.seconds += 0.0068 + 0.00085 * math.log2(tree.num_nodes) + 0.0008 * (not is_chain)
             return verify(cache, tree)
 
         def costly_next_token(cache: SlotCache, last_B: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from specforge_lite.training.settings import TrainConfig
 
 
 def test_every_factor_changes_one_thing_and_every_cell_is_a_training_config(tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
     config = SweepConfig(output_dir=tmp_path)
     cells = plan_cells(config)
     settings = [cell.setting for cell in cells if cell.seed == 0]

@@ -188,7 +188,7 @@ def train_and_count(*runs: Run) -> None:
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
 
         def count(trainer: Trainer, run: Run = run) -> None:
-            add = trainer._metrics.add
+            add = trainer._buffer.add
 
             def counting(step: int, row: torch.Tensor, *rest: Any) -> None:
                 if trainer.world.is_main:
@@ -196,7 +196,7 @@ def train_and_count(*runs: Run) -> None:
                         file.write(f"{int(row[1])}\n")
                 add(step, row, *rest)
 
-            trainer._metrics.add = counting  # type: ignore[method-assign]
+            trainer._buffer.add = counting  # type: ignore[method-assign]
 
         train(run, count)
 

@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
     "another target's width": draft("target_hidden_size 64, the target has 128", target_hidden_size=64),
     "an activation nobody has": draft("hidden_act: unknown value 'sillu'; did you mean 'silu'?", hidden_act="sillu"),
     "an algorithm nobody has": draft("algorithm: unknown value 'eagle4'", algorithm="eagle4"),
-    "an EAGLE-1 draft": draft("is trained with scripts/train_eagle1.py", architectures=["LlamaForCausalLMEagle"]),
+    "an EAGLE-1 draft": draft("is trained with --draft-kind eagle1", architectures=["LlamaForCausalLMEagle"]),
     "no epsilon": draft("FILE: rms_norm_eps: expected float, found 'small'", rms_norm_eps="small"),
     "a rope nobody knows": draft(
         "rope_type: unknown value 'spiral'; known:", rope_scaling={"rope_type": "spiral", "factor": 2.0}

@@ -14,13 +14,15 @@ if [ "$TINY" = 1 ]; then
   MODEL=${MODEL:-specforge_lite/assets/tiny_target}; DRAFT_CONFIG=${DRAFT_CONFIG:-configs/tiny-target-eagle3.json}
   DATASET=${DATASET:-gsm8k-sample}; SAMPLES=${SAMPLES:-24}; TEMPLATE=${TEMPLATE:-auto}; MAX_LENGTH=${MAX_LENGTH:-256}
   BACKEND=${BACKEND:-hf}; NUM_SERVERS=${NUM_SERVERS:-0}; NUM_GPUS=${NUM_GPUS:-1}; TP_SIZE=${TP_SIZE:-1}
-  EPOCHS=${EPOCHS:-1}; ANSWER_TOKENS=${ANSWER_TOKENS:-32}; BENCHMARKS=${BENCHMARKS:-gsm8k:2}; SCHEDULE=${SCHEDULE:-800}
+  EPOCHS=${EPOCHS:-1}; ANSWER_TOKENS=${ANSWER_TOKENS:-32}; BENCH_TOKENS=${BENCH_TOKENS:-24}
+  BENCHMARKS=${BENCHMARKS:-gsm8k:2}; SCHEDULE=${SCHEDULE:-800}
   WORK=${WORK:-outputs/llama3-example-tiny}
 fi
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}; DRAFT_CONFIG=${DRAFT_CONFIG:-configs/llama-3.1-8b-eagle3.json}
 DATASET=${DATASET:-sharegpt}; SAMPLES=${SAMPLES:-100000}; TEMPLATE=${TEMPLATE:-llama3}; MAX_LENGTH=${MAX_LENGTH:-2048}
 BACKEND=${BACKEND:-sglang}; NUM_SERVERS=${NUM_SERVERS:-4}; NUM_GPUS=${NUM_GPUS:-4}; TP_SIZE=${TP_SIZE:-4}
-EPOCHS=${EPOCHS:-10}; ANSWER_TOKENS=${ANSWER_TOKENS:-1024}; SCHEDULE=${SCHEDULE:-800000}
+EPOCHS=${EPOCHS:-10}; ANSWER_TOKENS=${ANSWER_TOKENS:-1024}; BENCH_TOKENS=${BENCH_TOKENS:-512}
+SCHEDULE=${SCHEDULE:-800000}
 BENCHMARKS=${BENCHMARKS:-mtbench:80 gsm8k:200 humaneval:200 math500:200}
 WORK=${WORK:-outputs/llama3-8b-eagle3}; CACHE=${CACHE:-$WORK/cache}; RUN=${RUN:-$WORK/run}
 FIRST_PORT=${FIRST_PORT:-30001}; REPORT_TO=${REPORT_TO:-none}
@@ -70,5 +72,6 @@ echo "== 5. export"
 
 echo "== 6. benchmark"
 "$PYTHON" bench_model_speedup.py --model-path "$MODEL" --speculative-draft-model-path "$WORK/draft" \
-  --backend "$BACKEND" --config-list 1,0,0,0 1,3,1,4 1,7,10,60 --benchmark-list $BENCHMARKS --output "$WORK/speedup.jsonl"
+  --backend "$BACKEND" --config-list 1,0,0,0 1,3,1,4 1,7,10,60 --benchmark-list $BENCHMARKS \
+  --max-new-tokens "$BENCH_TOKENS" --output "$WORK/speedup.jsonl"
 echo "done: draft in $WORK/draft, speed-up in $WORK/speedup.jsonl"

@@ -26,7 +26,7 @@ from specforge_lite.model.losses import CPU_PASS_ELEMENTS, UNKNOWN_MEMORY, chunk
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}  # per parameter; 8-bit: one fp32 scale per 256 values
 # What the allocator keeps of freed blocks, as a share of what comes and goes: measured for glibc, assumed for CUDA.
-ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.08}
+ALLOCATOR_SHARE = {"cpu": 0.35, "cuda": 0.08}
 BLOCK_ROWS = 128  # rows and keys of a block of flex_attention
 CONTEXT_BYTES = 1.5 * 2**30  # CUDA context, cuBLAS workspaces and NCCL buffers of a process
 # Where nothing else is given: Hopper SXM in bf16, one CPU core in fp32. Peak TFLOP/s, what share of it large matrix

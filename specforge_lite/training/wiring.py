@@ -104,7 +104,8 @@ def _open_offline(config: TrainConfig) -> tuple[list[TokenizedDataset], TargetEn
     parts = [OfflinePart(directory / "train")]
     if (directory / "eval").exists():
         parts.append(OfflinePart(directory / "eval"))
-    return [part.dataset for part in parts], OfflineEngine(parts)
+    wanted = None if config.algorithm == "eagle1" else config.target.aux_layer_ids  # EAGLE-1 reads none
+    return [part.dataset for part in parts], OfflineEngine(parts, wanted)
 
 
 # -------------------------------------------------------------------------------------------------------------- target

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,23 @@ def test_parts_with_the_same_sample_ids_are_told_apart(tmp_path: Path) -> None:
     for dataset in datasets:
         for sample, state in zip(dataset, FakeEngine(INFO).capture(list(dataset))):
             assert torch.equal(engine.capture([sample])[0].aux_LAH, state.aux_LAH.bfloat16())
+
+
+def test_offline_training_reads_some_of_the_captured_layers(tmp_path: Path) -> None:
+    info = replace(INFO, num_layers=8, aux_layer_ids=(1, 3, 4, 6))
+    dataset = make_dataset(tmp_path / "a", 5, 0)
+    capture_offline(
+        dataset, FakeEngine(info), tmp_path / "x", CaptureSection(offline_dir=tmp_path, states_dtype="fp32")
+    )
+    part, samples = OfflinePart(tmp_path / "x"), list(dataset)
+    engine, whole = OfflineEngine([part], (1, 6)), OfflineEngine([part])
+    assert engine.info.aux_layer_ids == (1, 6)
+    for few, every in zip(engine.capture(samples), whole.capture(samples)):
+        assert few.aux_layer_ids == (1, 6)
+        assert torch.equal(few.aux_LAH, every.aux_LAH[:, [0, 3]])
+        assert torch.equal(few.last_LH, every.last_LH)
+    with pytest.raises(ConfigError, match=r"aux_layer_ids \[1, 5\].*holds layers \[1, 3, 4, 6\], not \[5\]"):
+        OfflineEngine([part], (1, 5))
 
 
 def test_a_killed_capture_continues_and_damage_is_found(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from specforge_lite.core.errors import ConfigError, suggest
@@ -37,6 +37,12 @@ class Section(BaseModel):
     )
 
 
+def flag(default: Any, description: str, *synonyms: str, **limits: Any) -> Any:
+    """A leaf of a section. default: `...` where it is required; synonyms: other names of its flag, `--bs`; limits: of
+    pydantic, such as ge=1."""
+    return Field(default, description=description, json_schema_extra={"flags": list(synonyms)}, **limits)
+
+
 ConfigT = TypeVar("ConfigT", bound=Section)
 Leaves = dict[str, tuple[tuple[str, ...], FieldInfo]]
 
@@ -47,8 +53,8 @@ def parse_config(
     """Build a config from `--config FILE.yaml` and flags (flags win). A first word that is no flag is the value of
     `positional`. Under torchrun only rank 0 raises; the others exit.
 
-    Dashes and underscores are the same in flag names; abbreviations are refused. Field metadata
-    `json_schema_extra={"flags": ["--mem-fraction-static"]}` adds synonyms, which are YAML keys as well.
+    Dashes and underscores are the same in flag names; abbreviations are refused. Synonyms (`flag`) are YAML keys as
+    well.
 
     Raises ConfigError naming every unknown flag, unknown key and bad value at once, each as the user gave it.
     """

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer
+from specforge_lite.core.settings import flag
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.settings import (
     DraftSection,
-    LoggingSection,
     OptimizerSection,
     TrainConfig,
     TrainingSection,
+    unless_given,
 )
 
 NUM_AUX_LAYERS = 5
@@ -25,19 +26,17 @@ UNUSED_NAMES = ("mask", "reserved", "unused", "extra_", "dummy")
 class BlockDraftSection(DraftSection):
     """The draft network: layers of the target's width, its embedding and head, its whole vocabulary."""
 
-    init: Literal["target", "random"] = Field("random", description="a block draft starts from random weights")
-    block_size: int | None = Field(None, ge=2, le=64, description="slots of a block (default: dspark 7, dflash 16)")
-    num_draft_layers: int | None = Field(None, ge=1, description="layers of the draft (default: 5)")
-    mask_token_id: int | None = Field(
-        None, ge=0, description="row of the target's embedding that empty slots read; default: one that no text has"
+    init: Literal["target", "random"] = flag("random", "a block draft starts from random weights")
+    block_size: int | None = flag(None, "slots of a block (default: dspark 7, dflash 16)", ge=2, le=64)
+    num_draft_layers: int | None = flag(None, "layers of the draft (default: 5)", ge=1)
+    mask_token_id: int | None = flag(
+        None, "row of the target's embedding that empty slots read; default: one that no text has", ge=0
     )
-    markov_rank: int | None = Field(None, ge=1, description="dspark: rank of the Markov head (default: 256)")
+    markov_rank: int | None = flag(None, "dspark: rank of the Markov head (default: 256)", ge=1)
 
     @model_validator(mode="after")
     def _no_eagle_options(self) -> BlockDraftSection:
-        for name in ("draft_vocab_size", "norm_output", "fc_norm"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: a block draft has no such option")
+        self.refuse_eagle3_options("a block")
         if self.init != "random":
             raise ValueError("init target: a block draft starts from random weights (--init random)")
         return self
@@ -46,7 +45,7 @@ class BlockDraftSection(DraftSection):
 class BlockTrainingSection(TrainingSection):
     """How long, on what batches, with which loss."""
 
-    num_anchors: int = Field(512, ge=1, description="blocks of a sample and step, drawn anew in every epoch")
+    num_anchors: int = flag(512, "blocks of a sample and step, drawn anew in every epoch", ge=1)
 
     def loss_settings(self) -> dict[str, Any]:
         return {"num_anchors": self.num_anchors, "anchor_seed": self.seed}
@@ -55,17 +54,12 @@ class BlockTrainingSection(TrainingSection):
 class BlockOptimizerSection(OptimizerSection):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
-    warmup_ratio: float | None = Field(0.04, ge=0, le=1, description="share of the steps")
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm; 0: do not")
+    learning_rate: float = flag(6e-4, "peak learning rate", "--lr", gt=0)
+    warmup_ratio: float | None = flag(0.04, "share of the steps", ge=0, le=1)
+    adam_beta2: float = flag(0.999, "", ge=0, lt=1)
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0: do not", ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_replace_ratio(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("warmup_steps") is not None:
-            return {"warmup_ratio": None, **values}
-        return values
+    _steps_replace_ratio = unless_given("warmup_steps", warmup_ratio=None)
 
 
 class DsparkConfig(TrainConfig):
@@ -76,7 +70,6 @@ class DsparkConfig(TrainConfig):
     draft: BlockDraftSection = BlockDraftSection()
     training: BlockTrainingSection = BlockTrainingSection()
     optimizer: BlockOptimizerSection = BlockOptimizerSection()
-    logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
     def _not_for_blocks(self) -> DsparkConfig:

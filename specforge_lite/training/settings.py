@@ -7,120 +7,120 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section
+from specforge_lite.core.settings import Section, flag
 
 if TYPE_CHECKING:
     from specforge_lite.model.draft import DraftConfig
 
 TORCHAO = "torchao==0.18.0"
 TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
-TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
+
+
+def unless_given(key: str, **replaced: Any) -> Any:
+    """A validator of a section: where `key` is given, other defaults become `replaced`; what is given itself stays."""
+
+    def choose(cls: Any, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get(key) is not None
+        return {**replaced, **values} if given else values
+
+    return model_validator(mode="before")(classmethod(choose))  # type: ignore[arg-type]
 
 
 class DraftSection(Section):
     """The draft network."""
 
-    draft_model_config: Path | None = Field(
-        None,
-        description="config.json of the draft; default: derived from the target's config",
-        json_schema_extra={"flags": ["--configpath"]},
+    draft_model_config: Path | None = flag(
+        None, "config.json of the draft; default: derived from the target's config", "--configpath"
     )
-    draft_kind: Literal["eagle3", "eagle1", "dspark", "dflash"] | None = Field(
-        None, description="which draft is trained; decides the defaults of many flags: give it with --help"
+    draft_kind: Literal["eagle3", "eagle1", "dspark", "dflash"] | None = flag(
+        None, "which draft is trained; decides the defaults of many flags: give it with --help"
     )
-    draft_vocab_size: int | None = Field(
-        None, ge=1, description="overrides the draft config; default when derived: 32000 or the whole vocabulary"
+    draft_vocab_size: int | None = flag(
+        None, "overrides the draft config; default when derived: 32000 or the whole vocabulary", ge=1
     )
-    init: Literal["target", "random"] = Field("target", description="start from the target's last layer, or randomly")
-    norm_output: bool | None = Field(None, description="EAGLE-3.1: the state fed to the next step is the normed one")
-    fc_norm: bool | None = Field(None, description="EAGLE-3.1: one RMSNorm per aux layer before fc")
-    allow_vocab_mismatch: bool = Field(
-        False, description="resume although the vocabulary map was built from other data or another tokenizer"
+    init: Literal["target", "random"] = flag("target", "start from the target's last layer, or randomly")
+    norm_output: bool | None = flag(None, "EAGLE-3.1: the state fed to the next step is the normed one")
+    fc_norm: bool | None = flag(None, "EAGLE-3.1: one RMSNorm per aux layer before fc")
+    allow_vocab_mismatch: bool = flag(
+        False, "resume although the vocabulary map was built from other data or another tokenizer"
     )
+
+    def refuse_eagle3_options(self, kind: str, advice: str = "") -> None:
+        """Raise ValueError for what only an EAGLE-3 draft has."""
+        for name in ("draft_vocab_size", "norm_output", "fc_norm"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: {kind} draft has no such option{advice}")
 
 
 class TrainingSection(Section):
     """How long, on what batches, with which loss."""
 
-    num_epochs: int | None = Field(None, ge=1, description="passes over the data (default: 1, unless --total-steps)")
-    total_steps: int | None = Field(
+    num_epochs: int | None = flag(None, "passes over the data (default: 1, unless --total-steps)", ge=1)
+    total_steps: int | None = flag(
         None,
-        ge=1,
-        description="optimizer steps, and length of the learning-rate schedule; with --num-epochs the smaller one ends"
+        "optimizer steps, and length of the learning-rate schedule; with --num-epochs the smaller one ends"
         " the run; default: from --num-epochs",
-        json_schema_extra={"flags": ["--max-num-steps"]},
-    )
-    batch_size: int = Field(
-        1, ge=1, description="samples per micro batch and rank", json_schema_extra={"flags": ["--bs"]}
-    )
-    accumulation_steps: int = Field(
-        1,
+        "--max-num-steps",
         ge=1,
-        description="micro batches per optimizer step",
-        json_schema_extra={"flags": ["--gradient-accumulation-steps", "--draft-accumulation-steps"]},
     )
-    max_tokens_per_batch: int | None = Field(
-        None, ge=8, description="pack micro batches up to this many tokens instead of counting samples"
+    batch_size: int = flag(1, "samples per micro batch and rank", "--bs", ge=1)
+    accumulation_steps: int = flag(
+        1, "micro batches per optimizer step", "--gradient-accumulation-steps", "--draft-accumulation-steps", ge=1
     )
-    ttt_length: int = Field(7, ge=1, le=32, description="K, steps of the training-time test")
-    step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is this to the power k")
-    draft_attention_backend: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
+    max_tokens_per_batch: int | None = flag(
+        None, "pack micro batches up to this many tokens instead of counting samples", ge=8
+    )
+    ttt_length: int = flag(7, "K, steps of the training-time test", ge=1, le=32)
+    step_decay: float = flag(0.8, "weight of step k is this to the power k", gt=0, le=1)
+    draft_attention_backend: Literal["auto", "eager", "sdpa", "flex_attention"] = flag(
         "auto",
-        description="attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere",
-        json_schema_extra={"flags": ["--attention-backend"]},
+        "attention of the draft in training; auto: flex_attention on CUDA, sdpa elsewhere",
+        "--attention-backend",
     )
-    loss: Literal["ce", "lk", "lk_alpha"] = Field(
+    loss: Literal["ce", "lk", "lk_alpha"] = flag(
         "ce",
-        description="EAGLE-3: soft cross-entropy; lk: KL that becomes 1 - acceptance as the draft improves; lk_alpha:"
+        "EAGLE-3: soft cross-entropy; lk: KL that becomes 1 - acceptance as the draft improves; lk_alpha:"
         " negative log of the acceptance",
     )
-    loss_mask_alignment: Literal["ours", "eagle"] = Field(
-        "ours", description="supervise by the mask of the predicted token, or as EAGLE does by that of the row"
+    loss_mask_alignment: Literal["ours", "eagle"] = flag(
+        "ours", "supervise by the mask of the predicted token, or as EAGLE does by that of the row"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto",
-        description="compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU; fp16 scales the"
+        "compute dtype, master weights are fp32 always; auto: bf16 on CUDA, fp32 on CPU; fp16 scales the"
         " loss, for GPUs without bf16",
     )
-    compile: bool = Field(False, description="torch.compile what lies between the draft's matrix products")
-    activation_checkpointing: bool = Field(
-        False,
-        description="recompute activations of a step in backward",
-        json_schema_extra={"flags": ["--gradient-checkpointing"]},
+    compile: bool = flag(False, "torch.compile what lies between the draft's matrix products")
+    activation_checkpointing: bool = flag(
+        False, "recompute activations of a step in backward", "--gradient-checkpointing"
     )
-    deterministic: bool = Field(
+    deterministic: bool = flag(
         False,
-        description="on CUDA: kernels that add in a fixed order, so that a resumed run gives the same bits (they are"
+        "on CUDA: kernels that add in a fixed order, so that a resumed run gives the same bits (they are"
         " slower; without it a resume is equal within rounding; on a CPU it is exact always)",
     )
-    seed: int = Field(0, ge=0, lt=1 << 63, description="order of the samples, initial weights, noise")
-    deepspeed_config: Path | None = Field(
-        None, description="ds_config.json of an EAGLE run: its settings hold where no flag is given"
+    seed: int = flag(0, "order of the samples, initial weights, noise", ge=0, lt=1 << 63)
+    deepspeed_config: Path | None = flag(
+        None, "ds_config.json of an EAGLE run: its settings hold where no flag is given"
     )
-    skip_budget: float = Field(
-        0.001, ge=0, le=1, description="share of samples that may be skipped because the engine refused them"
-    )
-    nonfinite_budget: int = Field(
-        10, ge=0, description="optimizer steps that may be skipped for a NaN or infinite loss or gradient"
-    )
-    eval_interval: int = Field(
-        1000, ge=0, description="evaluate every so many steps, and at the end; 0: at the end only"
-    )
-    eval_epochs: int | None = Field(None, ge=1, description="also evaluate after every so many epochs")
-    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
-    eval_chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the estimated acceptance length")
-    offline_dir: Path | None = Field(
+    skip_budget: float = flag(0.001, "share of samples that may be skipped because the engine refused them", ge=0, le=1)
+    nonfinite_budget: int = flag(10, "optimizer steps that may be skipped for a NaN or infinite loss or gradient", ge=0)
+    eval_interval: int = flag(1000, "evaluate every so many steps, and at the end; 0: at the end only", ge=0)
+    eval_epochs: int | None = flag(None, "also evaluate after every so many epochs", ge=1)
+    eval_max_samples: int | None = flag(None, "evaluate on the first so many samples", ge=1)
+    eval_chain_length: int = flag(5, "drafted tokens per pass in the estimated acceptance length", ge=1)
+    offline_dir: Path | None = flag(
         None,
-        description="train from hidden states of scripts/capture_hidden_states.py instead of an engine; EAGLE-1: also"
+        "train from hidden states of scripts/capture_hidden_states.py instead of an engine; EAGLE-1: also"
         " from a folder of EAGLE's own samples (data_0.ckpt, ...)",
-        json_schema_extra={"flags": ["--tmpdir"]},
+        "--tmpdir",
     )
-    profile_start_step: int | None = Field(None, ge=1, description="write a chrome trace from this step on")
-    profile_num_steps: int = Field(3, ge=1, description="steps in the trace")
+    profile_start_step: int | None = flag(None, "write a chrome trace from this step on", ge=1)
+    profile_num_steps: int = flag(3, "steps in the trace", ge=1)
 
     def loss_settings(self) -> dict[str, Any]:
         """Weights of losses that only some algorithms have, as `TTTSettings` names them."""
@@ -136,40 +136,30 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
-    optim: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: a quarter of the optimizer's memory, needs the package torchao"
+    optim: Literal["adamw", "adamw_8bit"] = flag(
+        "adamw", "adamw_8bit: a quarter of the optimizer's memory, needs the package torchao"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate", json_schema_extra={"flags": ["--lr"]})
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    min_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear end")
-    warmup_ratio: float | None = Field(None, ge=0, le=1, description="share of the steps (default: 0.015)")
-    warmup_steps: int | None = Field(
-        None,
-        ge=0,
-        description="steps of linear warm-up, instead of --warmup-ratio",
-        json_schema_extra={"flags": ["--num-warmup-steps"]},
+    learning_rate: float = flag(1e-4, "peak learning rate", "--lr", gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = flag("cosine", "after the warm-up")
+    min_learning_rate: float = flag(0.0, "where cosine and linear end", ge=0)
+    warmup_ratio: float | None = flag(None, "share of the steps (default: 0.015)", ge=0, le=1)
+    warmup_steps: int | None = flag(
+        None, "steps of linear warm-up, instead of --warmup-ratio", "--num-warmup-steps", ge=0
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices only")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, json_schema_extra={"flags": ["--b1"]})
-    adam_beta2: float = Field(0.95, ge=0, lt=1, json_schema_extra={"flags": ["--b2"]})
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(
-        0.5, ge=0, description="clip the gradient's norm; 0: do not", json_schema_extra={"flags": ["--grad-clip"]}
+    weight_decay: float = flag(0.0, "decoupled, on matrices only", ge=0)
+    adam_beta1: float = flag(0.9, "", "--b1", ge=0, lt=1)
+    adam_beta2: float = flag(0.95, "", "--b2", ge=0, lt=1)
+    adam_eps: float = flag(1e-8, "", gt=0)
+    max_grad_norm: float = flag(0.5, "clip the gradient's norm; 0: do not", "--grad-clip", ge=0)
+    max_grad_value: float = flag(0.0, "clip each element of the gradient instead; 0: do not", ge=0)
+    schedule_steps: int | None = flag(
+        None, "length of the learning-rate schedule, where it is not that of the run", ge=1
     )
-    max_grad_value: float = Field(0.0, ge=0, description="clip each element of the gradient instead; 0: do not")
-    schedule_steps: int | None = Field(
-        None, ge=1, description="length of the learning-rate schedule, where it is not that of the run"
-    )
-    loss_scale: float = Field(0.0, ge=0, description="with fp16: a fixed scale of the loss; 0: find it while training")
-    initial_scale_power: int = Field(16, ge=0, le=32, description="with fp16: the loss scale starts at 2 to this power")
-    loss_scale_window: int = Field(1000, ge=1, description="with fp16: steps without overflow until the scale doubles")
-    loss_scale_hysteresis: int = Field(
-        2,
-        ge=1,
-        description="with fp16: overflows until the scale halves",
-        json_schema_extra={"flags": ["--hysteresis"]},
-    )
-    min_loss_scale: float = Field(1.0, gt=0, description="with fp16: the loss scale does not fall below this")
+    loss_scale: float = flag(0.0, "with fp16: a fixed scale of the loss; 0: find it while training", ge=0)
+    initial_scale_power: int = flag(16, "with fp16: the loss scale starts at 2 to this power", ge=0, le=32)
+    loss_scale_window: int = flag(1000, "with fp16: steps without overflow until the scale doubles", ge=1)
+    loss_scale_hysteresis: int = flag(2, "with fp16: overflows until the scale halves", "--hysteresis", ge=1)
+    min_loss_scale: float = flag(1.0, "with fp16: the loss scale does not fall below this", gt=0)
 
     @field_validator("optim")
     @classmethod
@@ -182,32 +172,28 @@ class OptimizerSection(Section):
 class CheckpointSection(Section):
     """Where the run lives and how it is continued."""
 
-    output_dir: Path = Field(
-        description="checkpoints, metrics, provenance", json_schema_extra={"flags": ["--savedir", "--cpdir"]}
-    )
-    resume: bool = Field(True, description="continue the newest complete checkpoint of --output-dir, if there is one")
-    overwrite: bool = Field(False, description="delete the checkpoints and metrics of an earlier run first")
-    save_interval: int = Field(1000, ge=0, description="save every so many steps, and at the end; 0: at the end only")
-    save_epochs: int | None = Field(
-        None, ge=1, description="also save after every so many epochs", json_schema_extra={"flags": ["--save-freq"]}
-    )
-    save_total_limit: int | None = Field(None, ge=1, description="keep only so many checkpoints")
+    output_dir: Path = flag(..., "checkpoints, metrics, provenance", "--savedir", "--cpdir")
+    resume: bool = flag(True, "continue the newest complete checkpoint of --output-dir, if there is one")
+    overwrite: bool = flag(False, "delete the checkpoints and metrics of an earlier run first")
+    save_interval: int = flag(1000, "save every so many steps, and at the end; 0: at the end only", ge=0)
+    save_epochs: int | None = flag(None, "also save after every so many epochs", "--save-freq", ge=1)
+    save_total_limit: int | None = flag(None, "keep only so many checkpoints", ge=1)
 
 
 class LoggingSection(Section):
     """What is reported where. OUTPUT_DIR/metrics.jsonl is written in any case."""
 
-    log_interval: int = Field(10, ge=1, description="steps between two step lines; the only host synchronisation")
-    log_file: Path | None = Field(None, description="every event of the run as JSON lines")
-    report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = Field(
-        (), description="none, wandb, tensorboard, trackio"
+    log_interval: int = flag(10, "steps between two step lines; the only host synchronisation", ge=1)
+    log_file: Path | None = flag(None, "every event of the run as JSON lines")
+    report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = flag(
+        (), "none, wandb, tensorboard, trackio"
     )
-    metric_names: Literal["ours", "eagle"] = Field(
-        "ours", description="names on trackers; eagle: train/acc_0, train/ploss_0, test/epochacc_0 as on its dashboards"
+    metric_names: Literal["ours", "eagle"] = flag(
+        "ours", "names on trackers; eagle: train/acc_0, train/ploss_0, test/epochacc_0 as on its dashboards"
     )
-    wandb_project: str = Field("specforge-lite", description="project of wandb and trackio")
-    wandb_name: str | None = Field(None, description="name of the run; default: name of --output-dir")
-    wandb_key: str | None = Field(None, description="refused on the command line: set WANDB_API_KEY")
+    wandb_project: str = flag("specforge-lite", "project of wandb and trackio")
+    wandb_name: str | None = flag(None, "name of the run; default: name of --output-dir")
+    wandb_key: str | None = flag(None, "refused on the command line: set WANDB_API_KEY")
 
     @field_validator("wandb_key")
     @classmethod
@@ -232,23 +218,22 @@ class LoggingSection(Section):
 class DistributedSection(Section):
     """How ranks share the work; torchrun says how many there are."""
 
-    sharding: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="ddp: every rank holds the draft; fsdp2: parameters, gradients and AdamW state are sharded"
+    sharding: Literal["ddp", "fsdp2"] = flag(
+        "ddp", "ddp: every rank holds the draft; fsdp2: parameters, gradients and AdamW state are sharded"
     )
-    cpu_offload: bool = Field(False, description="with fsdp2: parameters and AdamW state live in CPU memory")
-    sp_size: int = Field(
+    cpu_offload: bool = flag(False, "with fsdp2: parameters and AdamW state live in CPU memory")
+    sp_size: int = flag(
         1,
-        ge=1,
-        description="EAGLE-3: neighbouring ranks that share each batch, every one with its part of the rows (sequence"
+        "EAGLE-3: neighbouring ranks that share each batch, every one with its part of the rows (sequence"
         " parallelism, for long samples)",
-        json_schema_extra={"flags": ["--sp-ulysses-size", "--sequence-parallel-size"]},
+        "--sp-ulysses-size",
+        "--sequence-parallel-size",
+        ge=1,
     )
-    dist_timeout: float = Field(
-        20.0, gt=0, description="minutes after which ranks give up waiting for one that died or hangs"
-    )
+    dist_timeout: float = flag(20.0, "minutes after which ranks give up waiting for one that died or hangs", gt=0)
 
-    local_rank: int | None = Field(
-        None, description="as launchers such as DeepSpeed's append it; the environment's LOCAL_RANK is what counts"
+    local_rank: int | None = flag(
+        None, "as launchers such as DeepSpeed's append it; the environment's LOCAL_RANK is what counts"
     )
 
 

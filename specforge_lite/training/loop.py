@@ -86,7 +86,7 @@ class Trainer:
         self._epoch_ended = False
         self._num_skipped = self.progress.skipped_before
         self._latest: dict[str, Any] = {}
-        self.reporter.watch(self.summary)
+        self.reporter.summarize = self.summary
 
     # ------------------------------------------------------------------------------------------------------ the loop
 

@@ -1,6 +1,6 @@
 """What a run reports: metrics to trackers, events to a log file, signs of life, why it ended. On rank 0 only.
 
-A tracker is one class and one line in TRACKERS. Packages are imported when the tracker is opened.
+A tracker is one function and one line in TRACKERS. Packages are imported when the tracker is opened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, DataError
@@ -26,37 +26,24 @@ from specforge_lite.training.settings import LoggingSection, TrainConfig
 
 MAX_NAMED_SAMPLES = 20
 
-# ------------------------------------------------------------------------------------------------------------ trackers
 
+class JsonLines:
+    """A file that grows by one JSON object per line; a line is with the operating system when `write` returns.
+    Engines warn from threads of their own."""
 
-class Tracker(Protocol):
-    """Receives flat metrics of a step."""
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream, self._lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115  (see close)
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlTracker:
-    """OUTPUT_DIR/metrics.jsonl: one object per line, `step` first; a line is on the disk when `log` returns to the
-    operating system. On resume, lines after `resume_step` (steps that are trained again) are dropped."""
-
-    def __init__(self, path: Path, resume_step: int) -> None:
-        if path.exists():
-            kept = []
-            for line in path.read_bytes().splitlines(keepends=True):
-                with suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= resume_step:
-                        kept.append(line)
-            write_atomically(path, b"".join(kept))
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._stream.flush()
+    def write(self, values: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._stream.closed:
+                self._stream.write(json.dumps(values) + "\n")
+                self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with self._lock:
+            self._stream.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -70,75 +57,73 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class WandbTracker:
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Where the metrics of a step go: `log(step, metrics)`, flat ones with lists."""
+
+    log: Callable[[int, dict[str, Any]], Any]
+    close: Callable[[], Any]
+
+
+def _open_metrics_file(path: Path, resume_step: int) -> Tracker:
+    """OUTPUT_DIR/metrics.jsonl, `step` first. Lines after `resume_step` (steps that are trained again) are dropped."""
+    if path.exists():
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            with suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
+                if line.endswith(b"\n") and json.loads(line)["step"] <= resume_step:
+                    kept.append(line)
+        write_atomically(path, b"".join(kept))
+    file = JsonLines(path)
+    return Tracker(lambda step, metrics: file.write({"step": step, **metrics}), file.close)
+
+
+def _open_wandb(config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> Tracker:
     """Weights & Biases; the key comes from WANDB_API_KEY or an earlier `wandb login`. WANDB_MODE=offline writes a run
     directory that `wandb sync` takes."""
+    import wandb
 
-    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
-        import wandb
-
-        offline = os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun")
-        if not offline and not os.environ.get("WANDB_API_KEY") and not _has_netrc_entry("api.wandb.ai"):
-            raise ConfigError("report_to wandb: set WANDB_API_KEY (or WANDB_MODE=offline)")
-        identity = output_dir / "wandb_run_id"  # one run per directory, so that a resumed run continues its curves
-        if not identity.exists():
-            write_atomically(identity, os.urandom(8).hex().encode())
-        self._names = config.metric_names
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_name or output_dir.name,
-            dir=str(output_dir),
-            config=run_config,
-            resume="allow",
-            id=identity.read_text().strip(),
-        )
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(numbers(metrics, self._names), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    offline = os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun")
+    if not offline and not os.environ.get("WANDB_API_KEY") and not _has_netrc_entry("api.wandb.ai"):
+        raise ConfigError("report_to wandb: set WANDB_API_KEY (or WANDB_MODE=offline)")
+    identity = output_dir / "wandb_run_id"  # one run per directory, so that a resumed run continues its curves
+    if not identity.exists():
+        write_atomically(identity, os.urandom(8).hex().encode())
+    name, run_id = config.wandb_name or output_dir.name, identity.read_text().strip()
+    run = wandb.init(
+        project=config.wandb_project, name=name, dir=str(output_dir), config=run_config, resume="allow", id=run_id
+    )
+    return Tracker(lambda step, metrics: run.log(numbers(metrics, config.metric_names), step=step), run.finish)
 
 
-class TensorboardTracker:
-    """Event files in OUTPUT_DIR/tensorboard."""
-
-    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._names = config.metric_names
-        self._writer = SummaryWriter(str(output_dir / "tensorboard"))  # type: ignore[no-untyped-call]
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in numbers(metrics, self._names).items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
-
-
-class TrackioTracker:
+def _open_trackio(config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> Tracker:
     """Hugging Face trackio, a local dashboard with wandb's interface."""
+    import trackio
 
-    def __init__(self, config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> None:
-        import trackio
+    run = trackio.init(project=config.wandb_project, name=config.wandb_name or output_dir.name, config=run_config)
+    return Tracker(lambda step, metrics: run.log(numbers(metrics, config.metric_names), step=step), run.finish)
 
-        self._names = config.metric_names
-        self._run = trackio.init(
-            project=config.wandb_project, name=config.wandb_name or output_dir.name, config=run_config
-        )
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(numbers(metrics, self._names), step=step)
+def _open_tensorboard(config: LoggingSection, output_dir: Path, run_config: dict[str, Any]) -> Tracker:
+    """Event files in OUTPUT_DIR/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def close(self) -> None:
-        self._run.finish()
+    writer: Any = SummaryWriter(str(output_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log_scalars(step: int, metrics: dict[str, Any]) -> None:
+        for name, value in numbers(metrics, config.metric_names).items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log_scalars, writer.close)
 
 
 TRACKERS: dict[str, Callable[[LoggingSection, Path, dict[str, Any]], Tracker]] = {
-    "wandb": WandbTracker,
-    "tensorboard": TensorboardTracker,
-    "trackio": TrackioTracker,
+    "wandb": _open_wandb,
+    "tensorboard": _open_tensorboard,
+    "trackio": _open_trackio,
 }
 
 # Our name -> the one on EAGLE's dashboards (SafeAILab/EAGLE, eagle/traineagle3/main.py); lists get the position at the
@@ -158,7 +143,7 @@ def open_trackers(
     config: LoggingSection, output_dir: Path, run_config: dict[str, Any], resume_step: int
 ) -> list[Tracker]:
     """The JSON-lines file and every tracker of `--report-to`. ConfigError for a package that cannot be loaded."""
-    trackers: list[Tracker] = [JsonlTracker(output_dir / METRICS_FILE, resume_step)]
+    trackers: list[Tracker] = [_open_metrics_file(output_dir / METRICS_FILE, resume_step)]
     for name in config.trackers:
         try:
             trackers.append(TRACKERS[name](config, output_dir, run_config))
@@ -197,12 +182,12 @@ class ExitSummary:
 
     reason: str
     step: int
-    total_steps: int
-    last_checkpoint: str | None
-    skipped_samples: int
-    nonfinite_steps: int
-    restarts: int
-    seconds: float
+    total_steps: int = 0
+    last_checkpoint: str | None = None
+    skipped_samples: int = 0
+    nonfinite_steps: int = 0
+    restarts: int = 0
+    seconds: float = 0.0
 
     def line(self) -> str:
         """For people; of an error its kind only, since its text is printed as the error line."""
@@ -213,48 +198,24 @@ class ExitSummary:
         )
 
 
-class EventLog:
-    """`--log-file`: every event of the run, and every line shown, as one JSON line {"time", "event", ...}."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._stream: IO[str] | None = None
-        self._lock = threading.Lock()  # engines warn from threads of their own
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
-                log.sinks.append(self._shown)
-            except OSError as error:
-                raise ConfigError(f"log_file {path}: {error.strerror or error}") from None
-
-    def write(self, event: str, facts: dict[str, Any]) -> None:
-        """Append one line, without anything that looks like a secret."""
-        with self._lock:
-            if self._stream is not None:
-                self._stream.write(json.dumps({"time": wall_time(), "event": event, **redact(facts)}) + "\n")
-                self._stream.flush()
-
-    def _shown(self, kind: str, message: str) -> None:
-        self.write(kind, {"message": message})
-
-    def close(self) -> None:
-        """Close the file; may be called twice."""
-        if self._stream is not None:
-            log.sinks.remove(self._shown)
-            self._stream.close()
-            self._stream = None
-
-
 class Reporter:
-    """Holds the output directory from the start; trackers are opened once it is known where the run resumes."""
+    """Holds the output directory from the start; trackers are opened once it is known where the run resumes.
+
+    summarize: makes the summary of an end by an error, with counts and the last checkpoint; set by the loop.
+    """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self._config = config
         self._trackers: list[Tracker] = []
         self._finished, self._step = False, 0
-        self._summarize: Callable[[str], ExitSummary] | None = None
-        self._events = EventLog(config.logging.log_file if world.is_main else None)
+        self.summarize: Callable[[str], ExitSummary] | None = None
+        path = config.logging.log_file if world.is_main else None
+        try:
+            self._events = JsonLines(path) if path is not None else None
+        except OSError as error:
+            raise ConfigError(f"log_file {path}: {error.strerror or error}") from None
         self._directory = RunDirectory(config.checkpoint) if world.is_main else None
+        log.sinks.append(self._shown)
         self.restarts = self._directory.restarts if self._directory is not None else 0
 
     def start(self, step: int) -> None:
@@ -266,10 +227,6 @@ class Reporter:
             self._trackers = open_trackers(self._config.logging, self._directory.path, values, step)
         self.event("start", {"step": step})
 
-    def watch(self, summarize: Callable[[str], ExitSummary]) -> None:
-        """From now on an end by an error is summarised by `summarize(reason)`: counts and last checkpoint."""
-        self._summarize = summarize
-
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Send flat metrics to every tracker and to the event log."""
         self._step = step
@@ -278,8 +235,12 @@ class Reporter:
         self.event("metrics", {"step": step, **values})
 
     def event(self, name: str, facts: dict[str, Any]) -> None:
-        """One line of `--log-file`."""
-        self._events.write(name, facts)
+        """One line {"time", "event", ...} of `--log-file`, without anything that looks like a secret."""
+        if self._events is not None:
+            self._events.write({"time": wall_time(), "event": name, **redact(facts)})
+
+    def _shown(self, kind: str, message: str) -> None:
+        self.event(kind, {"message": message})
 
     def problem(self, name: str, step: int, message: str, sample_ids: list[str]) -> None:
         """A warning with the samples behind it; all ids go to the event log, the first ones to the terminal."""
@@ -299,25 +260,19 @@ class Reporter:
         """Show and store why the run ended. One that ended before its first step has nothing to sum up."""
         self._finished = True
         if self._directory is not None:
-            if self._summarize is not None:
+            if self.summarize is not None:
                 info(summary.line())
             write_json(self._directory.path / SUMMARY_FILE, {**asdict(summary), "time": wall_time()})
             self._directory.beat(summary.step, summary.total_steps, summary.reason, force=True)
         self.event("end", asdict(summary))
 
-    def fail(self, reason: str) -> None:
-        """Store the end of a run that died before it could report more itself."""
-        if not self._finished:
-            reason = without_secrets(reason)  # the errors of hubs and trackers quote what they were given
-            empty = ExitSummary(reason, self._step, 0, None, 0, 0, self.restarts, 0.0)
-            self.finish(self._summarize(reason) if self._summarize is not None else empty)
-
     def close(self) -> None:
         """Close trackers and give the directory back."""
         for tracker in self._trackers:
             tracker.close()
-        self._trackers = []
-        self._events.close()
+        log.sinks.remove(self._shown)
+        if self._events is not None:
+            self._events.close()
         if self._directory is not None:
             self._directory.close()
 
@@ -329,7 +284,10 @@ def open_reporter(config: TrainConfig, world: World) -> Iterator[Reporter]:
     try:
         yield reporter
     except BaseException as error:
-        reporter.fail(f"{type(error).__name__}: {error}")
+        if not reporter._finished:  # errors of hubs and trackers quote what they were given
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            empty = ExitSummary(reason, reporter._step, restarts=reporter.restarts)
+            reporter.finish(reporter.summarize(reason) if reporter.summarize is not None else empty)
         raise
     finally:
         reporter.close()

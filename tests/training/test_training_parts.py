@@ -19,7 +19,7 @@ from specforge_lite.core.settings import parse_config
 from specforge_lite.training.evaluate import evaluation_batches, result_of, walk_document
 from specforge_lite.training.metrics import SpikeDetector, step_line, summarize_sums
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
-from specforge_lite.training.reporting import JsonlTracker, open_trackers, read_metrics
+from specforge_lite.training.reporting import open_trackers, read_metrics
 from specforge_lite.training.settings import LoggingSection, OptimizerSection, TrainConfig, TrainingSection, run_length
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -258,7 +258,7 @@ def test_evaluation_batches_are_shared_out_evenly() -> None:
 def test_metrics_file_forgets_steps_that_are_trained_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
-    tracker = JsonlTracker(path, resume_step=2)
+    (tracker,) = open_trackers(LoggingSection(), tmp_path, {}, resume_step=2)
     tracker.log(3, {"loss": 1.5})
     tracker.close()
     assert read_metrics(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 1.5}]

@@ -6,7 +6,6 @@ file changes nothing, changing one byte of it does. Two processes may ask at onc
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -14,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
 from specforge_lite.data.templates.auto import template_warning
-from specforge_lite.data.tokenize import TOKENIZATION_VERSION, NoForm, RowTokenizer, TokenizeOptions, TokenRow
+from specforge_lite.data.tokenize import RowTokenizer, TokenizeOptions, TokenRow
 
 ROWS_PER_BATCH = 64
 SMALL_FILE_BYTES = 1 << 20  # tokenized sooner than other processes would have started
@@ -41,58 +40,25 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     DataError with `file:line` for a row that cannot be read, and for a file without one trained token.
     """
     path = Path(data_path)
-    job = _Job(
-        path=path,
-        spec=TokenizerSpec.from_tokenizer(tokenizer),
-        options=TokenizeOptions.from_section(section),
-        data_format=section.data_format if section.data_format != "auto" else _recognise_format(path),
-        num_proc=section.build_num_proc,
-    )
-    rows = job.tokenizer()
-    if rows.template is not None and log.is_main_rank() and (warning := template_warning(rows.template, job.spec)):
+    spec = TokenizerSpec.from_tokenizer(tokenizer)
+    data_format = section.data_format if section.data_format != "auto" else _recognise_format(path)
+    rows = RowTokenizer(spec, TokenizeOptions.from_section(section), data_format)
+    if rows.template is not None and log.is_main_rank() and (warning := template_warning(rows.template, spec)):
         log.warn(warning)
     with user_errors(section.cache_dir):
-        key = _dataset_key(job, rows, section.cache_dir)
+        key = {**rows.key(), "file": _content_hash(path, section.cache_dir)}
         directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
         dataset = _open_whole(directory, key)
         if dataset is None:
             with exclusive(directory, str(directory)):
                 dataset = _open_whole(directory, key, announce=True)
                 if dataset is None:
-                    _build(directory, job, key)
+                    _build(directory, path, rows, section.build_num_proc, key)
                     dataset = TokenizedDataset.open(directory, key)
     log.info(f"{path}: {dataset.stats.summary()}")
     for warning in dataset.stats.warnings() if log.is_main_rank() else ():
         log.warn(f"{path}: {warning}")
     return dataset
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What to tokenize, and how."""
-
-    path: Path
-    spec: TokenizerSpec
-    options: TokenizeOptions
-    data_format: str
-    num_proc: int
-
-    def tokenizer(self) -> RowTokenizer:
-        return RowTokenizer(self.spec, self.options, self.data_format)
-
-
-def _dataset_key(job: _Job, rows: RowTokenizer, cache_dir: Path) -> dict[str, Any]:
-    """Everything that decides ids and masks, as a JSON object."""
-    options = dataclasses.asdict(job.options)
-    used = ("max_length",) if job.data_format == "fim" else ("max_length", "train_only_last_turn", "system_prompt")
-    return {
-        "version": TOKENIZATION_VERSION,
-        "file": _content_hash(job.path, cache_dir),
-        "format": job.data_format,
-        "tokenizer": job.spec.fingerprint,
-        **rows.key(),
-        **{name: options[name] for name in used},
-    }
 
 
 def _content_hash(path: Path, cache_dir: Path) -> str:
@@ -132,105 +98,89 @@ def _open_whole(directory: Path, key: dict[str, Any], announce: bool = False) ->
         return None
 
 
-def _build(directory: Path, job: _Job, key: dict[str, Any]) -> None:
-    with atomic_directory(directory, held=True) as temporary:
-        writer = StoreWriter(temporary)
-        try:
-            with RowFile(job.path) as rows, log.progress(rows.num_bytes, f"tokenize {job.path.name}", "B") as bar:
-                for batch in _tokenized_batches(rows, job):
-                    _store(batch, writer, job.path)
-                    bar.update(rows.bytes_read - bar.n)
-            if writer.stats.num_samples == 0:
-                reasons = "; ".join(writer.stats.warnings()) or "it has no rows"
-                raise DataError(f"{job.path}: nothing to train on: {reasons}")
-            if sha256_of(job.path) != key["file"]:
-                raise DataError(f"{job.path}: changed while it was read")
-            writer.finish(key)
-        finally:
-            writer.close()
+def _build(directory: Path, path: Path, tokenizer: RowTokenizer, num_proc: int, key: dict[str, Any]) -> None:
+    with atomic_directory(directory, held=True) as temporary, closing(StoreWriter(temporary)) as writer:
+        with RowFile(path) as rows, log.progress(rows.num_bytes, f"tokenize {path.name}", "B") as bar:
+            for batch, ignored in _tokenized_batches(rows, tokenizer, num_proc):
+                for line, row in batch:
+                    _store(line, row, writer)
+                for name, count in ignored.items():
+                    writer.stats.ignored[name] = writer.stats.ignored.get(name, 0) + count
+                bar.update(rows.bytes_read - bar.n)
+        if writer.stats.num_samples == 0:
+            reasons = "; ".join(writer.stats.warnings()) or "it has no rows"
+            raise DataError(f"{path}: nothing to train on: {reasons}")
+        if sha256_of(path) != key["file"]:
+            raise DataError(f"{path}: changed while it was read")
+        writer.finish(key)
 
 
-@dataclass
-class _Batch:
-    """What a worker made of some rows: (line, tokens) in order, refused ones as "id: reason", fields without effect,
-    or the first error."""
-
-    rows: list[tuple[int, TokenRow]] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-    error: tuple[int, str] | None = None
-
-
-def _store(batch: _Batch, writer: StoreWriter, path: Path) -> None:
+def _store(line: int, row: TokenRow, writer: StoreWriter) -> None:
     stats = writer.stats
-    stats.num_rows += len(batch.rows) + len(batch.refused)
-    for example in batch.refused:
-        stats.note("refused", example)
-    for name, count in batch.ignored.items():
-        stats.ignored[name] = stats.ignored.get(name, 0) + count
-    for line, row in batch.rows:
-        stats.num_truncated += row.num_cut > 0
-        if row.lost_reasoning:
-            stats.note("lost_reasoning", row.sample_id)
-        if row.loss_mask.any():
-            writer.add(row.sample_id, line, row.input_ids, row.loss_mask)
-        else:
-            stats.note("span_cut_off" if row.span_cut_off else "without_span", row.sample_id)
-    if batch.error is not None:
-        raise DataError(f"{path}:{batch.error[0]}: {batch.error[1]}")
+    stats.num_rows += 1
+    stats.num_truncated += row.num_cut > 0
+    if row.lost_reasoning:
+        stats.note("lost_reasoning", row.sample_id)
+    if row.refused:
+        stats.note("refused", f"{row.sample_id}: {row.refused}")
+    elif row.loss_mask.any():
+        writer.add(row.sample_id, line, row.input_ids, row.loss_mask)
+    else:
+        stats.note("span_cut_off" if row.span_cut_off else "without_span", row.sample_id)
 
 
-def _tokenized_batches(rows: RowFile, job: _Job) -> Iterator[_Batch]:
+# Rows of a file, each with its line; and fields without effect -> rows that have them.
+_Batch = tuple[list[tuple[int, TokenRow]], Counter[str]]
+
+
+def _tokenized_batches(rows: RowFile, tokenizer: RowTokenizer, num_proc: int) -> Iterator[_Batch]:
     """Batches in the order of the file. At most a few per process are under way, so memory stays bounded."""
     stream = iter(rows)
     batches = iter(lambda: list(itertools.islice(stream, ROWS_PER_BATCH)), [])
-    if job.num_proc == 1 or rows.num_bytes < SMALL_FILE_BYTES:
-        tokenizer = job.tokenizer()
-        yield from (_tokenize(batch, tokenizer) for batch in batches)
+    if num_proc == 1 or rows.num_bytes < SMALL_FILE_BYTES:
+        yield from (_tokenize(batch, tokenizer, rows.path) for batch in batches)
         return
     # spawn: a fork of a process with torch and CUDA threads may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.num_proc, context, initializer=_start_worker, initargs=(job,)) as pool:
+    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(tokenizer, rows.path)) as pool:
         waiting: deque[Future[_Batch]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_work, batch))
-                if len(waiting) >= 4 * job.num_proc:
+                if len(waiting) >= 4 * num_proc:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError(f"{job.path}: a tokenizing process died (out of memory?); try fewer --num-proc") from None
+            raise DataError(f"{rows.path}: a tokenizing process died (out of memory?); try fewer --num-proc") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: RowTokenizer | None = None
+_worker: tuple[RowTokenizer, Path] | None = None
 
 
-def _start_worker(job: _Job) -> None:
+def _start_worker(tokenizer: RowTokenizer, path: Path) -> None:
     global _worker
-    _worker = job.tokenizer()
+    _worker = (tokenizer, path)
 
 
 def _work(rows: list[Row | BadRow]) -> _Batch:
     assert _worker is not None
-    return _tokenize(rows, _worker)
+    return _tokenize(rows, *_worker)
 
 
-def _tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer) -> _Batch:
-    """Tokenize parsed rows; stops at the first that cannot be read."""
-    batch = _Batch()
+def _tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer, path: Path) -> _Batch:
+    """Tokenize parsed rows. Raises DataError for the first that cannot be read."""
+    result: list[tuple[int, TokenRow]] = []
+    ignored: Counter[str] = Counter()
     for row in rows:
         if isinstance(row, BadRow):
-            batch.error = (row.line, f"{row.detail}; expected one JSON object per line")
-            break
+            raise DataError(f"{path}:{row.line}: {row.detail}; expected one JSON object per line")
         try:
-            batch.rows.append((row.line, tokenizer(row.value)))
+            result.append((row.line, tokenizer(row.value)))
         except RowRejected as error:
-            batch.error = (row.line, f"{error} (scripts/prepare_data.py leaves out such rows and counts them)")
-            break
-        except NoForm as error:
-            batch.refused.append(f"{error.sample_id}: {error}")
-        batch.ignored.update(ignored_fields(row.value))
-    return batch
+            remedy = "scripts/prepare_data.py leaves out such rows and counts them"
+            raise DataError(f"{path}:{row.line}: {error} ({remedy})") from None
+        ignored.update(ignored_fields(row.value))
+    return result, ignored

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data.encoding import clean
+from specforge_lite.data.encoding import clean, map_strings
 from specforge_lite.types import Conversation
 
 ROLES = {
@@ -60,11 +60,10 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def to_conversation(row: Any) -> Conversation:
     """Recognise and normalise one row. Raises RowRejected."""
-    if not isinstance(row, dict):
-        raise RowRejected("not-an-object", f"expected a JSON object per row, found {_kind(row)}")
+    _expect(row, dict, "not-an-object", "expected a JSON object per row")
     try:
         messages = check_messages(_messages_of(row))
-        tools = _map_strings(_tools_of(row.get("tools")), clean_text)
+        tools = map_strings(_tools_of(row.get("tools")), clean_text)
     except RecursionError:
         raise RowRejected("nested-too-deeply", "more levels of nesting than a row can have") from None
     if row.get("finish_reason") in CUT_OFF and messages[-1]["role"] == "assistant":
@@ -125,15 +124,13 @@ def _messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 def _turns(turns: Any, key: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(turns, str):  # some parquet exports hold JSON text
         turns = _from_json(turns, f"'{key}'")
-    if not isinstance(turns, list):
-        raise RowRejected("not-a-list", f"'{key}': expected a list of turns, found {_kind(turns)}")
+    _expect(turns, list, "not-a-list", f"'{key}': expected a list of turns")
     if not turns:
         raise RowRejected("no-turns", f"'{key}' is empty")
     messages = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
     effort: dict[str, str] = {}
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowRejected("turn-not-an-object", f"turn {number}: expected an object, found {_kind(turn)}")
+        _expect(turn, dict, "turn-not-an-object", f"turn {number}: expected an object")
         message = _turn(turn, number)
         if message["role"] == "effort":
             effort = {"reasoning_effort": message["content"].strip().lower()}
@@ -151,19 +148,19 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
     role = ROLES[name.lower()]
     content = turn["content"] if "content" in turn else turn.get("value")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _sharegpt_calls(content, number)}
+        calls = _from_json(content, f"turn {number}: tool call") if isinstance(content, str) else content
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(calls, number)}
     if role == "analysis":
         return {"role": "assistant", "content": "", "reasoning_content": _text(content, number, False)}
     if role == "commentary":
         raise RowRejected("commentary-channel", f"turn {number}: commentary without a tool call has no normal form")
-    may_be_empty = bool(turn.get("tool_calls")) or any(isinstance(turn.get(key), str) for key in REASONING_KEYS)
+    thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
+    may_be_empty = bool(turn.get("tool_calls") or thoughts)
     message: dict[str, Any] = {"role": role, "content": _text(content, number, may_be_empty)}
     if turn.get("tool_calls"):
         message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
-    for key in REASONING_KEYS:
-        if isinstance(turn.get(key), str) and turn[key].strip():
-            message["reasoning_content"] = turn[key]
-            break
+    if thought := next(filter(str.strip, thoughts), ""):
+        message["reasoning_content"] = thought
     for key in ("name", "tool_call_id", "reasoning_effort"):
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
@@ -184,12 +181,8 @@ def _text(content: Any, number: int, may_be_empty: bool) -> str:
         if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
             return "".join(map(str, parts))
         raise RowRejected("content-not-text", f"turn {number}: content parts other than text")
-    raise RowRejected("content-not-text", f"turn {number}: expected text, found {_kind(content)}")
-
-
-def _sharegpt_calls(content: Any, number: int) -> list[dict[str, Any]]:
-    calls = _from_json(content, f"turn {number}: tool call") if isinstance(content, str) else content
-    return _tool_calls(calls if isinstance(calls, list) else [calls], number)
+    _expect(content, str, "content-not-text", f"turn {number}: expected text")
+    return str(content)
 
 
 def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
@@ -200,8 +193,7 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {}) if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowRejected("bad-tool-call", f"turn {number}: expected a tool call with a name, found {_kind(call)}")
-        if not isinstance(arguments, (dict, str)):
-            raise RowRejected("bad-tool-call", f"turn {number}: tool call arguments are {_kind(arguments)}")
+        _expect(arguments, (dict, str), "bad-tool-call", f"turn {number}: expected arguments of a tool call")
         extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         result.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
@@ -219,7 +211,7 @@ def _tools_of(tools: Any) -> list[dict[str, Any]] | None:
 
 def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     prompt_key = next(key for key in PROMPT_KEYS if key in row)
-    answer_key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
+    answer_key = next((key for key in ANSWER_KEYS if row.get(key) is not None), "")
     messages: list[dict[str, Any]] = []
     if isinstance(row.get("system"), str) and row["system"].strip():
         messages.append({"role": "system", "content": row["system"]})
@@ -234,12 +226,11 @@ def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
         extra = row.get("input") if prompt_key == "instruction" else None
         joined = f"{prompt}\n\n{extra}" if isinstance(prompt, str) and isinstance(extra, str) and extra else prompt
         messages.append({"role": "user", "content": joined})
-    if answer_key is not None:
-        answer = row[answer_key]
-        if isinstance(answer, list):
-            messages += _turns(answer, answer_key, {})
-        else:
-            messages.append({"role": "assistant", "content": answer})
+    answer = row.get(answer_key)
+    if isinstance(answer, list):
+        messages += _turns(answer, answer_key, {})
+    elif answer_key:
+        messages.append({"role": "assistant", "content": answer})
     for message in messages:
         message["content"] = _text(message["content"], len(messages), bool(message.get("tool_calls")))
     return messages
@@ -255,7 +246,7 @@ def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     first_empty = 0
     for number, message in enumerate(messages, 1):
-        message = _map_strings(message, clean_text)
+        message = map_strings(message, clean_text)
         role, last = message["role"], result[-1]["role"] if result else None
         if role == "assistant" and last in (None, "system"):
             continue
@@ -319,15 +310,6 @@ def clean_text(text: str) -> str:
     return clean(text)
 
 
-def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
-    """`function` of every string in nested lists and dicts, keys included."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {_map_strings(key, function): _map_strings(item, function) for key, item in value.items()}
-    return [_map_strings(item, function) for item in value] if isinstance(value, list) else value
-
-
 def _id_of(row: dict[str, Any], messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
     for key in ID_KEYS:
         value = row.get(key)
@@ -341,6 +323,11 @@ def _from_json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise RowRejected("not-json", f"{what}: expected JSON, found '{text[:40]}'") from None
+
+
+def _expect(value: Any, kinds: Any, reason: str, what: str) -> None:
+    if not isinstance(value, kinds):
+        raise RowRejected(reason, f"{what}, found {_kind(value)}")
 
 
 def _kind(value: Any) -> str:

@@ -1,16 +1,12 @@
 """Text and trained spans -> token ids and loss mask, in one tokenization.
 
-Four decisions, each with a test:
-- A token is trained if at least one of its characters is (a BPE token may straddle the border of a span; the target
-  produced it, so it is never lost).
-- An added token that swallows the spaces beside it (`rstrip`, `lstrip`: Phi-3's headers) counts as trained where it
-  stands, not for the spaces.
+- A token is trained if at least one of its characters is: a BPE token may straddle the border of a span.
+- An added token that swallows the spaces beside it (`rstrip`, `lstrip`: Phi-3's headers) counts where it stands.
 - Offsets come from a copy of the tokenizer without its post-processor: `ByteLevel(trim_offsets=True)` would move the
   offsets of a line end before an answer into the answer.
-- A control token that stands inside a message (`<|im_end|>` typed by a user) stays ordinary text. Only when a
-  conversation holds one, its text is tokenized by a second copy, in which the control tokens have other names
-  (noncharacters) that only the template writes. Where a vocabulary can spell the name as a plain token this cannot be
-  helped; byte-level and SentencePiece BPE cannot.
+- A control token inside a message (`<|im_end|>` typed by a user) stays ordinary text. Only a conversation that holds
+  one is tokenized by a second copy, in which the control tokens have other names (noncharacters) that only the template
+  writes. A vocabulary that can spell the name as a plain token defeats this; byte-level and SentencePiece BPE cannot.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -129,37 +125,22 @@ class TextEncoder:
         self._spec = spec
         self._plain = Tokenizer.from_str(spec.tokenizer_json)
         decoder = self._plain.get_added_tokens_decoder()
-        added = {token.content: (i, token.special) for i, token in decoder.items()}
-        self._rstrip = np.array([i for i, token in decoder.items() if token.rstrip], dtype=np.int32)
-        self._lstrip = np.array(
-            [i for i, token in decoder.items() if token.lstrip and not token.rstrip], dtype=np.int32
-        )
-        wanted = set(control_tokens)
-        self._control = {
-            name: i
-            for name, (i, special) in sorted(added.items())
-            if name in wanted or (special and name not in CONTENT_TOKENS)
-        }
-        self._names = sorted(self._control, key=lambda name: (-len(name), name))  # longest first: no prefix wins
-        self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
+        self._rstrip = [i for i, token in decoder.items() if token.rstrip]
+        self._lstrip = [i for i, token in decoder.items() if token.lstrip and not token.rstrip]
+        special = {token.content for token in decoder.values() if token.special} - CONTENT_TOKENS
+        control = {token.content for token in decoder.values()} & (special | {*control_tokens})
+        self._names = sorted(control, key=lambda name: (-len(name), name))  # longest first: no prefix wins
+        self._numbers = {name: i for i, name in enumerate(self._names)}
+        self._pattern = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
         self._renamed: tuple[Any, np.ndarray] | None = None
 
-    def has_control_token(self, values: Any) -> bool:
-        """True if a string anywhere in `values` (strings, lists, dicts) quotes a control token."""
-        if isinstance(values, str):
-            return self._pattern is not None and self._pattern.search(values) is not None
-        if isinstance(values, Mapping):
-            return any(self.has_control_token(value) for value in values.values())
-        return isinstance(values, (list, tuple)) and any(self.has_control_token(value) for value in values)
-
     def quote(self, values: Any) -> Any:
-        """A copy of `values` in which quoted control tokens are placeholders; `encode_quoted` puts them back."""
-        if isinstance(values, str) and self._pattern is not None:
-            numbers = {name: i for i, name in enumerate(self._names)}
-            return self._pattern.sub(lambda match: f"{_QUOTE_START}{numbers[match[0]]}{_QUOTE_END}", values)
-        if isinstance(values, Mapping):
-            return {key: self.quote(value) for key, value in values.items()}
-        return [self.quote(value) for value in values] if isinstance(values, (list, tuple)) else values
+        """A copy of `values` (strings, lists, dicts) in which quoted control tokens are placeholders; `encode_quoted`
+        puts them back. Equal to `values` where they quote none."""
+        return map_strings(
+            values,
+            lambda text: self._pattern.sub(lambda m: f"{_QUOTE_START}{self._numbers[m[0]]}{_QUOTE_END}", text),
+        )
 
     def encode(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
         """Ids [L] int32 and loss mask [L] bool; every control token in the text counts as one."""
@@ -175,42 +156,39 @@ class TextEncoder:
         ids = original_ids[np.array(encoding.ids, dtype=np.int64)]
         return ids, self._mask(ids, encoding.offsets, renamed)
 
+    def encode_text(self, text: str) -> np.ndarray:
+        """Ids [L] int32 of a text by itself; control tokens in it stay ordinary text."""
+        quoted = self.quote(text)
+        ids, _ = (self.encode if quoted == text else self.encode_quoted)(Rendering(quoted, ()))
+        return ids
+
     def _mask(self, ids: np.ndarray, offsets: list[tuple[int, int]], rendering: Rendering) -> np.ndarray:
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        if len(self._rstrip):
-            swallows = np.isin(ids, self._rstrip)
-            bounds[swallows, 1] = bounds[swallows, 0] + 1
-        if len(self._lstrip):
-            swallows = np.isin(ids, self._lstrip)
-            bounds[swallows, 0] = bounds[swallows, 1] - 1
+        swallows = np.isin(ids, self._rstrip)
+        bounds[swallows, 1] = bounds[swallows, 0] + 1
+        swallows = np.isin(ids, self._lstrip)
+        bounds[swallows, 0] = bounds[swallows, 1] - 1
         return token_mask(bounds, rendering)
-
-    def encode_text(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids [L] int32 of each text by itself; control tokens in it stay ordinary text."""
-        result = []
-        for text in texts:
-            if self.has_control_token(text):
-                result.append(self.encode_quoted(Rendering(self.quote(text), ()))[0])
-            else:
-                result.append(np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.int32))
-        return result
 
     def _rewrite(self, rendering: Rendering) -> Rendering:
         """Give the template's control tokens their other names, and placeholders their quoted text."""
-        pattern = re.compile(f"{_QUOTE_START}([0-9]+){_QUOTE_END}|" + "|".join(map(re.escape, self._names)))
-        numbers = {name: i for i, name in enumerate(self._names)}
+        pattern = re.compile(f"{_QUOTE_START}([0-9]+){_QUOTE_END}|{self._pattern.pattern}")
 
-        def rename(match: re.Match[str]) -> str:
-            if match[1] is not None:
-                return self._names[int(match[1])]
-            return f"{_NAME_START}{numbers[match[0]]}{_NAME_END}"
+        def rename(start: int | None, end: int | None) -> str:
+            return pattern.sub(
+                lambda m: self._names[int(m[1])] if m[1] else self._other_name(m[0]), rendering.text[start:end]
+            )
 
         text, spans, at = "", [], 0
         for start, end in rendering.spans:
-            text += pattern.sub(rename, rendering.text[at:start])
-            spans.append((len(text), len(text) + len(inner := pattern.sub(rename, rendering.text[start:end]))))
+            text += rename(at, start)
+            inner = rename(start, end)
+            spans.append((len(text), len(text) + len(inner)))
             text, at = text + inner, end
-        return Rendering(text + pattern.sub(rename, rendering.text[at:]), tuple(spans))
+        return Rendering(text + rename(at, None), tuple(spans))
+
+    def _other_name(self, name: str) -> str:
+        return f"{_NAME_START}{self._numbers[name]}{_NAME_END}"
 
     def _rename(self) -> tuple[Any, np.ndarray]:
         """The tokenizer whose control tokens have other names, and original_ids[its id] = the tokenizer's id."""
@@ -218,20 +196,25 @@ class TextEncoder:
             from tokenizers import Tokenizer
 
             description = json.loads(self._spec.tokenizer_json)
-            numbers = {name: i for i, name in enumerate(self._names)}
-            new_names: dict[int, str] = {}
             for token in description["added_tokens"]:
-                if token["content"] in numbers:
-                    token["content"] = f"{_NAME_START}{numbers[token['content']]}{_NAME_END}"
-                    token["normalized"] = False
-                new_names[token["id"]] = token["content"]
+                if token["content"] in self._numbers:
+                    token |= {"content": self._other_name(token["content"]), "normalized": False}
             tokenizer = Tokenizer.from_str(json.dumps(description))
-            ids = {int(tokenizer.token_to_id(name) or 0): i for i, name in new_names.items()}
             size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
             original_ids = np.arange(size, dtype=np.int32)
-            original_ids[list(ids)] = list(ids.values())
+            for token in description["added_tokens"]:
+                original_ids[int(tokenizer.token_to_id(token["content"]) or 0)] = token["id"]
             self._renamed = (tokenizer, original_ids)
         return self._renamed
+
+
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """`function` of every string in nested lists and dicts, keys included."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {map_strings(key, function): map_strings(item, function) for key, item in value.items()}
+    return [map_strings(item, function) for item in value] if isinstance(value, list) else value
 
 
 def token_mask(bounds: np.ndarray, rendering: Rendering) -> np.ndarray:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,11 @@ class FimRow:
         row |= {"source": self.source} if self.source else {}
         return row | ({"finish_reason": "length"} if self.cut_off else {})
 
+    @property
+    def content_digest(self) -> str:
+        """Hash of the code (not of the id)."""
+        return hashlib.sha256(json.dumps([self.prefix, self.middle, self.suffix]).encode("utf-8")).hexdigest()
+
 
 @dataclass(frozen=True)
 class FimFamily:
@@ -60,23 +65,19 @@ class FimFamily:
 
 # Sources: README of Qwen2.5-Coder, bigcode/starcoder2, DeepSeek-Coder ("Code Insertion"); codellama `generation.py`,
 # `infilling_prompt_tokens`, which also tokenizes prefix and suffix without a space in front.
+_BOTH = ("psm", "spm")
 FAMILIES: dict[str, FimFamily] = {
-    "qwen2.5-coder": FimFamily(
-        "qwen2.5-coder", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>",)
-    ),
-    "starcoder2": FimFamily(
-        "starcoder2", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",), orders=("psm", "spm")
-    ),
-    "deepseek-coder": FimFamily(
-        "deepseek-coder",
-        "<｜fim▁begin｜>",
-        "<｜fim▁hole｜>",
-        "<｜fim▁end｜>",
-        ("<｜end▁of▁sentence｜>", "<|EOT|>"),
-        bos="<｜begin▁of▁sentence｜>",
-    ),
-    "codellama": FimFamily("codellama", "▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",), bos="<s>", orders=("psm", "spm")),
-}
+    family.name: family
+    for family in (
+        FimFamily("qwen2.5-coder", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>",)),
+        FimFamily("starcoder2", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",), orders=_BOTH),
+        FimFamily(
+            "deepseek-coder", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>",
+            ("<｜end▁of▁sentence｜>", "<|EOT|>"), bos="<｜begin▁of▁sentence｜>",
+        ),
+        FimFamily("codellama", "▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",), bos="<s>", orders=_BOTH),
+    )
+}  # fmt: skip
 
 
 def recognise_family(vocabulary: Mapping[str, int]) -> FimFamily:
@@ -106,9 +107,9 @@ def to_fim_row(row: Any) -> FimRow:
         raise RowRejected("empty-middle", "the middle is empty")
     given = next((str(row[key]) for key in ID_KEYS if isinstance(row.get(key), (str, int))), "")
     source = row["source"] if isinstance(row.get("source"), str) else ""
-    digest = hashlib.sha256(json.dumps([prefix, middle, suffix]).encode("utf-8")).hexdigest()
     cut_off = row.get("finish_reason") in CUT_OFF
-    return FimRow(clean_text(given) or digest[:16], prefix, middle, suffix, clean_text(source), cut_off)
+    hole = FimRow(clean_text(given), prefix, middle, suffix, clean_text(source), cut_off)
+    return hole if hole.id else replace(hole, id=hole.content_digest[:16])
 
 
 class FimTokenizer:
@@ -120,42 +121,42 @@ class FimTokenizer:
     """
 
     def __init__(self, spec: TokenizerSpec, order: str, max_length: int) -> None:
-        literal = None if order in ("psm", "spm") else _literal_pieces(order)
+        ids, is_literal = spec.vocabulary, order not in ("psm", "spm")
+        pieces = _literal_pieces(order) if is_literal else []
         try:
-            family: FimFamily | None = recognise_family(spec.vocabulary)
+            family: FimFamily | None = recognise_family(ids)
         except DataError:
-            if literal is None:
+            if not is_literal:
                 raise
             family = None
         controls = (family.prefix, family.suffix, family.middle) if family else ()
         written = [token for token in spec.added_tokens if token in order]
         self._encoder = TextEncoder(spec.without_prefix_space(), (*controls, *written))
-        ids = spec.vocabulary
         ends = [*(family.end if family else ()), dict(spec.special_tokens).get("eos_token", "")]
         self.end_token_ids = list(dict.fromkeys(ids[token] for token in ends if token in ids))
         if not self.end_token_ids:
             raise DataError(f"fim_order {order}: the tokenizer has no end-of-text token to end a middle with")
-        if literal is not None:
-            self.layout: list[list[int] | str] = [
-                _TEXTS.get(piece) or self._encoder.encode(Rendering(piece, ()))[0].tolist() for piece in literal
-            ]
-        else:
-            assert family is not None
-            if order not in family.orders:
-                known = " and ".join(family.orders)
-                raise DataError(f"fim_order {order}: {family.name} models know {known} only, or give a literal text")
-            begin, hole, end = (ids[token] for token in controls)
-            bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
-            self.layout = [[*bos, begin], "prefix", [hole], "suffix", [end]]
-            if order == "spm":
-                self.layout = [[*bos, begin, hole], "suffix", [end], "prefix"]
-        self.name = f"fim-{family.name}-{order}" if family and literal is None else f"fim-literal-{order}"
         self._max_length = max_length
+        if family is None or is_literal:
+            self.layout: list[list[int] | str] = [
+                piece[1:-1] if piece in _TEXTS else self._encoder.encode(Rendering(piece, ()))[0].tolist()
+                for piece in pieces
+            ]
+            self.name = f"fim-literal-{order}"
+            return
+        if order not in family.orders:
+            known = " and ".join(family.orders)
+            raise DataError(f"fim_order {order}: {family.name} models know {known} only, or give a literal text")
+        begin, hole, end = (ids[token] for token in controls)
+        bos = [ids[family.bos]] if family.bos is not None and family.bos in ids else []
+        psm: list[list[int] | str] = [[*bos, begin], "prefix", [hole], "suffix", [end]]
+        self.layout = psm if order == "psm" else [[*bos, begin, hole], "suffix", [end], "prefix"]
+        self.name = f"fim-{family.name}-{order}"
 
     def __call__(self, row: FimRow) -> tuple[np.ndarray, np.ndarray, int]:
         """Ids [L] int32, loss mask [L] bool, and how many tokens of context (or of a huge middle) were cut."""
         prefix, suffix, middle = (
-            ids.tolist() for ids in self._encoder.encode_text([row.prefix, row.suffix, row.middle])
+            self._encoder.encode_text(text).tolist() for text in (row.prefix, row.suffix, row.middle)
         )
         answer = middle if row.cut_off else [*middle, self.end_token_ids[0]]
         room = self._max_length - sum(len(part) for part in self.layout if isinstance(part, list)) - len(answer)
@@ -170,12 +171,12 @@ class FimTokenizer:
         return ids, np.arange(len(ids)) >= len(context), num_cut
 
 
-_TEXTS = {"{prefix}": "prefix", "{suffix}": "suffix"}
+_TEXTS = ("{prefix}", "{suffix}")
 
 
 def _literal_pieces(order: str) -> list[str]:
     """A literal text cut at {prefix} and {suffix}, each of which it has once."""
     pieces = [piece for piece in re.split(r"(\{prefix\}|\{suffix\})", order.removesuffix("{middle}")) if piece]
-    if sorted(piece for piece in pieces if piece in _TEXTS) != list(_TEXTS) or "{middle}" in "".join(pieces):
+    if sorted(piece for piece in pieces if piece in _TEXTS) != [*_TEXTS] or "{middle}" in "".join(pieces):
         raise DataError(f"fim_order {order}: expected psm, spm, or a text with {{prefix}} and {{suffix}}, once each")
     return pieces

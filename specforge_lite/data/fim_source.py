@@ -15,7 +15,6 @@ from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import BadRow
 
 MAX_FILE_BYTES = 1 << 20
-EXCLUDED_DIRS = ("site-packages", "node_modules")  # what others wrote, below somebody's own code
 LANGUAGES = {
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".jsx", ".ts", ".tsx", ".go",
     ".rs", ".rb", ".php", ".cs", ".swift", ".kt", ".scala", ".lua", ".sh", ".sql", ".r", ".jl", ".hs", ".ml", ".ex",
@@ -31,7 +30,7 @@ class FimSourceOptions:
     max_context_chars: int = 6000
     max_span_lines: int = 12
     seed: int = 0
-    exclude_dirs: tuple[str, ...] = EXCLUDED_DIRS
+    exclude_dirs: tuple[str, ...] = ("site-packages", "node_modules")  # what others wrote, below somebody's own code
 
 
 def fim_rows(source_dir: Path, options: FimSourceOptions) -> Iterator[FimRow | BadRow]:
@@ -42,35 +41,25 @@ def fim_rows(source_dir: Path, options: FimSourceOptions) -> Iterator[FimRow | B
     """
     if not source_dir.is_dir():
         raise DataError(f"{source_dir}: no such directory; expected --source-dir with source code")
-    files = sorted(
-        path
-        for path in source_dir.rglob("*")
-        if path.suffix in LANGUAGES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(source_dir).parts)
-        and not set(options.exclude_dirs) & set(path.relative_to(source_dir).parts[:-1])
-    )
-    if not files:
-        raise DataError(f"{source_dir}: no source files; known endings: {' '.join(sorted(LANGUAGES))}")
-    for path in files:
-        name = path.relative_to(source_dir).as_posix()
-        text = _read(path, name)
-        if isinstance(text, BadRow):
-            yield text
+    found = False
+    for path in sorted(path for path in source_dir.rglob("*") if path.suffix in LANGUAGES and path.is_file()):
+        parts = path.relative_to(source_dir).parts
+        if any(part.startswith(".") for part in parts) or set(options.exclude_dirs) & set(parts[:-1]):
+            continue
+        found, name = True, "/".join(parts)
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                yield BadRow(1, "file-too-large", f"{name}: more than {MAX_FILE_BYTES >> 10} KiB")
+                continue
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            yield BadRow(1, "unreadable-file", f"{name}: {error.strerror or error}")
+        except UnicodeDecodeError as error:
+            yield BadRow(1, "not-utf8", f"{name}: byte at {error.start} is not UTF-8")
         else:
-            yield from file_rows(name, text, options)
-
-
-def _read(path: Path, name: str) -> str | BadRow:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return BadRow(1, "file-too-large", f"{name}: more than {MAX_FILE_BYTES >> 10} KiB")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        return BadRow(1, "unreadable-file", f"{name}: {error.strerror or error}")
-    except UnicodeDecodeError as error:
-        return BadRow(1, "not-utf8", f"{name}: byte at {error.start} is not UTF-8")
-    return text.replace("\r\n", "\n")
+            yield from file_rows(name, text.replace("\r\n", "\n"), options)
+    if not found:
+        raise DataError(f"{source_dir}: no source files; known endings: {' '.join(sorted(LANGUAGES))}")
 
 
 def file_rows(name: str, text: str, options: FimSourceOptions) -> Iterator[FimRow | BadRow]:
@@ -89,15 +78,15 @@ def file_rows(name: str, text: str, options: FimSourceOptions) -> Iterator[FimRo
     whole = sorted(span for span in spans if "".join(lines[slice(*span)]).strip())
     if not whole:
         yield BadRow(1, "empty-middle", f"{name}: no line to cut out")
-        return
+    limit = options.max_context_chars
     for start, end in sorted(chooser.sample(whole, min(options.rows_per_file, len(whole)))):
-        yield FimRow(
-            id=f"{name}:{start + 1}-{end}",
-            prefix=_tail("".join(lines[:start]), options.max_context_chars),
-            middle="".join(lines[start:end]),
-            suffix=_head("".join(lines[end:]), options.max_context_chars),
-            source=name,
-        )
+        prefix, middle, suffix = ("".join(part) for part in (lines[:start], lines[start:end], lines[end:]))
+        if len(prefix) > limit:  # from the start of a line where there is one
+            cut = prefix[-limit:]
+            prefix = cut[cut.find("\n") + 1 :] if "\n" in cut[:-1] else cut
+        if len(suffix) > limit:  # up to the end of a line where there is one
+            suffix = suffix[: suffix.rfind("\n", 0, limit) + 1] or suffix[:limit]
+        yield FimRow(f"{name}:{start + 1}-{end}", prefix, middle, suffix, name)
 
 
 def python_spans(text: str) -> set[tuple[int, int]]:
@@ -113,8 +102,8 @@ def python_spans(text: str) -> set[tuple[int, int]]:
         body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
         if not body or body[0].lineno == node.lineno:
             continue
-        spans.add((body[0].lineno - 1, body[-1].end_lineno or body[-1].lineno))
-        spans |= {(statement.lineno - 1, statement.end_lineno or statement.lineno) for statement in body}
+        bounds = [(statement.lineno - 1, statement.end_lineno or statement.lineno) for statement in body]
+        spans |= {(bounds[0][0], bounds[-1][1]), *bounds}
     return spans
 
 
@@ -128,19 +117,3 @@ def _random_spans(lines: list[str], chooser: random.Random, count: int, max_line
         if filled[last] - filled[first] < 2 * max_lines:  # not across a desert of blank lines
             spans.add((filled[first], filled[last] + 1))
     return spans
-
-
-def _tail(text: str, limit: int) -> str:
-    """The last `limit` characters, from the start of a line where there is one."""
-    if len(text) <= limit:
-        return text
-    cut = text[len(text) - limit :]
-    return cut[cut.find("\n") + 1 :] if "\n" in cut[:-1] else cut
-
-
-def _head(text: str, limit: int) -> str:
-    """The first `limit` characters, up to the end of a line where there is one."""
-    if len(text) <= limit:
-        return text
-    cut = text[:limit]
-    return cut[: cut.rfind("\n") + 1] or cut

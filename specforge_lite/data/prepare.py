@@ -12,7 +12,6 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +23,8 @@ from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_file, user_errors
 from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
 from specforge_lite.data.fim import is_fim_row, to_fim_row
-from specforge_lite.data.reading import BadRow
-from specforge_lite.data.sources import PlacedRow, Source
+from specforge_lite.data.reading import BadRow, Row
+from specforge_lite.data.sources import Source
 from specforge_lite.data.store import ignored_warning
 
 SHOWN_ROW_CHARS = 2000
@@ -57,14 +56,15 @@ def output_files(output_path: Path, source: Source, split: bool) -> OutputFiles:
     an output path that ends in .jsonl, that file and its neighbours. Never the file that is read."""
     if output_path.suffix in (".json", ".gz", ".parquet"):
         raise ConfigError(f"output_path {output_path}: expected a directory or a name ending in .jsonl")
+    read = source.path.resolve() if source.path is not None else None
     if output_path.suffix == ".jsonl":
         directory, name, train = output_path.parent, output_path.stem, output_path
     else:
         directory, name = output_path, source.name
         train = directory / f"{name}.jsonl"
-        if split or (source.path is not None and train.resolve() == source.path.resolve()):
+        if split or train.resolve() == read:
             train = directory / f"{name}_train.jsonl"
-    if source.path is not None and train.resolve() == source.path.resolve():
+    if train.resolve() == read:
         raise ConfigError(f"output_path {output_path}: that is the file to read; give another name")
     others = (directory / f"{name}_{what}" for what in ("eval.jsonl", "rejected.jsonl", "summary.json"))
     return OutputFiles(train, *others)
@@ -72,24 +72,25 @@ def output_files(output_path: Path, source: Source, split: bool) -> OutputFiles:
 
 @dataclass
 class PrepareReport:
-    """What came in, what went out, and why rows did not."""
+    """What came in, what went out, and why rows did not. format_since: the row that decided the format; ignored: fields
+    without effect -> rows that have them."""
 
     num_rows: int = 0
     num_usable: int = 0
     num_train: int = 0
     num_eval: int = 0
     data_format: str = ""
+    format_since: str = ""
     rejected: Counter[str] = field(default_factory=Counter)
     first_rejected: str = ""
-    ignored: Counter[str] = field(default_factory=Counter)  # fields without effect -> rows that have them
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
         """One line for people."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
-        return (
-            f"{self.num_rows:,} rows read, {self.num_train:,} written for training, {self.num_eval:,} for evaluation"
-            + (f"; left out: {reasons}" if reasons else "")
-        )
+        left_out = f"; left out: {reasons}" if reasons else ""
+        train, held_out = f"{self.num_train:,} written for training", f"{self.num_eval:,} for evaluation"
+        return f"{self.num_rows:,} rows read, {train}, {held_out}{left_out}"
 
 
 def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> PrepareReport:
@@ -106,18 +107,27 @@ def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> Prep
         rejected = stack.enter_context(atomic_file(files.rejected))
         summary = stack.enter_context(atomic_file(files.summary))
         evaluation = stack.enter_context(atomic_file(files.evaluation, "wb")) if options.split_eval else None
-        collector = _Collector(spool, rejected, options.data_format)
-        with log.progress(None, f"read {source.name}", unit="row") as bar:
-            collector.take(source.rows(), bar)
-        report = collector.report
+        report, starts, groups = _collect(source, spool, rejected, options.data_format)
         if not report.num_usable:
             first = f"; first: {report.first_rejected}" if report.first_rejected else ""
             raise DataError(f"{source}: no usable row of {report.num_rows}{first}")
-        chosen, held_out = _choose_rows(collector.groups, options)
-        report.num_train = _copy(spool, collector.starts, chosen, train)
+        chosen, held_out = _choose_rows(groups, options)
+        report.num_train = _copy(spool, starts, chosen, train)
         if evaluation is not None:
-            report.num_eval = _copy(spool, collector.starts, held_out, evaluation)
-        json.dump(_summary(report, source, options), summary, indent=1, ensure_ascii=False)
+            report.num_eval = _copy(spool, starts, held_out, evaluation)
+        facts = {
+            "source": source.name,
+            "format": report.data_format,
+            "rows_read": report.num_rows,
+            "rows_usable": report.num_usable,
+            "train": report.num_train,
+            "eval": report.num_eval,
+            "rejected": dict(report.rejected.most_common()),
+            "sample_size": options.sample_size,
+            "split_eval": options.split_eval,
+            "seed": options.seed,
+        }
+        json.dump(facts, summary, indent=1, ensure_ascii=False)
     for warning in ignored_warning(report.ignored):
         log.warn(f"{source}: {warning}")
     if evaluation is None and files.evaluation.exists():
@@ -125,99 +135,68 @@ def prepare(source: Source, files: OutputFiles, options: PrepareOptions) -> Prep
     return report
 
 
-def _summary(report: PrepareReport, source: Source, options: PrepareOptions) -> dict[str, Any]:
-    return {
-        "source": source.name,
-        "format": report.data_format,
-        "rows_read": report.num_rows,
-        "rows_usable": report.num_usable,
-        "train": report.num_train,
-        "eval": report.num_eval,
-        "rejected": dict(report.rejected.most_common()),
-        "sample_size": options.sample_size,
-        "split_eval": options.split_eval,
-        "seed": options.seed,
-    }
-
-
-class _Collector:
-    """Writes usable rows to the spool. starts: offset of each, and of the end; groups: number of the file a FIM row
-    was cut from, of the row itself for conversations."""
-
-    def __init__(self, spool: IO[bytes], rejected: IO[str], data_format: str) -> None:
-        self.report = PrepareReport(data_format="" if data_format == "auto" else data_format)
-        self.starts = array("q", [0])
-        self.groups = array("q")
-        self._spool, self._rejected = spool, rejected
-        self._seen: set[bytes] = set()
-        self._ids: set[bytes] = set()
-        self._sources: dict[str, int] = {}
-        self._first_place = ""
-
-    def take(self, rows: Iterable[PlacedRow], bar: Any) -> None:
-        for placed in rows:
-            self.report.num_rows += 1
+def _collect(
+    source: Source, spool: IO[bytes], rejected: IO[str], data_format: str
+) -> tuple[PrepareReport, array[int], array[int]]:
+    """Write usable rows to the spool, refused ones with their reasons to `rejected`. Returns also the offset of each
+    row, and of the end; and a group of each: the file that a FIM row was cut from, the row itself for conversations."""
+    report = PrepareReport(data_format="" if data_format == "auto" else data_format)
+    starts, groups = array("q", [0]), array("q")
+    seen: set[bytes] = set()
+    ids: set[bytes] = set()
+    group_of: dict[str, int] = {}
+    with log.progress(None, f"read {source.name}", unit="row") as bar:
+        for place, read in source.rows():
+            report.num_rows += 1
             bar.update(1)
             try:
-                self._keep(*self._read(placed))
+                row, digest, name = _usable(place, read, report)
+                if digest[:12] in seen:
+                    raise RowRejected("duplicate", f"the same content as an earlier row (id {row['id']})")
             except RowRejected as error:
                 if error.reason == "mixed-formats":
-                    raise DataError(f"{placed.place}: {error}") from None
-                self._reject(placed, error)
-
-    def _read(self, placed: PlacedRow) -> tuple[dict[str, Any], str, str]:
-        """(normal form, digest of its content, name of the file it was cut from)."""
-        if isinstance(placed.row, BadRow):
-            raise RowRejected(placed.row.reason, placed.row.detail)
-        value = placed.row.value
-        found = "fim" if is_fim_row(value) else "chat"
-        if found != self.report.data_format and isinstance(value, dict):
-            if self.report.data_format:
-                since = f" (since {self._first_place})" if self._first_place else ""
-                raise RowRejected(
-                    "mixed-formats", f"a {found} row among {self.report.data_format} rows{since}; expected one format"
-                )
-            self.report.data_format, self._first_place = found, placed.place
-        if found == "fim":
-            row = to_fim_row(value)
-            parts = json.dumps([row.prefix, row.middle, row.suffix])
-            return row.to_row(), hashlib.sha256(parts.encode("utf-8")).hexdigest(), row.source
-        conversation = to_conversation(value)
-        self.report.ignored.update(ignored_fields(value))
-        return to_row(conversation), content_digest(conversation), ""
-
-    def _keep(self, row: dict[str, Any], digest: str, source: str) -> None:
-        content = bytes.fromhex(digest)[:12]
-        if content in self._seen:
-            raise RowRejected("duplicate", f"the same content as an earlier row (id {row['id']})")
-        self._seen.add(content)
-        name = hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]
-        if name in self._ids:  # ids must be unique: regeneration and capture go by them
-            row = {**row, "id": f"{row['id']}-{digest[:8]}"}
-            name = hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]
-        self._ids.add(name)
-        data = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-        self._spool.write(data)
-        self.starts.append(self.starts[-1] + len(data))
-        self.groups.append(self._sources.setdefault(source, len(self._sources)) if source else self.report.num_usable)
-        self.report.num_usable += 1
-
-    def _reject(self, placed: PlacedRow, error: RowRejected) -> None:
-        self.report.rejected[error.reason] += 1
-        if not self.report.first_rejected:
-            self.report.first_rejected = f"{placed.place}: {error}"
-        entry: dict[str, Any] = {"place": placed.place, "reason": error.reason, "detail": str(error)}
-        if error.reason != "duplicate" and not isinstance(placed.row, BadRow):
-            entry["row"] = _shown(placed.row.value)
-        self._rejected.write(json.dumps(entry, ensure_ascii=True) + "\n")
+                    raise DataError(f"{place}: {error}") from None
+                _reject(place, read, error, report, rejected)
+                continue
+            seen.add(digest[:12])
+            if (key := hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]) in ids:
+                row["id"] += f"-{digest.hex()[:8]}"  # ids must be unique: regeneration and capture go by them
+                key = hashlib.sha256(row["id"].encode("utf-8")).digest()[:12]
+            ids.add(key)
+            starts.append(starts[-1] + spool.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"))
+            groups.append(group_of.setdefault(name, len(group_of)) if name else report.num_usable)
+            report.num_usable += 1
+    return report, starts, groups
 
 
-def _shown(value: Any) -> str:
-    """A refused row as text, shortened; it may be nested deeper than JSON can be written."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:SHOWN_ROW_CHARS]
-    except (RecursionError, ValueError):
-        return ""
+def _usable(place: str, read: Row | BadRow, report: PrepareReport) -> tuple[dict[str, Any], bytes, str]:
+    """(normal form, digest of its content, name of the file it was cut from) of a row. Raises RowRejected."""
+    if isinstance(read, BadRow):
+        raise RowRejected(read.reason, read.detail)
+    found = "fim" if is_fim_row(read.value) else "chat"
+    if isinstance(read.value, dict) and not report.data_format:
+        report.data_format, report.format_since = found, f" (since {place})"
+    if isinstance(read.value, dict) and found != report.data_format:
+        among = f"a {found} row among {report.data_format} rows{report.format_since}"
+        raise RowRejected("mixed-formats", f"{among}; expected one format")
+    if found == "fim":
+        hole = to_fim_row(read.value)
+        return hole.to_row(), bytes.fromhex(hole.content_digest), hole.source
+    conversation = to_conversation(read.value)
+    report.ignored.update(ignored_fields(read.value))
+    return to_row(conversation), bytes.fromhex(content_digest(conversation)), ""
+
+
+def _reject(place: str, read: Row | BadRow, error: RowRejected, report: PrepareReport, rejected: IO[str]) -> None:
+    report.rejected[error.reason] += 1
+    report.first_rejected = report.first_rejected or f"{place}: {error}"
+    entry: dict[str, Any] = {"place": place, "reason": error.reason, "detail": str(error)}
+    if error.reason != "duplicate" and isinstance(read, Row):
+        try:
+            entry["row"] = json.dumps(read.value, ensure_ascii=False, default=str)[:SHOWN_ROW_CHARS]
+        except (RecursionError, ValueError):  # nested deeper than JSON can be written
+            entry["row"] = ""
+    rejected.write(json.dumps(entry, ensure_ascii=True) + "\n")
 
 
 def _choose_rows(groups: array[int], options: PrepareOptions) -> tuple[np.ndarray, np.ndarray]:

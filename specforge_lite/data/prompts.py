@@ -63,8 +63,7 @@ def read_prompt(row: dict[str, Any], place: str) -> Prompt:
     messages = list(conversation.messages)
     while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
-    ends_with_user = bool(messages) and messages[-1]["role"] == "user"
-    turns = (str(messages.pop()["content"]),) if ends_with_user else ()
+    turns = (str(messages.pop()["content"]),) if messages and messages[-1]["role"] == "user" else ()
     tools = tuple(conversation.tools or ())
     return Prompt(conversation.id, category_of(row, "all"), turns, tuple(messages), tools, place)
 
@@ -86,15 +85,15 @@ def read_rows(source: Source | Path, limit: int | None, read: Callable[[dict[str
     source = source if isinstance(source, Source) else Source(source.name, path=source)
     rows: list[RowT] = []
     errors: list[str] = []
-    for placed in islice(source.rows(), limit):
+    for place, row in islice(source.rows(), limit):
         try:
-            if isinstance(placed.row, BadRow):
-                raise DataError(f"{placed.place}: {placed.row.reason}: {placed.row.detail}")
-            if not isinstance(placed.row.value, dict):
-                raise DataError(f"{placed.place}: expected an object, found {type(placed.row.value).__name__}")
-            rows.append(read(placed.row.value, placed.place))
+            if isinstance(row, BadRow):
+                raise RowRejected(row.reason, f"{row.reason}: {row.detail}")
+            if not isinstance(row.value, dict):
+                raise RowRejected("not-an-object", f"expected an object, found {type(row.value).__name__}")
+            rows.append(read(row.value, place))
         except RowRejected as error:
-            errors.append(f"{placed.place}: {error}")
+            errors.append(f"{place}: {error}")
         except DataError as error:
             errors.append(str(error))
     _raise_counted(errors, len(rows) + len(errors))
@@ -110,12 +109,10 @@ def _raise_counted(errors: Sequence[str], num_rows: int) -> None:
 
 
 class ChatEncoder:
-    """Renders conversations. template_kwargs go to the chat template (e.g. {"enable_thinking": false}).
+    """Renders conversations. template_kwargs go to the chat template (e.g. {"enable_thinking": false}); system_prompt
+    is added to conversations that have none; raw: no template, texts are joined as they are.
 
-    system_prompt is added to conversations that have none; raw: no template, texts are joined as they are.
-
-    Raises ConfigError for a tokenizer without a template, unless raw; raw_flag names the flag for that, where there is
-    one.
+    Raises ConfigError for a tokenizer without a template, unless raw (raw_flag names the flag for that, if any).
     """
 
     def __init__(
@@ -176,26 +173,22 @@ class ChatEncoder:
         """Each prompt with the token ids of its first request. Left out, named and counted: those that leave fewer than
         `num_new_tokens` of `max_length` tokens for the answer. Raises DataError where none is left."""
         encoded: list[tuple[Prompt, list[int]]] = []
-        errors: list[str] = []
-        too_long: list[str] = []
+        errors = []
         for prompt in prompts:
             try:
-                token_ids = self.encode(prompt.steps[0], prompt.tools, prompt.place)
+                encoded.append((prompt, self.encode(prompt.steps[0], prompt.tools, prompt.place)))
             except DataError as error:
                 errors.append(str(error))
-                continue
-            if len(token_ids) + num_new_tokens > max_length:
-                too_long.append(f"{prompt.place or prompt.id} ({len(token_ids)} tokens)")
-            else:
-                encoded.append((prompt, token_ids))
         _raise_counted(errors, len(prompts))
+        room = max_length - num_new_tokens
+        too_long = [f"{p.place or p.id} ({len(ids)} tokens)" for p, ids in encoded if len(ids) > room]
         if too_long:
             named = ", ".join(too_long[:NUM_NAMED]) + (", ..." if len(too_long) > NUM_NAMED else "")
-            room = f"prompt and {num_new_tokens} new token(s) together have at most {max_length}"
-            if not encoded:
-                raise DataError(f"no prompt fits: {named}; {room}")
-            warn(f"{len(too_long)} of {len(prompts)} prompts are left out, too long: {named}; {room}")
-        return encoded
+            why = f"{named}; prompt and {num_new_tokens} new token(s) together have at most {max_length}"
+            if len(too_long) == len(encoded):
+                raise DataError(f"no prompt fits: {why}")
+            warn(f"{len(too_long)} of {len(prompts)} prompts are left out, too long: {why}")
+        return [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
 
 
 def encode_prompt_file(

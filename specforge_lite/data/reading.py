@@ -6,19 +6,22 @@ to its end (truncated gzip, broken array) raises DataError, because what is miss
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from specforge_lite.core.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20
 _CHUNK = 1 << 16
+_NOT_SPACE = re.compile(r"\S")
 _OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive",
     b"\x28\xb5\x2f\xfd": "zstd-compressed",
@@ -55,20 +58,16 @@ class RowFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self._raw: BinaryIO = open(self.path, "rb")  # noqa: SIM115  (closed by __exit__)
+            self._raw = open(self.path, "rb")  # noqa: SIM115  (closed by __exit__)
+            head = self._raw.peek(8)
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror or error}") from None
         self.num_bytes = self.path.stat().st_size
-        head = self._raw.read(8)
-        self._raw.seek(0)
-        self.is_parquet = head[:4] == b"PAR1"
-        self._file: BinaryIO = self._raw
-        if head[:2] == b"\x1f\x8b":
-            self._file = gzip.GzipFile(fileobj=self._raw, mode="rb")  # type: ignore[assignment]
-        for magic, kind in _OTHER_KINDS.items():
-            if head.startswith(magic):
-                self._raw.close()
-                raise DataError(f"{self.path}: {kind}; expected UTF-8 json or jsonl, plain or gzip, or parquet")
+        self._parquet_bytes = 0 if head.startswith(b"PAR1") else None
+        self._file: Any = gzip.GzipFile(fileobj=self._raw) if head.startswith(b"\x1f\x8b") else self._raw
+        if kind := next((kind for magic, kind in _OTHER_KINDS.items() if head.startswith(magic)), None):
+            self._raw.close()
+            raise DataError(f"{self.path}: {kind}; expected UTF-8 json or jsonl, plain or gzip, or parquet")
 
     def __enter__(self) -> RowFile:
         return self
@@ -79,40 +78,45 @@ class RowFile:
     @property
     def bytes_read(self) -> int:
         """Bytes of the file (compressed, where it is) consumed so far."""
-        return self._raw.tell()
+        return self._raw.tell() if self._parquet_bytes is None else self._parquet_bytes
 
     def __iter__(self) -> Iterator[Row | BadRow]:
-        if self.is_parquet:
-            yield from _parquet_rows(self.path)
+        if self._parquet_bytes is not None:
+            yield from self._parquet_rows()
             return
         try:
-            yield from self._text_rows()
+            line = b"\n"
+            while line and not line.removeprefix(codecs.BOM_UTF8).strip():
+                line = self._file.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                raise DataError(f"{self.path}: empty; expected rows of json or jsonl")
+            self._file.seek(0)
+            start = line.removeprefix(codecs.BOM_UTF8).lstrip()
+            # A pretty-printed object: the line is no JSON by itself, and ends where an object may go on.
+            pretty = start[:1] == b"{" and start.rstrip()[-1:] in (b"{", b",", b"[", b":") and not _is_json(start)
+            if start[:1] == b"[" or pretty:
+                yield from _values(self.path, self._file, in_array=not pretty)
+            else:
+                yield from _lines(self._file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{self.path}: damaged or truncated gzip file ({error})") from None
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror or error}") from None
 
-    def _text_rows(self) -> Iterator[Row | BadRow]:
-        # Kept on self: a collected BufferedReader closes the file below it.
-        self._buffered = buffered = io.BufferedReader(cast(Any, self._file), _CHUNK)
-        first_line, skipped = _first_line(buffered)
-        if not first_line.strip():
-            raise DataError(f"{self.path}: empty; expected rows of json or jsonl")
-        start = first_line.lstrip()
-        if start.startswith(b"["):
-            yield from _stream_values(self.path, first_line, buffered, skipped + 1, in_array=True)
-        elif start.startswith(b"{") and not _is_json(first_line) and _opens_object(first_line):
-            yield from _stream_values(self.path, first_line, buffered, skipped + 1, in_array=False)
-        else:
-            yield from _lines(first_line, buffered, skipped + 1)
+    def _parquet_rows(self) -> Iterator[Row]:
+        """A batch at a time; `line` is the row number."""
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
-
-def _first_line(file: BinaryIO) -> tuple[bytes, int]:
-    """The first line that is not blank, without a byte order mark, and the number of lines before it."""
-    line, skipped = file.readline(MAX_ROW_BYTES + 1).removeprefix(b"\xef\xbb\xbf"), 0
-    while line and not line.strip():
-        line, skipped = file.readline(MAX_ROW_BYTES + 1), skipped + 1
-    return line, skipped
+        numbers = count(1)
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(batch_size=256):
+                    for value, number in zip(batch.to_pylist(), numbers):
+                        self._parquet_bytes = self.num_bytes * number // file.metadata.num_rows
+                        yield Row(number, value)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _is_json(line: bytes) -> bool:
@@ -123,12 +127,9 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _opens_object(line: bytes) -> bool:
-    """True if a line that is not JSON by itself ends where a pretty-printed object may go on."""
-    return line.rstrip()[-1:] in (b"{", b",", b"[", b":")
-
-
-def _lines(line: bytes, file: BinaryIO, number: int) -> Iterator[Row | BadRow]:
+def _lines(file: BinaryIO) -> Iterator[Row | BadRow]:
+    """jsonl: one value per line, blank lines passed over."""
+    number, line = 1, file.readline(MAX_ROW_BYTES + 1).removeprefix(codecs.BOM_UTF8)
     while line:
         if len(line) > MAX_ROW_BYTES:
             yield BadRow(number, "row-too-large", f"longer than {MAX_ROW_BYTES >> 20} MiB")
@@ -136,11 +137,10 @@ def _lines(line: bytes, file: BinaryIO, number: int) -> Iterator[Row | BadRow]:
                 line = file.readline(_CHUNK)
         elif line.strip():
             yield _parse_line(line, number)
-        line, number = file.readline(MAX_ROW_BYTES + 1), number + 1
+        number, line = number + 1, file.readline(MAX_ROW_BYTES + 1)
 
 
 def _parse_line(line: bytes, number: int) -> Row | BadRow:
-    """One line of a jsonl file."""
     try:
         return Row(number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -153,105 +153,74 @@ def _parse_line(line: bytes, number: int) -> Row | BadRow:
         return BadRow(number, "not-json", str(error).split(";")[0])
 
 
-def _stream_values(path: Path, head: bytes, file: BinaryIO, number: int, in_array: bool) -> Iterator[Row | BadRow]:
-    """The values of a JSON array, or of JSON objects one after another, without holding the file.
-
-    A value that does not parse is retried with twice as much text, so the cost stays linear.
-    """
-    source = _Text(path, head, file, number)
+def _values(path: Path, file: BinaryIO, in_array: bool) -> Iterator[Row]:
+    """The values of a JSON array, or of JSON objects one after another, without holding the file."""
+    text = _Text(path, file)
     if in_array:
-        source.expect("[")
-    while source.skip(",") if in_array else source.skip(""):
-        if in_array and source.peek() == "]":
-            source.expect("]")
-            if source.skip(""):
-                raise DataError(f"{path}:{source.line}: expected the end of the file after ']'")
+        text.peek()
+        text.at += 1
+    while character := text.peek():
+        if in_array and character == ",":
+            text.at += 1
+        elif in_array and character == "]":
+            text.at += 1
+            if text.peek():
+                raise DataError(f"{path}:{text.line}: expected the end of the file after ']'")
             return
-        yield Row(source.line, source.value())
+        else:
+            yield Row(text.line, text.value())
     if in_array:
-        raise DataError(f"{path}:{source.line}: the file ends inside its array; expected ']'")
+        raise DataError(f"{path}:{text.line}: the file ends inside its array; expected ']'")
 
 
 class _Text:
-    """A window of decoded text that moves over a file, and the line it is at."""
+    """A window of decoded text that moves over a file: `line` is that of place `at` in it."""
 
-    def __init__(self, path: Path, head: bytes, file: BinaryIO, line: int) -> None:
-        self._path, self._file, self.line = path, file, line
-        self._decoder = json.JSONDecoder()
-        self._pending, self._text, self._at, self._ended = head, "", 0, False
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.line, self.at = 1, 0
+        self._path, self._file, self._text = path, file, ""
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
 
     def _more(self, size: int = _CHUNK) -> bool:
-        data = self._pending + (b"" if self._ended else self._file.read(size))
-        self._ended = self._ended or len(data) == len(self._pending)
+        data = self._file.read(size)
         try:
-            text = data.decode("utf-8")
-            self._pending = b""
+            self._text, self.at = self._text[self.at :] + self._decode(data, not data), 0
         except UnicodeDecodeError as error:
-            if self._ended or len(data) - error.start > 3:
-                line = self.line + self._text.count("\n", self._at) + data.count(b"\n", 0, error.start)
-                raise DataError(
-                    f"{self._path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8 text"
-                ) from None
-            text, self._pending = data[: error.start].decode("utf-8"), data[error.start :]
-        self._text, self._at = self._text[self._at :] + text, 0
-        return bool(text) or not self._ended
+            line = self.line + self._text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+            raise DataError(f"{self._path}:{line}: {found}; expected UTF-8 text") from None
+        return bool(data)
 
     def peek(self) -> str:
         """The next character that is not a space; '' at the end of the file."""
         while True:
-            while self._at < len(self._text):
-                character = self._text[self._at]
-                if not character.isspace():
-                    return character
-                self.line += character == "\n"
-                self._at += 1
+            found = _NOT_SPACE.search(self._text, self.at)
+            end = found.start() if found else len(self._text)
+            self.line += self._text.count("\n", self.at, end)
+            self.at = end
+            if found:
+                return found[0]
             if not self._more():
                 return ""
 
-    def skip(self, separator: str) -> bool:
-        """Pass spaces and separators; False at the end of the file."""
-        while separator and self.peek() == separator:
-            self._at += 1
-        return self.peek() != ""
-
-    def expect(self, character: str) -> None:
-        if self.peek() != character:
-            raise DataError(f"{self._path}:{self.line}: expected '{character}', found '{self.peek()}'")
-        self._at += 1
-
     def value(self) -> Any:
-        """The JSON value that starts here."""
+        """The JSON value that starts here. One that does not parse is retried with twice as much text, so the cost
+        stays linear."""
         size = _CHUNK
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = json.JSONDecoder().raw_decode(self._text, self.at)
+                break
             except RecursionError:
                 raise DataError(f"{self._path}:{self.line}: more levels of nesting than a row can have") from None
             except ValueError as error:
                 size *= 2
-                if len(self._text) - self._at > MAX_ROW_BYTES or not self._more(size):
-                    place = self.line + self._text.count("\n", self._at, getattr(error, "pos", self._at))
+                if len(self._text) - self.at > MAX_ROW_BYTES or not self._more(size):
+                    place = self.line + self._text.count("\n", self.at, getattr(error, "pos", self.at))
                     message = getattr(error, "msg", str(error).split(";")[0])
                     raise DataError(f"{self._path}:{place}: not valid JSON: {message}") from None
-                continue
-            if end - self._at > MAX_ROW_BYTES:
-                raise DataError(f"{self._path}:{self.line}: a row longer than {MAX_ROW_BYTES >> 20} MiB")
-            self.line += self._text.count("\n", self._at, end)
-            self._at = end
-            return value
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a parquet file, a batch at a time; `line` is the row number."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(number, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        if end - self.at > MAX_ROW_BYTES:
+            raise DataError(f"{self._path}:{self.line}: a row longer than {MAX_ROW_BYTES >> 20} MiB")
+        self.line += self._text.count("\n", self.at, end)
+        self.at = end
+        return value

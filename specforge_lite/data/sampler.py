@@ -1,19 +1,16 @@
 """Which samples each rank trains on, step by step: one global order per epoch, cut into global steps.
 
-The order depends on (seed, epoch) only; where a run stands is (epoch, samples consumed). A run therefore goes on with
-another number of ranks or accumulation steps, every sample of an epoch still comes exactly once, and a rank needs no
-word from the others.
-
-With `max_tokens_per_batch` a micro batch is a bin of samples of at most that many tokens. Bins are made of windows of
-the order, so that they mix samples as the order does, and are shuffled; bins of a global step are shared out between
-ranks by supervised tokens.
+The order depends on (seed, epoch) only; where a run stands is (epoch, samples consumed). So it goes on with another
+number of ranks or accumulation steps, every sample of an epoch comes exactly once, and ranks need not talk. With
+`max_tokens_per_batch` a micro batch is a bin of samples of at most that many tokens. Bins are made of windows of the
+order, and shuffled, so that they mix samples as it does; those of a global step are shared out by supervised tokens.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +33,7 @@ class PlannedStep:
     epoch: int = 0
 
 
+@dataclass(eq=False)
 class BatchPlan:
     """The endless sequence of steps of one rank. Raises ConfigError for impossible sizes.
 
@@ -44,70 +42,61 @@ class BatchPlan:
     steps, times ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        supervised_counts: Sequence[int] | np.ndarray | None = None,
-        *,
-        batch_size: int = 1,
-        accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        max_tokens_per_batch: int | None = None,
-    ) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        counts = lengths if supervised_counts is None else supervised_counts
+    lengths: Any
+    supervised_counts: Any = None
+    _: KW_ONLY
+    batch_size: int = 1
+    accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    max_tokens_per_batch: int | None = None
+    epoch: int = field(default=0, init=False)
+    consumed: int = field(default=0, init=False)
+    _bins: tuple[int, list[list[int]]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        counts = self.lengths if self.supervised_counts is None else self.supervised_counts
+        self.lengths = np.asarray(self.lengths, dtype=np.int64)
         self.supervised_counts = np.asarray(counts, dtype=np.int64)
-        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
-        self.max_tokens_per_batch = max_tokens_per_batch
-        self.epoch, self.consumed = 0, 0
-        self._bins: tuple[int, list[list[int]]] | None = None
         if len(self.lengths) == 0:
             raise ConfigError("no samples to train on")
         if len(self.supervised_counts) != len(self.lengths):
             raise ConfigError(f"{len(self.supervised_counts)} supervised counts for {len(self.lengths)} samples")
-        if min(batch_size, accumulation_steps, world_size) < 1 or not 0 <= rank < world_size:
+        sizes = (self.batch_size, self.accumulation_steps, self.world_size)
+        if min(sizes) < 1 or not 0 <= self.rank < self.world_size:
             raise ConfigError(
-                f"batch_size {batch_size}, accumulation_steps {accumulation_steps}, rank {rank} of {world_size}:"
+                f"batch_size {sizes[0]}, accumulation_steps {sizes[1]}, rank {self.rank} of {sizes[2]}:"
                 " expected positive sizes and a rank below the number of ranks"
             )
         longest = int(self.lengths.max())
-        if max_tokens_per_batch is not None and max_tokens_per_batch < longest:
-            raise ConfigError(f"max_tokens_per_batch {max_tokens_per_batch} < {longest} tokens of the longest sample")
-
-    # ------------------------------------------------------------------------------------------------------- position
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < longest:
+            raise ConfigError(
+                f"max_tokens_per_batch {self.max_tokens_per_batch} < {longest} tokens of the longest sample"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the plan stands, and what its order depends on; JSON."""
-        return self._state(self.epoch, self.consumed)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises CheckpointError if it belongs to another order."""
-        for name, value in self._state(0, 0).items():
-            if name not in ("epoch", "consumed") and state.get(name, value) != value:
-                raise CheckpointError(f"the checkpoint was made with {name} {state[name]}, this run has {value}")
-        epoch, consumed = int(state["epoch"]), int(state["consumed"])
-        if not 0 <= consumed < len(self.lengths) or epoch < 0:
-            raise CheckpointError(f"epoch {epoch}, {consumed} samples consumed of {len(self.lengths)}: impossible")
-        self.epoch, self.consumed = epoch, consumed
-        self._first_group(self._groups(epoch), consumed)  # raises if bins do not end here
-
-    load_state = load_state_dict
-
-    def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
         return {
-            "epoch": epoch,
-            "consumed": consumed,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
             "num_samples": len(self.lengths),
             "seed": self.seed,
             "shuffle": self.shuffle,
             "max_tokens_per_batch": self.max_tokens_per_batch,
         }
 
-    # ---------------------------------------------------------------------------------------------------------- order
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises CheckpointError if it belongs to another order."""
+        for name, value in self.state_dict().items():
+            if name not in ("epoch", "consumed") and state.get(name, value) != value:
+                raise CheckpointError(f"the checkpoint was made with {name} {state[name]}, this run has {value}")
+        epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        if not 0 <= consumed < len(self.lengths) or epoch < 0:
+            raise CheckpointError(f"epoch {epoch}, {consumed} samples consumed of {len(self.lengths)}: impossible")
+        self._groups_after(epoch, consumed)  # raises if bins do not end here
+        self.epoch, self.consumed = epoch, consumed
 
     def order(self, epoch: int) -> np.ndarray:
         """The global order of an epoch: sample indices, int64 [S]."""
@@ -126,7 +115,7 @@ class BatchPlan:
                 window = order[start : start + PACKING_WINDOW]
                 packed = pack(self.lengths[window].tolist(), self.max_tokens_per_batch)
                 turns = shuffler.permutation(len(packed)) if self.shuffle else range(len(packed))
-                bins += [[int(window[item]) for item in packed[turn]] for turn in turns]
+                bins += [window[packed[turn]].tolist() for turn in turns]
             self._bins = (epoch, bins)
         return self._bins[1]
 
@@ -135,46 +124,35 @@ class BatchPlan:
         assert self.max_tokens_per_batch is not None
         return float(self.lengths.sum()) / (len(self.bins(epoch)) * self.max_tokens_per_batch)
 
-    def _groups(self, epoch: int) -> list[list[int]]:
-        """What is never torn apart: bins, or single samples."""
-        if self.max_tokens_per_batch is not None:
-            return self.bins(epoch)
-        return [[int(index)] for index in self.order(epoch)]
-
-    def _first_group(self, groups: list[list[int]], consumed: int) -> int:
-        at, seen = 0, 0
-        while seen < consumed:
-            seen += len(groups[at])
-            at += 1
-        if seen != consumed:
+    def _groups_after(self, epoch: int, consumed: int) -> list[list[int]]:
+        """What is never torn apart, bins or single samples: those of an epoch after its first `consumed` samples."""
+        if self.max_tokens_per_batch is None:
+            return [[index] for index in self.order(epoch)[consumed:].tolist()]
+        groups = self.bins(epoch)
+        ends = np.cumsum([0, *map(len, groups)])
+        at = int(np.searchsorted(ends, consumed))
+        if ends[at] != consumed:
             raise CheckpointError(f"{consumed} samples consumed is inside a packed batch; the order has changed")
-        return at
-
-    # ---------------------------------------------------------------------------------------------------------- steps
+        return groups[at:]
 
     def num_steps(self, epoch: int) -> int:
         """Global steps of one whole epoch; with packing it differs a little between epochs."""
-        if self.max_tokens_per_batch is None:
-            return -(-len(self.lengths) // self._groups_per_step)
-        return -(-len(self.bins(epoch)) // self._groups_per_step)
+        num_groups = len(self.lengths) if self.max_tokens_per_batch is None else len(self.bins(epoch))
+        return -(-num_groups // self._groups_per_step)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global steps of the first epoch."""
         return self.num_steps(0)
 
     def total_steps(self, num_epochs: int) -> int:
         """Global steps of the first `num_epochs` epochs."""
-        if self.max_tokens_per_batch is None:
-            return num_epochs * self.num_steps(0)
         return sum(self.num_steps(epoch) for epoch in range(num_epochs))
 
     def remaining_steps(self, num_epochs: int) -> int:
         """Global steps from the current position to the end of the first `num_epochs` epochs."""
         if self.epoch >= num_epochs:
             return 0
-        groups = self._groups(self.epoch)
-        left = len(groups) - self._first_group(groups, self.consumed)
+        left = len(self._groups_after(self.epoch, self.consumed))
         later = sum(self.num_steps(epoch) for epoch in range(self.epoch + 1, num_epochs))
         return -(-left // self._groups_per_step) + later
 
@@ -187,33 +165,27 @@ class BatchPlan:
         """Steps from the current position, epoch after epoch, without end. The position moves when the caller takes
         the next step, so `state_dict` after a step is that step's `state_after`."""
         while True:
-            epoch = self.epoch
-            groups = self._groups(epoch)
-            at = self._first_group(groups, self.consumed)
-            while at < len(groups):
+            epoch, groups = self.epoch, self._groups_after(self.epoch, self.consumed)
+            for at in range(0, len(groups), self._groups_per_step):
                 chunk = groups[at : at + self._groups_per_step]
-                at += len(chunk)
-                consumed = self.consumed + sum(map(len, chunk))
-                self.epoch, self.consumed = (epoch, consumed) if at < len(groups) else (epoch + 1, 0)
+                self.consumed += sum(map(len, chunk))
+                if at + len(chunk) == len(groups):
+                    self.epoch, self.consumed = epoch + 1, 0
                 yield self._planned(chunk, epoch)
 
     def _planned(self, chunk: list[list[int]], epoch: int) -> PlannedStep:
-        if self.max_tokens_per_batch is None:
-            micro_batches = self._spread([group[0] for group in chunk])
+        if self.max_tokens_per_batch is None:  # samples over micro batches and ranks, sizes as equal as they can be
+            num_micro = -(-len(chunk) // (self.batch_size * self.world_size))
+            parts = np.array_split(np.array(chunk, dtype=np.int64).reshape(-1), num_micro * self.world_size)
+            micro_batches = [part.tolist() for part in parts[self.rank :: self.world_size]]
         else:
             weights = [int(self.supervised_counts[group].sum()) for group in chunk]
             own = balance(weights, self.world_size)[self.rank]
             num_micro = -(-len(chunk) // self.world_size)
             micro_batches = [chunk[item] for item in own] + [[]] * (num_micro - len(own))
-        num_tokens = sum(int(self.lengths[index]) for batch in micro_batches for index in batch)
-        num_slots = len(micro_batches) * (self.max_tokens_per_batch or 0)
+        num_tokens = sum(int(self.lengths[batch].sum()) for batch in micro_batches if batch)
+        num_slots = num_micro * (self.max_tokens_per_batch or 0)
         return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots, epoch)
-
-    def _spread(self, samples: list[int]) -> list[list[int]]:
-        """Samples of a step over micro batches and ranks, sizes as equal as they can be."""
-        num_micro = -(-len(samples) // (self.batch_size * self.world_size))
-        parts = np.array_split(np.array(samples, dtype=np.int64), num_micro * self.world_size)
-        return [parts[micro * self.world_size + self.rank].tolist() for micro in range(num_micro)]
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -250,15 +222,10 @@ def balance(weights: Sequence[int], num_ranks: int) -> list[list[int]]:
     most, extra = divmod(len(weights), num_ranks)
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     sums = [0] * num_ranks
-    num_full = 0  # ranks that took one of the extra items
     for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
-        open_ranks = [
-            rank
-            for rank in range(num_ranks)
-            if len(shares[rank]) < most or (len(shares[rank]) == most and num_full < extra)
-        ]
-        rank = min(open_ranks, key=lambda rank: (sums[rank], rank))
-        num_full += len(shares[rank]) == most
+        # `extra` ranks get one item more than the others
+        room = most + (sum(len(share) > most for share in shares) < extra)
+        rank = min((rank for rank in range(num_ranks) if len(shares[rank]) < room), key=sums.__getitem__)
         shares[rank].append(item)
         sums[rank] += weights[item]
     return shares

@@ -11,8 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.core.errors import DataError, suggest
-from specforge_lite.data.fim import FimRow
+from specforge_lite.core.errors import DataError, first_line, suggest
 from specforge_lite.data.fim_source import FimSourceOptions, fim_rows
 from specforge_lite.data.reading import BadRow, Row, RowFile
 
@@ -42,14 +41,6 @@ PRESETS: dict[str, HubDataset] = {
 
 
 @dataclass(frozen=True)
-class PlacedRow:
-    """A row, and where it stands, for people: `file:line`, or `repository[number]`."""
-
-    place: str
-    row: Row | BadRow
-
-
-@dataclass(frozen=True)
 class Source:
     """A data set to read. name: what output files are called after; path or hub is set, or source_dir for code."""
 
@@ -62,15 +53,21 @@ class Source:
     def __str__(self) -> str:
         return str(self.path or self.source_dir or (self.hub.repository if self.hub else self.name))
 
-    def rows(self) -> Iterator[PlacedRow]:
-        """All rows, one at a time. Raises DataError for what cannot be read to its end."""
+    def rows(self) -> Iterator[tuple[str, Row | BadRow]]:
+        """All rows, one at a time, and where each stands, for people: `file:line`, or `repository[number]`. Raises
+        DataError for what cannot be read to its end."""
         if self.source_dir is not None:
-            yield from _code_rows(self.source_dir, self.fim or FimSourceOptions())
+            for row in fim_rows(self.source_dir, self.fim or FimSourceOptions()):
+                if isinstance(row, BadRow):
+                    yield f"{self.source_dir}:{row.line}", row
+                else:
+                    line = int(row.id.rpartition(":")[2].split("-")[0])
+                    yield f"{self.source_dir / row.source}:{line}", Row(line, row.to_row())
         elif self.path is not None:
             for file in _files(self.path):
                 with RowFile(file) as rows:
-                    for row in rows:
-                        yield PlacedRow(f"{file}:{row.line}", row)
+                    for value in rows:
+                        yield f"{file}:{value.line}", value
         elif self.hub is not None:
             yield from _hub_rows(self.hub)
 
@@ -86,10 +83,8 @@ def choose_source(
     if source_dir is not None:
         raise DataError(f"--source-dir goes with --dataset fim, found --dataset {dataset}")
     if dataset == SAMPLE:
-        return Source(
-            SAMPLE,
-            path=data_path or Path(str(resources.files("specforge_lite.assets") / "prompts")) / "gsm8k_test.jsonl",
-        )
+        shipped = Path(str(resources.files("specforge_lite.assets") / "prompts" / "gsm8k_test.jsonl"))
+        return Source(SAMPLE, path=data_path or shipped)
     if dataset in PRESETS:
         return Source(dataset, path=data_path, hub=PRESETS[dataset])
     if data_path is not None:
@@ -114,16 +109,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _code_rows(source_dir: Path, options: FimSourceOptions) -> Iterator[PlacedRow]:
-    for row in fim_rows(source_dir, options):
-        if isinstance(row, FimRow):
-            line = int(row.id.rpartition(":")[2].split("-")[0])
-            yield PlacedRow(f"{source_dir / row.source}:{line}", Row(line, row.to_row()))
-        else:
-            yield PlacedRow(f"{source_dir}:{row.line}", row)
-
-
-def _hub_rows(hub: HubDataset) -> Iterator[PlacedRow]:
+def _hub_rows(hub: HubDataset) -> Iterator[tuple[str, Row]]:
     """Stream a data set of the hub; nothing is kept on disk but what `datasets` caches of its listing."""
     import datasets
 
@@ -133,12 +119,10 @@ def _hub_rows(hub: HubDataset) -> Iterator[PlacedRow]:
         stream: Any = datasets.load_dataset(
             hub.repository, hub.configuration, split=hub.split, data_files=hub.data_file, streaming=True
         )
-        for value in stream:
-            number += 1
-            yield PlacedRow(f"{hub.repository}[{number}]", Row(number, value))
+        for number, value in enumerate(stream, 1):
+            yield f"{hub.repository}[{number}]", Row(number, value)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"{hub.repository}: cannot read it from the hub after {number} rows ({reason});"
+            f"{hub.repository}: cannot read it from the hub after {number} rows ({first_line(error)});"
             " give a local copy with --data-path"
         ) from None

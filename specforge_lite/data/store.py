@@ -51,11 +51,8 @@ NOTES = {
 
 @dataclass
 class DatasetStats:
-    """What became of the rows of a file. Rows without a trained token are left out of the dataset.
-
-    notes: rows of each kind in NOTES; examples: the first few of them, an id and, where there is one, the reason.
-    ignored: fields that look as if they decided what is trained, and have no effect -> rows that have them.
-    """
+    """What became of the rows of a file. notes: rows of each kind in NOTES; examples: the first few of them, an id and,
+    where there is one, the reason. ignored: fields without effect -> rows that have them."""
 
     num_rows: int = 0
     num_samples: int = 0
@@ -69,11 +66,9 @@ class DatasetStats:
 
     @property
     def supervised_share(self) -> float:
-        """Supervised tokens over tokens, 0..1."""
         return self.num_supervised / max(self.num_tokens, 1)
 
     def note(self, kind: str, example: str) -> None:
-        """Count a row of a kind and keep it as an example if it is among the first."""
         self.notes[kind] = self.notes.get(kind, 0) + 1
         if len(self.examples.setdefault(kind, [])) < NUM_EXAMPLES:
             self.examples[kind].append(example)
@@ -108,11 +103,10 @@ class StoreWriter:
         self._directory = directory
         self._files: dict[str, BinaryIO] = {name: open(directory / f"{name}.bin", "wb") for name in _DTYPES}  # noqa: SIM115
         self._hashes = {name: hashlib.sha256() for name in _DTYPES}
-        self._position = {"offsets": 0, "sample_id_offsets": 0}
+        self._num_id_bytes = 0
         self._seen: set[bytes] = set()
         self.stats = DatasetStats()
-        self._put("offsets", np.zeros(1, dtype=np.int64))
-        self._put("sample_id_offsets", np.zeros(1, dtype=np.int64))
+        self._put(offsets=[0], sample_id_offsets=[0])
 
     def add(self, sample_id: str, line: int, input_ids: np.ndarray, loss_mask: np.ndarray) -> None:
         """Append one sample: ids [L] and mask [L]. An id that came before gets its line number appended."""
@@ -123,22 +117,18 @@ class StoreWriter:
         self._seen.add(digest)
         name = np.frombuffer(sample_id.encode("utf-8"), dtype=np.uint8)
         supervised = int(loss_mask.sum())
-        for key, size in (("offsets", len(input_ids)), ("sample_id_offsets", len(name))):
-            self._position[key] += size
-            self._put(key, np.array([self._position[key]]))
-        self._put("input_ids", input_ids)
-        self._put("loss_mask", loss_mask)
-        self._put("supervised", np.array([supervised]))
-        self._put("lines", np.array([line]))
-        self._put("sample_ids", name)
         self.stats.num_samples += 1
         self.stats.num_tokens += len(input_ids)
         self.stats.num_supervised += supervised
+        self._num_id_bytes += len(name)
+        self._put(input_ids=input_ids, loss_mask=loss_mask, offsets=[self.stats.num_tokens], supervised=[supervised])
+        self._put(lines=[line], sample_ids=name, sample_id_offsets=[self._num_id_bytes])
 
-    def _put(self, name: str, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values, dtype=_DTYPES[name]).tobytes()
-        self._files[name].write(data)
-        self._hashes[name].update(data)
+    def _put(self, **arrays: Any) -> None:
+        for name, values in arrays.items():
+            data = np.asarray(values, dtype=_DTYPES[name]).tobytes()
+            self._files[name].write(data)
+            self._hashes[name].update(data)
 
     def finish(self, key: dict[str, Any]) -> None:
         """Close the arrays, read them once to see that they are as written, and write the manifest."""
@@ -188,12 +178,10 @@ class TokenizedDataset(Sequence[TokenizedSample]):
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        if expected_key is not None and manifest["key"] != expected_key:
-            differing = [name for name in expected_key if manifest["key"].get(name) != expected_key[name]]
-            name = (differing or ["key"])[0]
-            raise DataError(
-                f"{directory}: built with {name} {manifest['key'].get(name)!r}, expected {expected_key.get(name)!r}"
-            )
+        built = manifest["key"]
+        if expected_key is not None and built != expected_key:
+            name = next((name for name in expected_key if built.get(name) != expected_key[name]), "key")
+            raise DataError(f"{directory}: built with {name} {built.get(name)!r}, expected {expected_key.get(name)!r}")
         for name, facts in manifest["files"].items():
             path = directory / f"{name}.bin"
             if not path.exists() or quick_fingerprint(path) != facts["fingerprint"]:
@@ -222,7 +210,7 @@ class TokenizedDataset(Sequence[TokenizedSample]):
         import torch
 
         index = int(index) % len(self)
-        start, end = (int(i) for i in self._arrays["offsets"][index : index + 2])
+        start, end = self._arrays["offsets"][index : index + 2].tolist()
         return TokenizedSample(
             sample_id=self.sample_id(index),
             input_ids_L=torch.from_numpy(self._arrays["input_ids"][start:end].astype(np.int64)),
@@ -231,7 +219,7 @@ class TokenizedDataset(Sequence[TokenizedSample]):
 
     def sample_id(self, index: int) -> str:
         """Id of a sample without reading its tokens."""
-        start, end = (int(i) for i in self._arrays["sample_id_offsets"][index : index + 2])
+        start, end = self._arrays["sample_id_offsets"][index : index + 2].tolist()
         return self._arrays["sample_ids"][start:end].tobytes().decode("utf-8")
 
     def line(self, index: int) -> int:
@@ -252,14 +240,12 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        check = manifest.pop("check")
-        complete = check == key_digest(manifest)
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        complete = manifest.pop("check") == key_digest(manifest)
     except (OSError, ValueError, KeyError, AttributeError):
         complete = False
     if not complete:
         raise CacheDamaged(f"{path}: missing or changed since it was written")
     if manifest["format"] != FORMAT:
         raise DataError(f"{path}: cache format {manifest['format']}, expected {FORMAT}; delete the directory")
-    result: dict[str, Any] = manifest
-    return result
+    return manifest

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,7 @@ class TokenizeOptions:
 
     @classmethod
     def from_section(cls, section: DataSection) -> TokenizeOptions:
-        return cls(
-            chat_template=section.chat_template,
-            max_length=section.max_length,
-            train_only_last_turn=section.train_only_last_turn,
-            system_prompt=section.system_prompt,
-            fim_order=section.fim_order,
-        )
+        return cls(**{option.name: getattr(section, option.name) for option in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,8 @@ class TokenRow:
     """Ids [L] int32 and loss mask [L] bool of one sample.
 
     num_cut: tokens beyond the maximal length, left out; span_cut_off: every trained one was among them.
-    lost_reasoning: the template has no place for the reasoning of the last answer.
+    lost_reasoning: the template has no place for the reasoning of the last answer. refused: why the template has no
+    form for what the conversation holds (a role, tool calls); there are no tokens then.
     """
 
     sample_id: str
@@ -56,6 +50,7 @@ class TokenRow:
     num_cut: int = 0
     span_cut_off: bool = False
     lost_reasoning: bool = False
+    refused: str = ""
 
     def to_sample(self) -> TokenizedSample:
         import torch
@@ -73,21 +68,19 @@ class ConversationTokenizer:
         self.options = options
         self.template: ChatTemplate = choose_template(options.chat_template, spec)
         for_tools = own_template(spec, for_tools=True) if self.template.is_own else None
-        self._tool_template = for_tools or self.template
-        self.encoder = TextEncoder(spec, {*self.template.control_tokens, *self._tool_template.control_tokens})
+        self.tool_template = for_tools or self.template
+        self.encoder = TextEncoder(spec, {*self.template.control_tokens, *self.tool_template.control_tokens})
 
     def __call__(self, conversation: Conversation) -> TokenRow:
         """Raises DataError when the template has no form for what the conversation holds."""
-        messages: Sequence[dict[str, Any]] = conversation.messages
-        tools: Sequence[dict[str, Any]] = conversation.tools or ()
+        messages, tools = conversation.messages, conversation.tools or []
         if self.options.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.options.system_prompt}, *messages]
-        quoted = self.encoder.has_control_token(messages) or self.encoder.has_control_token(tools)
-        if quoted:
-            messages, tools = self.encoder.quote(messages), self.encoder.quote(tools)
-        template = self._tool_template if tools else self.template
-        rendering = template.render(messages, tools, self.options.train_only_last_turn)
-        ids, mask = self.encoder.encode_quoted(rendering) if quoted else self.encoder.encode(rendering)
+        quoted = self.encoder.quote([messages, tools])
+        encode = self.encoder.encode if quoted == [messages, tools] else self.encoder.encode_quoted
+        template = self.tool_template if tools else self.template
+        rendering = template.render(quoted[0], quoted[1], self.options.train_only_last_turn)
+        ids, mask = encode(rendering)
         limit = self.options.max_length
         cut_off = bool(mask.any()) and not bool(mask[:limit].any())
         num_cut = max(0, len(ids) - limit)
@@ -97,13 +90,16 @@ class ConversationTokenizer:
 class RowTokenizer:
     """Parsed row -> TokenRow, for files of conversations (`data_format` chat) or of FIM rows (fim).
 
-    Calling it raises RowRejected for a row that is neither read nor mended, NoForm for one the template cannot render.
+    Calling it raises RowRejected for a row that is neither read nor mended. Other processes get a copy of their own.
     """
 
     def __init__(self, spec: TokenizerSpec, options: TokenizeOptions, data_format: str) -> None:
-        self.data_format = data_format
+        self._arguments = (spec, options, data_format)
         self._fim = FimTokenizer(spec, options.fim_order, options.max_length) if data_format == "fim" else None
-        self._chat = ConversationTokenizer(spec, options) if data_format == "chat" else None
+        self._chat = ConversationTokenizer(spec, options) if self._fim is None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowTokenizer, self._arguments
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -111,12 +107,16 @@ class RowTokenizer:
         return self._chat.template if self._chat is not None else None
 
     def key(self) -> dict[str, Any]:
-        """What the rows are rendered with, as part of a cache's key."""
+        """All that decides ids and masks besides the rows, as part of a cache's key."""
+        spec, options, data_format = self._arguments
+        key = {"version": TOKENIZATION_VERSION, "format": data_format, "tokenizer": spec.fingerprint}
+        key["max_length"] = options.max_length
         if self._fim is not None:
-            return {"template": self._fim.name, "template_content": self._fim.layout}
+            return {**key, "template": self._fim.name, "template_content": self._fim.layout}
         assert self._chat is not None
-        content = [self._chat.template.fingerprint, self._chat._tool_template.fingerprint]
-        return {"template": self._chat.template.name, "template_content": content}
+        content = [self._chat.template.fingerprint, self._chat.tool_template.fingerprint]
+        others = {"train_only_last_turn": options.train_only_last_turn, "system_prompt": options.system_prompt}
+        return {**key, "template": self._chat.template.name, "template_content": content, **others}
 
     def __call__(self, value: Any) -> TokenRow:
         if is_fim_row(value) != (self._fim is not None):
@@ -124,22 +124,14 @@ class RowTokenizer:
             raise RowRejected("mixed-formats", f"a {found} row in a file of {expected}; expected one format per file")
         if self._fim is not None:
             row = to_fim_row(value)
-            ids, mask, num_cut = self._fim(row)
-            return TokenRow(row.id, ids, mask, num_cut)
+            return TokenRow(row.id, *self._fim(row))
         assert self._chat is not None
         conversation = to_conversation(value)
         try:
             return self._chat(conversation)
         except DataError as error:
-            raise NoForm(conversation.id, str(error)) from None
-
-
-class NoForm(DataError):
-    """The template has no form for what a conversation holds (a role, tool calls)."""
-
-    def __init__(self, sample_id: str, reason: str) -> None:
-        super().__init__(reason)
-        self.sample_id = sample_id
+            nothing = np.zeros(0, dtype=np.int32)
+            return TokenRow(conversation.id, nothing, nothing.astype(bool), refused=str(error))
 
 
 def tokenize_conversation(

@@ -5,28 +5,23 @@ Text comes from data and may hold anything: control characters are shown as symb
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import atomic_file, user_errors
+from specforge_lite.core.files import user_errors, write_atomically
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.types import TokenizedSample
 
 Decode = Callable[[list[int]], str]
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:1em;border-radius:6px}"
-    ".t{background:#c8f0cf;color:#0a4d19}.m{color:#a33}h2{font-size:1em}"
-)
 
 
 @dataclass(frozen=True)
@@ -58,20 +53,18 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 32 else "\ufffd", text)
 
 
-def _check_indices(dataset: TokenizedDataset, indices: Sequence[int]) -> None:
-    """Raise DataError for an index outside the dataset."""
+def _shown(dataset: TokenizedDataset, indices: Sequence[int], decode: Decode) -> list[tuple[str, list[Run]]]:
+    """A line about each sample, and its runs, fit to be shown. Raises DataError for an index outside the dataset."""
+    if outside := [index for index in indices if not 0 <= index < len(dataset)]:
+        raise DataError(f"--view-train-data {outside[0]}: expected numbers from 0 to {len(dataset) - 1}")
+    result = []
     for index in indices:
-        if not 0 <= index < len(dataset):
-            raise DataError(f"--view-train-data {index}: expected numbers from 0 to {len(dataset) - 1}")
-
-
-def title(dataset: TokenizedDataset, index: int, sample: TokenizedSample) -> str:
-    """One line about a sample."""
-    trained = int(sample.loss_mask_L.sum())
-    return (
-        f"sample {index} (id {sample.sample_id}, line {dataset.line(index)}):"
-        f" {len(sample)} tokens, {trained} trained ({trained / len(sample):.0%})"
-    )
+        sample = dataset[index]
+        trained = int(sample.loss_mask_L.sum())
+        place = f"sample {index} (id {sample.sample_id}, line {dataset.line(index)})"
+        title = f"{place}: {len(sample)} tokens, {trained} trained ({trained / len(sample):.0%})"
+        result.append((visible(title), [replace(run, text=visible(run.text)) for run in runs(sample, decode)]))
+    return result
 
 
 def print_samples(dataset: TokenizedDataset, indices: Sequence[int], decode: Decode) -> None:
@@ -80,39 +73,24 @@ def print_samples(dataset: TokenizedDataset, indices: Sequence[int], decode: Dec
     from rich.console import Console
     from rich.text import Text
 
-    _check_indices(dataset, indices)
     console = Console(highlight=False, soft_wrap=True)
-    for index in indices:
-        sample = dataset[index]
-        console.print(Text(visible(title(dataset, index, sample)), style="bold"))
+    for title, parts in _shown(dataset, indices, decode):
+        console.print(Text(title, style="bold"))
         text = Text()
-        for run in runs(sample, decode):
-            shown = visible(run.text)
+        for run in parts:
             if console.color_system is None:
-                text.append(f"⟦{shown}⟧" if run.trained else shown)
+                text.append(f"⟦{run.text}⟧" if run.trained else run.text)
             else:
-                text.append(shown, style="green" if run.trained else "red")
+                text.append(run.text, style="green" if run.trained else "red")
         console.print(text)
 
 
 def write_html(dataset: TokenizedDataset, indices: Sequence[int], decode: Decode, path: str | Path) -> None:
     """Write samples as one self-contained HTML file (no script, nothing loaded), trained text on green."""
-    _check_indices(dataset, indices)
-    parts = []
-    for index in indices:
-        sample = dataset[index]
-        spans = "".join(
-            f'<span class="{"t" if run.trained else "m"}" title="{run.num_tokens} tokens,'
-            f' {"trained" if run.trained else "masked"}">{html.escape(visible(run.text))}</span>'
-            for run in runs(sample, decode)
-        )
-        parts.append(f'<h2>{html.escape(visible(title(dataset, index, sample)))}</h2>\n<pre dir="auto">{spans}</pre>')
-    page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Training data</title>'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{_STYLE}</style>\n<h1>Training data</h1>\n"
-        '<p><span class="t">Green</span> is trained, <span class="m">red</span> is masked. '
-        f"{html.escape(dataset.stats.summary())}</p>\n" + "\n".join(parts) + "\n</html>\n"
-    )
-    with user_errors(Path(path)), atomic_file(Path(path)) as file:
-        file.write(page)
+    import jinja2
+
+    source = (resources.files("specforge_lite.assets") / "view.html.j2").read_text("utf-8")
+    page = jinja2.Environment(autoescape=True).from_string(source)
+    html = page.render(samples=_shown(dataset, indices, decode), summary=dataset.stats.summary())
+    with user_errors(Path(path)):
+        write_atomically(Path(path), html)

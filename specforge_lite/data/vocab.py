@@ -59,9 +59,9 @@ class VocabMap:
 
         try:
             with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
+                facts = file.metadata() or {}
                 d2t, t2d = file.get_tensor("d2t"), file.get_tensor("t2d")
-            vocab_map = cls(d2t, t2d, metadata["fingerprint"], float(metadata["coverage"]))
+            vocab_map = cls(d2t, t2d, facts["fingerprint"], float(facts["coverage"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{path}: not a vocabulary map: {error}") from None
         check_vocab_map(d2t, t2d, str(path))
@@ -129,15 +129,12 @@ def open_or_build_vocab_map(
 ) -> VocabMap:
     """The map of a dataset, from the cache if it is there and whole; coverage is printed."""
     path = Path(cache_dir) / f"vocab-{dataset.fingerprint[:20]}-{vocab_size}-{draft_vocab_size}.safetensors"
-    vocab_map = None
-    if path.exists():
-        try:
-            vocab_map = VocabMap.load(path)
-            vocab_map.check_fits(dataset.fingerprint, str(path))
-        except DataError as error:
+    try:
+        vocab_map = VocabMap.load(path)
+        vocab_map.check_fits(dataset.fingerprint, str(path))
+    except DataError as error:
+        if path.exists():
             log.warn(f"vocabulary map is built again: {error}")
-            vocab_map = None
-    if vocab_map is None:
         vocab_map = build_vocab_map(dataset, vocab_size, draft_vocab_size, dataset.fingerprint)
         vocab_map.save(path)
     log.info(

@@ -1,6 +1,6 @@
 """Code completions with and without the draft: decoded acceptance, exact match and BLEU against the file's own middle.
 
-The holes are asked for with the token ids that training and servers use (`regenerate.fim.FimPrompts`). Greedy answers
+The holes are asked for with the token ids that training and servers use (`regenerate.rows.FimPrompts`). Greedy answers
 with and without the draft must be the same; how good they are is the target's doing alone.
 """
 
@@ -18,7 +18,7 @@ from specforge_lite.data.prompts import read_rows
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.regenerate.fim import FimPrompts
+from specforge_lite.regenerate.rows import FimPrompts
 
 NUM_SHOWN = 5
 

@@ -1,10 +1,11 @@
-"""One request to one OpenAI-compatible server, and what every reply that is no answer is called (core/http.py).
+"""One OpenAI-compatible server: its address, a request to it, and what every reply that is no answer is called.
 
 The key comes from OPENAI_API_KEY alone and stands in no log line and no file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,24 +14,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.http import BadReply, HttpClient, HttpFailure, HttpStatus, ServerGone
+from specforge_lite.core.http import HttpClient, HttpFailure, HttpStatus
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 # A reply may have this much plus this much per token asked for (escapes, tool calls); more is not an answer.
 BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 64
 PROBE_SECONDS = 5.0
+REFUSALS = ("http-401", "http-403")  # the same for every row: the server is of no use
 
 
-@dataclass(frozen=True)
-class ServerAddress:
-    """`name` as the user wrote it, for messages; `base_url` ends in the API's root, e.g. `http://h:30000/v1`."""
-
-    name: str
-    base_url: str
-
-
-def parse_address(text: str) -> ServerAddress:
-    """`HOST:PORT`, `http://HOST:PORT` or a URL with a path (the default path is /v1). Raises ConfigError."""
+def parse_address(text: str) -> str:
+    """Root of the API, e.g. `http://h:30000/v1`, of `HOST:PORT`, `http://HOST:PORT` or a URL with a path (the default
+    path is /v1). Raises ConfigError."""
     url = text.strip() if "://" in text else f"http://{text.strip()}"
     expected = f"server_address_port '{text}': expected HOST:PORT or an http(s) URL"
     try:
@@ -45,7 +40,7 @@ def parse_address(text: str) -> ServerAddress:
         raise ConfigError(expected)
     if "://" not in text and port is None:
         raise ConfigError(f"{expected}; the port is missing")
-    return ServerAddress(text, f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
 def open_http() -> HttpClient:
@@ -56,72 +51,77 @@ def open_http() -> HttpClient:
     return HttpClient(key=key or None)
 
 
-class ChatClient:
-    """Requests to one server."""
+@dataclass
+class Server:
+    """One server, `name` as the user wrote it, and its standing in the pool. num_aside: places set aside while it is
+    down; not_before: loop time of the next request; is_refused: it is down for good."""
 
-    def __init__(self, http: HttpClient, address: ServerAddress, timeout_s: float, extra_body: dict[str, Any]) -> None:
-        self.http, self.address, self.timeout_s, self.extra_body = http, address, timeout_s, extra_body
+    http: HttpClient
+    name: str
+    base_url: str
+    timeout_s: float
+    extra_body: dict[str, Any]
+    in_flight: int = 0
+    num_aside: int = 0
+    failures_in_a_row: int = 0
+    num_answers: int = 0
+    num_times_down: int = 0
+    is_down: bool = False
+    is_refused: bool = False
+    down_reason: str = ""
+    not_before: float = 0.0
+    probe: asyncio.Task[None] | None = None
 
     async def list_models(self) -> list[str] | None:
-        """Names the server lists; None where it answers but lists none. Raises ServerGone, RequestFailed (refused)."""
-        url = f"{self.address.base_url}/models"
+        """Names the server lists; None where it answers but lists none. Raises HttpFailure where it is of no use."""
         try:
-            reply = await self.http.request("GET", url, timeout_s=PROBE_SECONDS, max_bytes=BODY_BYTES)
+            reply = await self.http.request("GET", f"{self.base_url}/models", None, PROBE_SECONDS, BODY_BYTES)
             return [str(model["id"]) for model in json.loads(reply)["data"]]
         except HttpStatus as error:
-            if error.status in (401, 403):
+            if error.reason in REFUSALS:
                 detail = "the server refuses the key in OPENAI_API_KEY, or wants one"
                 raise RequestFailed(error.reason, detail) from None
-            if error.status < 400:
-                raise RequestFailed(error.reason, error.detail) from None
-            if error.status >= 500:
-                raise ServerGone(error.reason, error.detail) from None
-            return None
-        except BadReply as error:
-            raise ServerGone(error.reason, error.detail) from None
+            if not 400 <= error.status < 500:
+                raise
         except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+            pass
+        return None
 
     async def ask(self, model: str, question: Question) -> Answer:
         """One chat completion, or text completion of token ids. An answer that would not fit the context gets the room
-        that is left. Raises RequestFailed; ServerGone where no connection could be made."""
+        that is left. Raises HttpFailure (reason `unreachable`: no connection could be made)."""
         sampling = question.sampling
         is_chat = question.prompt_ids is None
-        prompt = {"messages": question.messages} if is_chat else {"prompt": question.prompt_ids}
         body: dict[str, Any] = {
             "model": model,
-            **prompt,
+            **({"messages": question.messages} if is_chat else {"prompt": question.prompt_ids}),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stream": False,
         }
-        if sampling.temperature > 0:
-            body["seed"] = sampling.seed
-        if question.tools:
-            body["tools"] = question.tools
-        if question.stop_token_ids:
-            body["stop_token_ids"] = question.stop_token_ids
-        body |= self.extra_body
-        url = self.address.base_url + ("/chat/completions" if is_chat else "/completions")
+        optional = {
+            "seed": sampling.seed if sampling.temperature > 0 else None,
+            "tools": question.tools or None,
+            "stop_token_ids": question.stop_token_ids or None,
+        }
+        body |= {name: value for name, value in optional.items() if value is not None} | self.extra_body
+        url = self.base_url + ("/chat/completions" if is_chat else "/completions")
         while True:
             limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * body["max_tokens"]
             try:
                 return parse_answer(await self.http.request("POST", url, body, self.timeout_s, limit), is_chat)
             except HttpFailure as error:
-                if error.reason == "unreachable":
-                    raise
-                room = room_left(error.detail, body["max_tokens"]) if error.reason in REFUSED_BODY else None
+                room = room_left(error.detail, body["max_tokens"]) if error.reason in _REFUSED_BODY else None
                 if room is None:
-                    after = error.retry_after if isinstance(error, HttpStatus) else None
-                    raise RequestFailed(error.reason, error.detail, error.retryable, after) from None
+                    raise
                 if room < 1:
                     raise RequestFailed("prompt-too-long", error.detail) from None
                 body["max_tokens"] = room
 
 
 # What vLLM, SGLang, OpenAI and llama.cpp write where prompt and max_tokens do not fit the context together.
-REFUSED_BODY = ("http-400", "http-413", "http-422")
+_REFUSED_BODY = ("http-400", "http-413", "http-422")
 _TOO_LONG = re.compile(
     r"context (?:length|size|window)|max(?:imum)?_(?:completion_)?tokens|max_model_len|too long", re.I
 )
@@ -152,14 +152,14 @@ def parse_answer(body: bytes, is_chat: bool = True) -> Answer:
         raise RequestFailed("wrong-json", f"{len(body)} bytes that are not JSON: '{start}'", True) from None
     try:
         choice = value["choices"][0]
-        message = choice["message"] if is_chat else {"content": _text(choice["text"])}
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        message = choice["message"] if is_chat else {"content": choice["text"]}
+        num_tokens = (value.get("usage") or {}).get("completion_tokens")
         answer = Answer(
             content=_text(message.get("content")),
             finish_reason=_text(choice.get("finish_reason")) or "unknown",
-            reasoning=_text(reasoning),
-            tool_calls=_tool_calls(message.get("tool_calls")),
-            completion_tokens=_count((value.get("usage") or {}).get("completion_tokens")),
+            reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
+            tool_calls=[_tool_call(call) for call in message.get("tool_calls") or []],
+            completion_tokens=num_tokens if isinstance(num_tokens, int) and num_tokens >= 0 else 0,
         )
         json.dumps([answer.content, answer.reasoning, answer.tool_calls], ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -171,23 +171,13 @@ def parse_answer(body: bytes, is_chat: bool = True) -> Answer:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise TypeError(f"expected text, found {type(value).__name__}")
-    return value
+    return value or ""
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0
-
-
-def _tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form, with the three keys that mean something."""
-    result = []
-    for call in calls or []:
-        function = call["function"]
-        extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        plain = {"name": _text(function["name"]), "arguments": _text(function.get("arguments"))}
-        result.append({**extra, "type": "function", "function": plain})
-    return result
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """In OpenAI's form, with the three keys that mean something."""
+    function = {"name": _text(call["function"]["name"]), "arguments": _text(call["function"].get("arguments"))}
+    extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**extra, "type": "function", "function": function}

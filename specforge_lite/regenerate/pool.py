@@ -2,7 +2,7 @@
 
 live  -- cannot connect, or FAILURES_IN_A_ROW broken replies -->  down  -- a probe is answered -->  live
 live  -- refuses the key, or broke the first FAILURES_IN_A_ROW replies -->  down for good
-down, all of them, for `wait_s` seconds: EngineError (the script ends with exit code 2; what was answered is kept)
+down, all of them, for `server_wait` seconds: EngineError (exit code 2; what was answered is kept)
 
 A place is one request that may be in flight at a server. Free places wait in a queue; those of a server that is down
 are set aside, those of one that asked for a pause return after it.
@@ -12,60 +12,39 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
 
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
-from specforge_lite.core.http import ServerGone, backoff_seconds
+from specforge_lite.core.http import HttpFailure, backoff_seconds
 from specforge_lite.core.log import info, warn
-from specforge_lite.regenerate.client import ChatClient
+from specforge_lite.regenerate.client import REFUSALS, Server, open_http, parse_address
+from specforge_lite.regenerate.settings import BackendSection
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
 FAILURES_IN_A_ROW = 16
 FIRST_PROBE_SECONDS, LONGEST_PROBE_SECONDS = 0.5, 30.0
 LONGEST_PAUSE_SECONDS = 120.0
-REFUSALS = ("http-401", "http-403")  # the same for every row: the server is of no use
 # Not retried, but no fault of the row either; a 400 or 413 may be, so it says nothing about the server.
 SERVER_FAULTS = ("http-404", "http-405", "redirect", "compressed")
-
-
-@dataclass
-class Server:
-    """One server's standing. num_aside: places set aside while it is down; not_before: loop time of the next."""
-
-    client: ChatClient
-    in_flight: int = 0
-    num_aside: int = 0
-    failures_in_a_row: int = 0
-    num_answers: int = 0
-    num_times_down: int = 0
-    is_down: bool = False
-    is_refused: bool = False
-    down_reason: str = ""
-    not_before: float = 0.0
-    probe: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.client.address.name
 
 
 class ServerPool:
     """Answers questions with `max_concurrency` requests in flight per server; retries with back-off.
 
-    Lives in one event loop. Raises EngineError once no server has been reachable for `wait_s` seconds.
+    Lives in one event loop. Raises EngineError once no server has been reachable for `server_wait` seconds.
     """
 
-    def __init__(
-        self, clients: list[ChatClient], max_concurrency: int, max_retries: int, retry_base_s: float, wait_s: float
-    ) -> None:
-        self.servers = [Server(client) for client in clients]
-        self.num_places = max_concurrency * len(clients)
-        self.max_retries, self.retry_base_s, self.wait_s = max_retries, retry_base_s, wait_s
-        self.model = ""
+    def __init__(self, config: BackendSection) -> None:
+        self.config, self.model = config, ""
+        addresses = {name: parse_address(name) for name in config.server_address_port}
+        self._http = open_http()
+        self.servers = [
+            Server(self._http, name, base_url, config.request_timeout, config.extra_body)
+            for name, base_url in addresses.items()
+        ]
+        self.num_places = config.max_concurrency * len(self.servers)
         self._places: asyncio.Queue[Server | None] = asyncio.Queue()  # None: no server is left
-        for _ in range(max_concurrency):
-            for server in self.servers:
-                self._places.put_nowait(server)
+        for server in self.servers * config.max_concurrency:
+            self._places.put_nowait(server)
         self._end_timer: asyncio.TimerHandle | None = None
         self._jitter = random.Random(0)
 
@@ -75,20 +54,25 @@ class ServerPool:
         live = sum(not s.is_down for s in self.servers)
         return f"in flight {sum(s.in_flight for s in self.servers)}, servers {live}/{len(self.servers)}"
 
-    async def start(self, model_name: str | None) -> None:
+    async def start(self) -> None:
         """Ask every server for its models. Raises EngineError if none answers, ConfigError for an unknown model."""
-        listed = await asyncio.gather(*(self._first_contact(server) for server in self.servers))
+        replies = await asyncio.gather(*(s.list_models() for s in self.servers), return_exceptions=True)
+        names: set[str] = set()
+        for server, reply in zip(self.servers, replies):
+            if isinstance(reply, HttpFailure):
+                self._take_down(server, reply, for_good=reply.reason in (*REFUSALS, "redirect"))
+            elif isinstance(reply, BaseException):
+                raise reply
+            else:
+                names.update(reply or ())
         if all(server.is_down for server in self.servers):
             raise EngineError(self._no_server_left())
-        names = sorted({name for models in listed for name in models or []})
-        if model_name is None:
-            if len(names) != 1:
-                found = f"the servers list {len(names)} models" + (f": {', '.join(names[:10])}" if names else "")
-                raise ConfigError(f"model_name: required, {found}")
-            model_name = names[0]
-        elif names and model_name not in names:
-            raise ConfigError(f"model_name: no server has '{model_name}'{suggest(model_name, names)}")
-        self.model = model_name
+        self.model = self.config.model_name or next(iter(names), "")
+        if self.config.model_name is None and len(names) != 1:
+            found = ": ".join([f"{len(names)} models", *([", ".join(sorted(names)[:10])] if names else [])])
+            raise ConfigError(f"model_name: required, the servers list {found}")
+        if names and self.model not in names:
+            raise ConfigError(f"model_name: no server has '{self.model}'{suggest(self.model, names)}")
 
     async def answer(self, question: Question) -> Answer:
         """Ask until answered. Raises RequestFailed after `max_retries` more attempts, EngineError without servers."""
@@ -97,34 +81,33 @@ class ServerPool:
             server = await self._take_place()
             server.in_flight += 1
             try:
-                answer = await server.client.ask(self.model, question)
+                answer = await server.ask(self.model, question)
                 server.failures_in_a_row = 0
                 server.num_answers += 1
                 return answer
-            except ServerGone as error:
-                self._take_down(server, str(error))
-                continue  # not the row's fault: no attempt is counted
-            except RequestFailed as error:
+            except HttpFailure as error:
                 self._count_failure(server, error)
-                if error.reason in REFUSALS:
+                if error.reason in (*REFUSALS, "unreachable"):  # not the row's fault: no attempt is counted
                     continue
                 attempt += 1
-                if not error.retryable or attempt > self.max_retries:
+                if not error.retryable or attempt > self.config.max_retries:
                     detail = f"{error.detail} (attempt {attempt})" if attempt > 1 else error.detail
                     raise RequestFailed(error.reason, detail, error.retryable) from None
             finally:
                 server.in_flight -= 1
                 self._places.put_nowait(server)
-            await asyncio.sleep(backoff_seconds(attempt, self.retry_base_s, LONGEST_PAUSE_SECONDS, self._jitter))
+            pause = backoff_seconds(attempt, self.config.retry_base_seconds, LONGEST_PAUSE_SECONDS, self._jitter)
+            await asyncio.sleep(pause)
 
     async def aclose(self) -> None:
-        """Stop probing."""
+        """Stop probing, and close the connections."""
         if self._end_timer is not None:
             self._end_timer.cancel()
         probes = [server.probe for server in self.servers if server.probe is not None]
         for probe in probes:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
+        await self._http.__aexit__()
 
     async def _take_place(self) -> Server:
         loop = asyncio.get_running_loop()
@@ -140,30 +123,31 @@ class ServerPool:
             else:
                 return server
 
-    def _count_failure(self, server: Server, error: RequestFailed) -> None:
-        if error.reason in REFUSALS:
-            self._take_down(server, str(error), for_good=True)
+    def _count_failure(self, server: Server, error: HttpFailure) -> None:
+        if error.reason in (*REFUSALS, "unreachable"):
+            self._take_down(server, error, for_good=error.reason in REFUSALS)
             return
-        if error.retry_after is not None:
-            pause = min(error.retry_after, LONGEST_PAUSE_SECONDS)
+        retry_after = getattr(error, "retry_after", None)
+        if retry_after is not None:
+            pause = min(retry_after, LONGEST_PAUSE_SECONDS)
             server.not_before = max(server.not_before, asyncio.get_running_loop().time() + pause)
         if error.reason != "http-429" and (error.retryable or error.reason in SERVER_FAULTS):
             server.failures_in_a_row += 1
             if server.failures_in_a_row >= FAILURES_IN_A_ROW:
-                reason = f"{server.failures_in_a_row} failures in a row, the last: {error}"
-                self._take_down(server, reason, for_good=server.num_answers == 0)
+                before = f"{server.failures_in_a_row} failures in a row, the last: "
+                self._take_down(server, error, for_good=server.num_answers == 0, before=before)
 
-    def _take_down(self, server: Server, reason: str, for_good: bool = False) -> None:
+    def _take_down(self, server: Server, error: HttpFailure, for_good: bool, before: str = "") -> None:
         server.is_refused = server.is_refused or for_good
         if server.is_down:
             return
-        server.is_down, server.down_reason = True, reason
+        server.is_down, server.down_reason = True, f"{before}{error.reason}: {error.detail}"
         server.num_times_down += 1
-        warn(f"server {server.name} is out of rotation{' for good' if for_good else ''}: {reason}")
+        warn(f"server {server.name} is out of rotation{' for good' if for_good else ''}: {server.down_reason}")
         if not server.is_refused:
             server.probe = asyncio.create_task(self._probe_until_back(server))
         if all(s.is_down for s in self.servers):
-            wait_s = 0.0 if all(s.is_refused for s in self.servers) else self.wait_s
+            wait_s = 0.0 if all(s.is_refused for s in self.servers) else self.config.server_wait
             self._end_timer = asyncio.get_running_loop().call_later(wait_s, self._places.put_nowait, None)
 
     async def _probe_until_back(self, server: Server) -> None:
@@ -172,13 +156,12 @@ class ServerPool:
             await asyncio.sleep(backoff_seconds(attempt, FIRST_PROBE_SECONDS, LONGEST_PROBE_SECONDS))
             attempt += 1
             try:
-                await server.client.list_models()
-            except ServerGone:
-                continue
-            except RequestFailed as error:
-                server.is_refused, server.down_reason = True, str(error)
-                return
-            break
+                await server.list_models()
+                break
+            except HttpFailure as error:
+                if error.reason in (*REFUSALS, "redirect"):
+                    server.is_refused, server.down_reason = True, f"{error.reason}: {error.detail}"
+                    return
         server.is_down, server.failures_in_a_row = False, FAILURES_IN_A_ROW // 2
         if self._end_timer is not None:
             self._end_timer.cancel()
@@ -190,12 +173,3 @@ class ServerPool:
     def _no_server_left(self) -> str:
         reasons = "; ".join(f"{s.name}: {s.down_reason}" for s in self.servers)
         return f"no server is left ({reasons})"
-
-    async def _first_contact(self, server: Server) -> list[str] | None:
-        try:
-            return await server.client.list_models()
-        except RequestFailed as error:
-            self._take_down(server, str(error), for_good=True)
-        except ServerGone as error:
-            self._take_down(server, str(error))
-        return None

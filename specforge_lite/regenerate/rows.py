@@ -1,21 +1,19 @@
-"""The input as a stream of numbered rows with unique ids. Nothing is held but a hash of each id."""
+"""The input as a stream of numbered rows with unique ids (nothing is held but a hash of each), and the prompts of its
+fill-in-the-middle rows: the very token ids training will use."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from specforge_lite.core.errors import DataError
+from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.data.conversations import RowRejected, to_conversation
-from specforge_lite.data.fim import FimRow, is_fim_row
+from specforge_lite.data.encoding import TokenizerSpec
+from specforge_lite.data.fim import FimRow, FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.reading import BadRow, RowFile
-from specforge_lite.regenerate.fim import read_fim_row
 from specforge_lite.types import Conversation
-
-COUNT_UP_TO_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -34,64 +32,82 @@ class RowSource:
     """Iterate for InputRows, once. `num_rows`: rows so far."""
 
     def __init__(self, file: RowFile, limit: int | None = None) -> None:
-        self._file = file
-        self._limit = limit
-        self._seen: set[int] = set()
+        self._file, self._limit = file, limit
+        self._seen: set[bytes] = set()
+        self._ended = False
         self.num_rows = 0
-        self._counted: int | None = count_rows(file.path) if file.num_bytes <= COUNT_UP_TO_BYTES else None
 
     @property
     def estimated_total(self) -> int | None:
-        """Rows of the whole input: counted where it is small or at its end, else from the share of bytes read."""
-        if self._counted is not None:
-            return min(self._counted, self._limit) if self._limit else self._counted
-        if self._file.is_parquet or not self._file.bytes_read:
-            return self._limit
-        total = round(self.num_rows * self._file.num_bytes / self._file.bytes_read)
-        return min(total, self._limit) if self._limit else total
+        """Rows of the whole input: from the share of bytes read, None where none was; exact once all are."""
+        total = self.num_rows
+        if not self._ended:
+            total = round(total * self._file.num_bytes / max(self._file.bytes_read, 1))
+        return min(total or self._limit, self._limit) if self._limit else total or None
 
     def __iter__(self) -> Iterator[InputRow]:
-        for value in self._file:
+        for row in self._file:
             if self.num_rows == self._limit:
                 break
-            row = self._read(value.line, value if isinstance(value, BadRow) else value.value)
             self.num_rows += 1
-            yield row
-        self._counted = self.num_rows
+            if isinstance(row, BadRow):
+                yield self._numbered(f"line-{row.line}", reason=row.reason, detail=row.detail)
+            else:
+                yield self._read(row.line, row.value)
+        self._ended = True
 
     def _read(self, line: int, value: Any) -> InputRow:
-        if isinstance(value, BadRow):
-            return InputRow(self.num_rows, self._unique(f"line-{line}"), reason=value.reason, detail=value.detail)
         try:
             if is_fim_row(value):
                 fim = read_fim_row(value)
-                return InputRow(self.num_rows, self._unique(fim.id), fim=fim)
+                return self._numbered(fim.id, fim=fim)
             conversation = to_conversation(value)
         except RowRejected as error:
             own = value.get("id") if isinstance(value, dict) else None
             name = own if isinstance(own, str) and own.strip() and own.isprintable() else f"line-{line}"
-            return InputRow(self.num_rows, self._unique(name), reason=error.reason, detail=f"line {line}: {error}")
-        unique = self._unique(conversation.id)
-        return InputRow(self.num_rows, unique, Conversation(unique, conversation.messages, conversation.tools))
+            return self._numbered(name, reason=error.reason, detail=f"line {line}: {error}")
+        row = self._numbered(conversation.id)
+        return replace(row, conversation=replace(conversation, id=row.id))
 
-    def _unique(self, name: str) -> str:
-        """The id itself the first time, then `id~2`, `id~3`; the same in each pass over the same file."""
+    def _numbered(self, name: str, **what: Any) -> InputRow:
+        """A row under the id itself the first time, then `id~2`, `id~3`; the same in each pass over the same file."""
         candidate, count = name, 1
         while (key := _hash(candidate)) in self._seen:
             count += 1
             candidate = f"{name}~{count}"
         self._seen.add(key)
-        return candidate
+        return InputRow(self.num_rows - 1, candidate, **what)
 
 
-def count_rows(path: Path) -> int | None:
-    """Rows of a file, or None where it cannot be read to its end (the real pass will say why)."""
-    try:
-        with RowFile(path) as file:
-            return sum(1 for _ in file)
-    except DataError:
-        return None
+def read_fim_row(value: dict[str, Any]) -> FimRow:
+    """A row to be filled; the recorded middle, which is replaced anyway, may be missing. Raises RowRejected."""
+    missing = "prefix" in value and not value.get("middle")
+    return to_fim_row({**value, "middle": "?"} if missing else value)
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+class FimPrompts:
+    """Builds prompts of one tokenizer. max_length: tokens of prompt and answer together; the code around the hole is
+    cut to fit, and an answer has at most half of them: `max_tokens`.
+
+    Raises ConfigError for a tokenizer without fill-in-the-middle tokens.
+    """
+
+    def __init__(self, tokenizer: Any, order: str, max_length: int, max_tokens: int) -> None:
+        self.max_tokens = min(max_tokens, max_length // 2)
+        try:
+            spec = TokenizerSpec.from_tokenizer(tokenizer)
+            # An empty middle and its end token: the context has all of the rest but the end token.
+            self._tokenizer = FimTokenizer(spec, order, max_length - self.max_tokens + 1)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        self.end_token_ids = self._tokenizer.end_token_ids
+
+    def prompt_ids(self, row: FimRow) -> list[int]:
+        """Token ids up to where the middle begins."""
+        ids, mask, _ = self._tokenizer(replace(row, middle="", cut_off=False))
+        prompt: list[int] = ids[~mask].tolist()
+        return prompt
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specforge_lite.core.sections import FIM_ORDER_HELP, FimOrder
+from specforge_lite.core.sections import FIM_ORDER_HELP, Dtype, FimOrder
 from specforge_lite.core.settings import Section
 
 OWN_KEYS = ("model", "messages", "prompt", "stream", "n", "max_tokens", "temperature", "top_p", "seed", "tools")
@@ -61,7 +61,7 @@ class BackendSection(Section):
         None, description="directory of the target's tokenizer; needed for fill-in-the-middle rows with servers"
     )
     batch_size: int = Field(64, ge=1, description="rows generated together (hf)")
-    target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of hf")
+    target_dtype: Dtype = Field("auto", description="dtype of hf")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model (hf)")
 
     @field_validator("extra_body", mode="before")
@@ -77,9 +77,8 @@ class BackendSection(Section):
     @field_validator("extra_body")
     @classmethod
     def _no_own_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in OWN_KEYS:
-            if key in value:
-                raise ValueError(f"'{key}' is set by the program or has a flag of its own")
+        if own := next((key for key in OWN_KEYS if key in value), None):
+            raise ValueError(f"'{own}' is set by the program or has a flag of its own")
         return value
 
     @model_validator(mode="after")

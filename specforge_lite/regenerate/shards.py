@@ -12,30 +12,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, sync_to_disk, write_json
-from specforge_lite.core.log import warn
+from specforge_lite.core.files import (
+    atomic_file,
+    lock_directory,
+    remove_leftovers,
+    sync_to_disk,
+    write_atomically,
+    write_json,
+)
+from specforge_lite.core.log import info, warn
 
 MANIFEST = "regeneration.json"
+KINDS = ("error", "shard")  # in the order in which they get their final names
 PART = ".part"
-LineIndex = dict[int, tuple[int, int]]  # row number -> (offset, size) of its line
 
 
 @dataclass
 class OpenShard:
-    """A shard in progress: which of its rows are done, and whether the input has given all of them."""
+    """A shard in progress: rows of it that the input has given so far, and which of them are done."""
 
-    start: int
+    num_rows: int = 0
     done: set[int] = field(default_factory=set)
-    num_rows: int = 0  # rows of this shard the input has given so far
-    closed: bool = False  # the input has no more rows for it
 
 
 class ShardStore:
@@ -44,10 +47,8 @@ class ShardStore:
 
     def __init__(self, directory: Path, num_per_shard: int, settings: dict[str, Any], resume: bool) -> None:
         self.directory, self.num_per_shard = directory, num_per_shard
-        self._open: dict[int, OpenShard] = {}
-        self._unsynced: set[Path] = set()
-        self.reasons: Counter[str] = Counter()
-        self.num_answered = self.num_errors = 0
+        self._open: dict[int, OpenShard] = {}  # by the number of the first row
+        self._input_ended = False
         self._lock = lock_directory(directory, "output_dir")
         try:
             remove_leftovers(directory, held=True)
@@ -63,53 +64,51 @@ class ShardStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        sync_files(self.take_unsynced())
+        self.sync()
         self._lock.close()
-
-    def _path(self, kind: str, start: int) -> Path:
-        return self.directory / f"{kind}_{start}-{start + self.num_per_shard}.jsonl"
 
     def is_needed(self, number: int) -> bool:
         """True if row `number` has no answer and no error row yet. Rows must be asked for in ascending order, each
         once: this is also how the store learns what a shard holds."""
         start = number - number % self.num_per_shard
-        if start not in self._open:
-            self._close_before(start)
+        shard = self._open.get(start)
+        if shard is None:
             if self._path("shard", start).exists():
                 return False
-            self._open[start] = self._load(start)
-        shard = self._open[start]
-        shard.num_rows = number - start + 1
+            shard = self._open[start] = OpenShard(done=self._recover(start))
+        shard.num_rows += 1
+        self._finish_if_complete(start)
         return number not in shard.done
 
     def end_of_input(self) -> None:
         """No more rows come: shards that wait for nothing else are completed."""
-        self._close_before(None)
+        self._input_ended = True
+        for start in list(self._open):
+            self._finish_if_complete(start)
 
     def add_answer(self, number: int, row: dict[str, Any]) -> None:
         """Append an answered row; it is in the file when this returns."""
-        self._add("shard", number, row)
-        self.num_answered += 1
+        self._append("shard", number, row)
 
     def add_error(self, number: int, row: dict[str, Any]) -> None:
-        """Append a row that was given up; `row["reason"]` is counted."""
-        self._add("error", number, row)
-        self.num_errors += 1
-        self.reasons[row["reason"]] += 1
+        """Append a row that was given up."""
+        self._append("error", number, row)
 
-    def take_unsynced(self) -> set[Path]:
-        """Files appended to since the last call, for `sync_files` (in another thread, perhaps)."""
-        taken, self._unsynced = self._unsynced, set()
-        return taken
+    def sync(self) -> None:
+        """Force what was appended to the disk. May run in another thread: parts that became final files meanwhile are
+        there already."""
+        for part in [_part(self._path(kind, start)) for start in list(self._open) for kind in KINDS]:
+            with suppress(FileNotFoundError):
+                sync_to_disk(part)
 
     def retry_errors(self) -> int:
         """Reopen the shards that have error rows and drop these; return how many rows will be asked again."""
         count = 0
-        for path in [*self.directory.glob("error_*.jsonl"), *self.directory.glob(f"error_*.jsonl{PART}")]:
+        for path in list(self.directory.glob("error_*.jsonl*")):
             shard = path.with_name(path.name.replace("error_", "shard_", 1).removesuffix(PART))
             if shard.exists():
                 os.replace(shard, _part(shard))
-            count += len(index_lines(path)[0])
+            count += len(_read_lines(path)[0])
             path.unlink()
         return count
 
@@ -117,67 +116,72 @@ class ShardStore:
         """Final files of a kind, in the order of their rows."""
         return sorted(self.directory.glob(f"{kind}_*.jsonl"), key=lambda p: int(p.stem.split("_")[1].split("-")[0]))
 
-    def write_merged(self, path: Path, kind: str = "shard") -> int:
-        """Copy all answered rows (or those of kind `error`), in the order of the input, to one file; return their
-        number."""
-        count = 0
-        with atomic_file(path, "wb") as merged:
-            for file in self.complete_files(kind):
-                with open(file, "rb") as lines:
-                    for line in lines:
-                        merged.write(line)
-                        count += 1
-        return count
+    def write_merged(self, output_file: Path | None) -> None:
+        """All answers as one file, if one is asked for, and all errors as error.jsonl, if there are any; in the order
+        of the input."""
+        errors = self.directory / "error.jsonl"
+        if not self.complete_files("error"):
+            errors.unlink(missing_ok=True)
+        for kind, path, what in (("shard", output_file, "rows"), ("error", errors, "rows without an answer")):
+            files, count = self.complete_files(kind), 0
+            if path is None or (kind == "error" and not files):
+                continue
+            with atomic_file(path, "wb") as merged:
+                for file in files:
+                    with open(file, "rb") as lines:
+                        for line in lines:
+                            merged.write(line)
+                            count += 1
+            info(f"{count} {what} in {path}")
 
-    def _add(self, kind: str, number: int, row: dict[str, Any]) -> None:
-        shard = self._open[number - number % self.num_per_shard]
+    def _path(self, kind: str, start: int) -> Path:
+        return self.directory / f"{kind}_{start}-{start + self.num_per_shard}.jsonl"
+
+    def _append(self, kind: str, number: int, row: dict[str, Any]) -> None:
+        start = number - number % self.num_per_shard
+        shard = self._open[start]
         if number in shard.done:
             raise AssertionError(f"row {number} was written twice")
-        path = _part(self._path(kind, shard.start))
+        path = _part(self._path(kind, start))
         line = json.dumps({"row": number, **row}, ensure_ascii=False).encode("utf-8") + b"\n"
         with open(path, "ab", buffering=0) as file:  # one write, so that a kill cuts at most this line
             if (written := file.write(line)) != len(line):
                 raise DataError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
-        self._unsynced.add(path)
         shard.done.add(number)
-        self._finish_if_complete(shard)
+        self._finish_if_complete(start)
 
-    def _close_before(self, start: int | None) -> None:
-        for shard in [s for s in self._open.values() if start is None or s.start < start]:
-            shard.closed = True
-            self._finish_if_complete(shard)
-
-    def _finish_if_complete(self, shard: OpenShard) -> None:
-        full = shard.closed or shard.num_rows == self.num_per_shard
-        if not full or len(shard.done) < shard.num_rows:
+    def _finish_if_complete(self, start: int) -> None:
+        shard = self._open[start]
+        all_given = self._input_ended or shard.num_rows == self.num_per_shard
+        if not all_given or len(shard.done) < shard.num_rows:
             return
-        del self._open[shard.start]
-        for final in (self._path("error", shard.start), self._path("shard", shard.start)):  # the shard file is the mark
+        for kind in KINDS:
+            final = self._path(kind, start)
             part = _part(final)
-            if part.exists() or final == self._path("shard", shard.start):
-                index, _ = index_lines(part)
-                copy_lines(part, final, [index[number] for number in sorted(index)])
+            if part.exists() or kind == "shard":
+                write_atomically(final, b"".join(line for _, line in sorted(_read_lines(part)[0].items())))
                 part.unlink(missing_ok=True)
-                self._unsynced.discard(part)
+        del self._open[start]
 
-    def _load(self, start: int) -> OpenShard:
-        """A shard that was begun: its parts, repaired. A final error file without its shard file is a part again."""
-        shard = OpenShard(start)
-        error = self._path("error", start)
-        if error.exists():
+    def _recover(self, start: int) -> set[int]:
+        """Rows of a shard that are done, its parts repaired. A final error file without its shard file is a part."""
+        if (error := self._path("error", start)).exists():
             os.replace(error, _part(error))
-        for part in (_part(self._path("shard", start)), _part(error)):
-            shard.done |= repair(part, shard.done, start, start + self.num_per_shard)
-        return shard
+        done: set[int] = set()
+        for kind in reversed(KINDS):
+            done |= repair(_part(self._path(kind, start)), done, start, start + self.num_per_shard)
+        return done
 
 
 def check_manifest(directory: Path, settings: dict[str, Any], resume: bool) -> None:
     """Write regeneration.json in a new directory; in a used one compare it, and raise ConfigError where they differ."""
     path = directory / MANIFEST
-    used = [p.name for p in directory.glob("shard_*.jsonl*")] + [p.name for p in directory.glob("error_*.jsonl*")]
-    if path.exists() and used:
-        if not resume:
-            raise ConfigError(f"output_dir {directory}: holds {used[0]} of an earlier run, and --resume is off")
+    used = [p.name for kind in reversed(KINDS) for p in directory.glob(f"{kind}_*.jsonl*")]
+    if used and not path.exists():
+        raise ConfigError(f"output_dir {directory}: holds {used[0]} but no {MANIFEST}; use another --output-dir")
+    if used and not resume:
+        raise ConfigError(f"output_dir {directory}: holds {used[0]} of an earlier run, and --resume is off")
+    if used:
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
@@ -186,59 +190,33 @@ def check_manifest(directory: Path, settings: dict[str, Any], resume: bool) -> N
         if differing:
             changes = "; ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in differing)
             raise ConfigError(f"output_dir {directory}: made with other settings ({changes}); use another --output-dir")
-    elif used:
-        raise ConfigError(f"output_dir {directory}: holds {used[0]} but no {MANIFEST}; use another --output-dir")
     write_json(path, settings)
-
-
-def sync_files(paths: Iterable[Path]) -> None:
-    """Force files to the disk; those that have become final files meanwhile are there already."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            sync_to_disk(path)
-
-
-def index_lines(path: Path) -> tuple[LineIndex, int]:
-    """({row: place of its first valid line}, number of other lines) of a file that may be missing."""
-    index: LineIndex = {}
-    num_bad = offset = 0
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
-            number = _row_number(line)
-            if number is None or number in index:
-                num_bad += 1
-            else:
-                index[number] = (offset, len(line))
-            offset += len(line)
-    return index, num_bad
-
-
-def copy_lines(source: Path, destination: Path, places: Iterable[tuple[int, int]]) -> None:
-    """Write lines of `source` to `destination`; memory is that of one line."""
-    with atomic_file(destination, "wb") as output:
-        if source.exists():
-            with open(source, "rb") as file:
-                for offset, size in places:
-                    file.seek(offset)
-                    output.write(file.read(size))
 
 
 def repair(path: Path, done: set[int], start: int, end: int) -> set[int]:
     """Cut `path` down to its valid lines of rows start..end-1 that are not `done`; return their row numbers."""
-    index, num_bad = index_lines(path)
-    kept = {number: place for number, place in index.items() if start <= number < end and number not in done}
-    if num_bad := num_bad + len(index) - len(kept):
+    lines, num_bad = _read_lines(path)
+    kept = {number: line for number, line in lines.items() if start <= number < end and number not in done}
+    if num_bad := num_bad + len(lines) - len(kept):
         warn(f"{path}: {num_bad} line(s) were cut off or damaged; their rows are asked again")
-        copy_lines(path, path, list(kept.values()))
+        write_atomically(path, b"".join(kept.values()))
     return set(kept)
 
 
-def _row_number(line: bytes) -> int | None:
-    with suppress(ValueError, RecursionError):
-        value = json.loads(line) if line.endswith(b"\n") else None
-        number = value.get("row") if isinstance(value, dict) else None
-        return number if isinstance(number, int) and not isinstance(number, bool) else None
-    return None
+def _read_lines(path: Path) -> tuple[dict[int, bytes], int]:
+    """({row: its first valid line}, number of other lines) of a file that may be missing."""
+    lines: dict[int, bytes] = {}
+    num_bad = 0
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            number = None
+            with suppress(ValueError, RecursionError, AttributeError):
+                number = json.loads(line).get("row") if line.endswith(b"\n") else None
+            if type(number) is not int or number in lines:  # True is no number
+                num_bad += 1
+            else:
+                lines[number] = line
+    return lines, num_bad
 
 
 def _part(final: Path) -> Path:

@@ -15,18 +15,20 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from specforge_lite.core.http import HttpFailure
 from specforge_lite.types import Conversation
 
 Message = dict[str, Any]
 
 
-class RequestFailed(Exception):
-    """A row could not be answered. `reason` is a short name to count by; `retryable`: another attempt may work;
-    retry_after: seconds that the server asks to wait."""
+class RequestFailed(HttpFailure):
+    """A row could not be answered. `reason` is a short name to count by; `retryable`: another attempt may work."""
 
-    def __init__(self, reason: str, detail: str, retryable: bool = False, retry_after: float | None = None) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.retryable, self.retry_after = reason, detail, retryable, retry_after
+    def __init__(self, reason: str, detail: str, retryable: bool = False) -> None:
+        super().__init__(reason, detail, retryable=retryable)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Regenerated:
     source that were left out; left_out_reason: why, where the target did not answer them."""
 
     messages: list[Message]
-    finish_reason: str
-    completion_tokens: int
-    num_recorded_turns_left: int
+    finish_reason: str = ""
+    completion_tokens: int = 0
+    num_recorded_turns_left: int = 0
     left_out_reason: str = ""
 
 
@@ -85,7 +87,7 @@ async def regenerate(
     recorded = list(conversation.messages)
     if system_prompt is not None and recorded[0]["role"] != "system":
         recorded.insert(0, {"role": "system", "content": system_prompt})
-    result = Regenerated([], "", 0, 0)
+    result = Regenerated([])
     at = 0
     while at < len(recorded):
         start, num_answered_messages = at, len(result.messages)
@@ -94,8 +96,8 @@ async def regenerate(
             at += 1
         try:
             answer = await ask(Question([_sent(m) for m in result.messages], conversation.tools, sampling))
-            kept_reasoning = answer.reasoning if keep_reasoning else ""
-            in_thought = answer.finish_reason == "length" and kept_reasoning.strip()  # cut off while it reasoned
+            reasoning = answer.reasoning if keep_reasoning and answer.reasoning.strip() else ""
+            in_thought = answer.finish_reason == "length" and reasoning  # cut off while it reasoned
             if not (answer.content.strip() or answer.tool_calls or in_thought):
                 raise RequestFailed("empty-answer", f"turn {len(result.messages) + 1}: the target's answer is empty")
         except RequestFailed as error:
@@ -104,23 +106,28 @@ async def regenerate(
             del result.messages[num_answered_messages:]
             at, result.left_out_reason = start, error.reason
             break
-        result.messages.append(_answer_message(answer, kept_reasoning))
+        message: Message = {"role": "assistant", "content": answer.content}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        message |= {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
+        # finish_reason "length": the answer has no end token to train
+        result.messages.append({**message, "finish_reason": answer.finish_reason})
         result.finish_reason = answer.finish_reason
         result.completion_tokens += answer.completion_tokens
-        replaced = recorded[at] if at < len(recorded) else None
+        replaced = recorded[at] if at < len(recorded) else {}
         at += 1
         if not _goes_on(answer, replaced, recorded[at:]):
             break
-        _adopt_call_ids(answer, recorded, at)
+        # Tool results name the call they answer: they get the ids of the target's own calls, in order.
+        for i, call in enumerate(answer.tool_calls, at):
+            if i < len(recorded) and recorded[i]["role"] == "tool" and isinstance(call.get("id"), str):
+                recorded[i] = {**recorded[i], "tool_call_id": call["id"]}
     result.num_recorded_turns_left = max(0, len(recorded) - at)
     return result
 
 
 def row_sampling(row_id: str, seed: int, temperatures: tuple[float, ...], max_tokens: int, top_p: float) -> Sampling:
     """The sampling of a row: its temperature and seed follow from `seed` and its id alone, in whatever order rows run.
-
-    The seed fits into 31 bits, which every server accepts.
-    """
+    The seed fits into 31 bits, which every server accepts."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
     number, row_seed = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:12], "little") >> 1
     return Sampling(max_tokens, temperatures[number % len(temperatures)], top_p, row_seed)
@@ -131,34 +138,14 @@ def _sent(message: Message) -> Message:
     return {key: value for key, value in message.items() if key not in ("reasoning_content", "finish_reason")}
 
 
-def _answer_message(answer: Answer, reasoning: str) -> Message:
-    message: Message = {"role": "assistant", "content": answer.content}
-    if reasoning.strip():
-        message["reasoning_content"] = reasoning
-    if answer.tool_calls:
-        message["tool_calls"] = answer.tool_calls
-    message["finish_reason"] = answer.finish_reason  # "length": the answer has no end token to train
-    return message
-
-
-def _goes_on(answer: Answer, replaced: Message | None, rest: list[Message]) -> bool:
+def _goes_on(answer: Answer, replaced: Message, rest: list[Message]) -> bool:
+    """True if the recorded turns after an answer still fit it."""
     if not rest or answer.finish_reason == "length":
         return False
     if rest[0]["role"] != "tool":
         return not answer.tool_calls
-    wanted = [_name(call) for call in (replaced or {}).get("tool_calls") or []]
-    return bool(answer.tool_calls) and [_name(call) for call in answer.tool_calls] == wanted
-
-
-def _adopt_call_ids(answer: Answer, recorded: list[Message], at: int) -> None:
-    """Tool results name the call they answer; give them the ids of the target's own calls, in order."""
-    for call in answer.tool_calls:
-        if at >= len(recorded) or recorded[at]["role"] != "tool":
-            return
-        if isinstance(call.get("id"), str):
-            recorded[at] = {**recorded[at], "tool_call_id": call["id"]}
-        at += 1
-
-
-def _name(call: dict[str, Any]) -> Any:
-    return (call.get("function") or {}).get("name")
+    called, wanted = (
+        [(call.get("function") or {}).get("name") for call in calls or []]
+        for calls in (answer.tool_calls, replaced.get("tool_calls"))
+    )
+    return bool(called) and called == wanted

@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from specforge_lite.inference.hf_generate import GenerationResult
-from specforge_lite.regenerate.answers import split_answer
-from specforge_lite.regenerate.hf_backend import HfBackend
+from specforge_lite.regenerate.hf_backend import HfBackend, split_answer
 from specforge_lite.regenerate.turns import RequestFailed
 
 SPECIAL = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "[TOOL_CALLS]", "<|im_end|>"]

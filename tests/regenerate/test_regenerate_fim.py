@@ -14,8 +14,7 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.data.fim import to_fim_row
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.fim import FimPrompts, read_fim_row
-from specforge_lite.regenerate.rows import RowSource
+from specforge_lite.regenerate.rows import FimPrompts, RowSource, read_fim_row
 from specforge_lite.regenerate.run import run, run_async
 from specforge_lite.regenerate.settings import RegenerateConfig
 from tests.fake_chat_server import FakeServer, answer_to

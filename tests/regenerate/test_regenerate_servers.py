@@ -399,7 +399,7 @@ def test_a_refused_key_names_the_variable(tmp_path: Path) -> None:
     ],
 )
 def test_addresses(text: str, base_url: str) -> None:
-    assert parse_address(text).base_url == base_url
+    assert parse_address(text) == base_url
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,15 @@ def test_shards_by_row_range_sorted_and_complete(tmp_path: Path) -> None:
         for n in (9, 8, 7, 6, 5, 4):
             store.add_answer(n, {"id": f"r{n}"})
         store.end_of_input()
-        assert store.reasons == Counter(timeout=1)
-        assert store.write_merged(tmp_path / "all.jsonl") == 9
-    assert names(tmp_path) == {"shard_0-4.jsonl", "error_0-4.jsonl", "shard_4-8.jsonl", "shard_8-12.jsonl", "all.jsonl"}
+        store.write_merged(tmp_path / "all.jsonl")
+    assert names(tmp_path) == {
+        "shard_0-4.jsonl",
+        "error_0-4.jsonl",
+        "shard_4-8.jsonl",
+        "shard_8-12.jsonl",
+        "all.jsonl",
+        "error.jsonl",
+    }
     assert [row["row"] for row in lines(tmp_path, "shard_*")] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert [row["row"] for row in lines(tmp_path, "all.jsonl")] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert lines(tmp_path, "error_*") == [{"row": 2, "id": "r2", "reason": "timeout"}]

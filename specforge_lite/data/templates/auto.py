@@ -7,12 +7,14 @@ it has a golden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
-from specforge_lite.data.templates.jinja import PROBE_TOOL, Message, marks_generation
+from specforge_lite.data.templates.marks import Message
+from specforge_lite.data.templates.probes import PROBE_TOOL
 from specforge_lite.data.templates.rendering import ChatTemplate
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
@@ -38,11 +40,9 @@ def _family(
     name: str, file: str, control: tuple[str, ...], needs: tuple[str, ...], tools: bool = True, **variables: Any
 ) -> ChatTemplate:
     source = (resources.files("specforge_lite.assets") / "chat_templates" / f"{file}.jinja").read_text("utf-8")
-    NEEDS_TOKENS[name] = needs
-    return ChatTemplate(name, source, tuple(variables.items()), control, tools)
+    return ChatTemplate(name, source, tuple(variables.items()), control, tools, needs=needs)
 
 
-NEEDS_TOKENS: dict[str, tuple[str, ...]] = {}  # a tokenizer without a template that has all of these is of the family
 _QWEN2_SYSTEM = "You are a helpful assistant."
 _QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TEMPLATES: dict[str, ChatTemplate] = {
@@ -115,9 +115,9 @@ def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:
         hint = suggest(name, ["auto", "own", "generation", *TEMPLATES, *ALIASES])
         known = f"; known: auto, own, generation, {', '.join(TEMPLATES)}"
         raise DataError(f"chat_template: unknown template '{name}'{hint if hint.startswith('; did') else ''}{known}")
-    if name == "generation" and not marks_generation(spec.chat_template or ""):
-        raise DataError("chat_template generation: the tokenizer's template has no {% generation %} block")
     own = own_template(spec)
+    if name == "generation" and (own is None or not own.marks_generation):
+        raise DataError("chat_template generation: the tokenizer's template has no {% generation %} block")
     problem = "it has no chat template" if own is None else own.problem
     if own is not None and problem is None:
         return own
@@ -132,26 +132,24 @@ def own_template(spec: TokenizerSpec, for_tools: bool = False) -> ChatTemplate |
     if not source:
         return None
     control = tuple(t for t in spec.added_tokens if t in source and t not in CONTENT_TOKENS)
-    name = "generation" if marks_generation(source) else "own"
-    return ChatTemplate(name, source, spec.special_tokens, control, True, spec.added_tokens, for_tools)
+    own = ChatTemplate("own", source, spec.special_tokens, control, True, spec.added_tokens, for_tools)
+    return replace(own, name="generation") if own.marks_generation else own
 
 
 def _family_of(spec: TokenizerSpec, problem: str) -> ChatTemplate:
     """The family whose tokens are in the vocabulary and, where the tokenizer has a template, that renders the same."""
-    common = {"<s>", "</s>"}  # say nothing about a family
-    weights = {name: len(set(NEEDS_TOKENS[name]) - common) for name in TEMPLATES}
-    fitting = [t for t in TEMPLATES.values() if all(token in spec.vocabulary for token in NEEDS_TOKENS[t.name])]
-    fitting = [t for t in fitting if weights[t.name]]
+    weights = {t.name: len({*t.needs} - {"<s>", "</s>"}) for t in TEMPLATES.values()}  # these two say nothing
+    fitting = [t for t in TEMPLATES.values() if weights[t.name] and all(n in spec.vocabulary for n in t.needs)]
     if not fitting:
         raise DataError(
             f"chat_template auto: the tokenizer is not recognised ({problem}); give --chat-template, one of:"
             f" {', '.join(TEMPLATES)}"
         )
     best = [t for t in fitting if weights[t.name] == max(weights[t.name] for t in fitting)]
+    names = [template.name for template in best]
     if spec.chat_template:
         special = dict(spec.special_tokens)
         return next((t for t in best if difference_from_own(t, spec.chat_template, special) is None), best[0])
-    names = [template.name for template in best]
     if len(names) > 1 and "chatml" not in names:
         raise DataError(
             f"chat_template auto: the tokenizer has no chat template, and its tokens fit {', '.join(names)};"

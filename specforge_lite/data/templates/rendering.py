@@ -13,21 +13,77 @@ blocks (`assets/chat_templates`), for tokenizers without a usable template and f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
+from typing import Any
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import Rendering
-from specforge_lite.data.templates.jinja import Drawing, JinjaTemplate, Message, Tools, mark_texts, marks_generation
-from specforge_lite.data.templates.probes import OPEN_THOUGHT, SWITCHES, Probes, probe
+from specforge_lite.data.templates.marks import Drawing, Message, mark_texts
+from specforge_lite.data.templates.probes import OPEN_THOUGHT, PROBE_TOOL, SWITCHES, Probes, probe
 
+Tools = Sequence[dict[str, Any]]
+
+# Templates that print today's date print this one: a cache must not depend on the day it is built.
+FIXED_DATE = date(2025, 8, 5)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _EMPTY_THOUGHT = re.compile(r"\s*<([\w:]*think\w*)>\s*</\1>\s*|\s*</think>\s*")
 
 
-class ChatTemplate(JinjaTemplate):
-    """A template that knows what of a conversation its target produces."""
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One Jinja template, and what of a conversation its target produces.
+
+    source: Jinja text. variables: what it is rendered with besides messages and tools. control_tokens: tokens that
+    separate turns; written by a user they stay ordinary text. has_tools: it has a form for tool calls. added_tokens:
+    of the tokenizer, among them those that end a turn. for_tools: it is rendered with tools always. needs: of a family:
+    a tokenizer without a template that has all of these tokens is of it.
+    """
+
+    name: str
+    source: str
+    variables: tuple[tuple[str, Any], ...] = ()
+    control_tokens: tuple[str, ...] = ()
+    has_tools: bool = True
+    added_tokens: tuple[str, ...] = ()
+    for_tools: bool = False
+    needs: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides text and spans."""
+        parts = [self.name, self.source, self.variables, self.added_tokens, FIXED_DATE.isoformat()]
+        return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+
+    @property
+    def what(self) -> str:
+        """The template in a message."""
+        return "the tokenizer's chat template" if self.is_own else f"template '{self.name}'"
+
+    @property
+    def is_own(self) -> bool:
+        """It came with the tokenizer."""
+        return self.name in ("own", "generation")
+
+    @property
+    def marks_generation(self) -> bool:
+        """It says itself what the assistant produces."""
+        return _GENERATION.search(self.source) is not None
+
+    @property
+    def problem(self) -> str | None:
+        """Why spans cannot be found in what the template renders; None where they can."""
+        return self._probes.problem
+
+    @cached_property
+    def _probes(self) -> Probes:
+        return probe(self)
 
     def render(self, messages: Sequence[Message], tools: Tools = (), train_only_last_turn: bool = False) -> Rendering:
         """Text and trained spans of messages in the normal form.
@@ -37,16 +93,7 @@ class ChatTemplate(JinjaTemplate):
         """
         if not self.has_tools and any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
             raise DataError(f"{self.what} has no form for tool calls and results")
-        first_error: DataError | None = None
-        for form in self._forms(list(messages)):
-            try:
-                drawing = self._draw(form, tools)
-                break
-            except DataError as error:
-                first_error = first_error or error
-        else:
-            assert first_error is not None
-            raise first_error
+        drawing = self._drawn(list(messages), tools)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = set(answers[-1:] if train_only_last_turn else answers)
         wanted -= {i for i in wanted if messages[i].get("weight") == 0}
@@ -61,106 +108,124 @@ class ChatTemplate(JinjaTemplate):
 
     def render_plain(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Text alone, without marks and checks: what a server shows its model. Raises DataError."""
-        return self.jinja([self._probes.shape(message) for message in messages], tools)[0]
+        return self.jinja(self._probes, messages, tools)[0]
 
-    @property
-    def problem(self) -> str | None:
-        """Why spans cannot be found in what the template renders; None where they can."""
-        return self._probes.problem
+    def jinja(
+        self, probes: Probes, messages: Sequence[Message], tools: Tools = (), prompt: bool = False, **switch: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """What transformers renders (sandboxed: a template is somebody's code), and the generation blocks in it."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-    def _forms(self, messages: list[Message]) -> Iterator[list[Message]]:
-        """Forms of the conversation, best first: a thought that was cut off as reasoning, then as it is; each without
-        and with ids for the tool calls that have none (Mistral's templates refuse those)."""
+        source = _DATE_CALL.sub(lambda match: json.dumps(FIXED_DATE.strftime(match[2])), self.source)
+        efforts = [message["reasoning_effort"] for message in messages if "reasoning_effort" in message]
+        variables = {**dict(self.variables), **switch, **({"reasoning_effort": efforts[0]} if efforts else {})}
+        try:
+            result: Any = render_jinja_template(
+                [[probes.shape(message) for message in messages]],
+                list(tools) or ([PROBE_TOOL] if self.for_tools else None),
+                chat_template=source,
+                return_assistant_tokens_mask=self.marks_generation,
+                add_generation_prompt=prompt,
+                **variables,
+            )
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise DataError(f"{self.what}, line {error.lineno}: {error.message}") from None
+        except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"{self.what} refuses this conversation: {error}") from None
+        texts, blocks = result
+        return texts[0], blocks[0] if blocks else []
+
+    def _drawn(self, messages: list[Message], tools: Tools) -> Drawing:
+        """The first of these forms of a conversation that the template takes: a thought that was cut off as reasoning,
+        then as it is; each without and with ids for the tool calls that have none (Mistral's refuse those)."""
         last, forms = messages[-1], [messages]
         if last["role"] == "assistant" and _is_cut_off(last) and not last.get("reasoning_content"):
             _, opened, thought = last["content"].rpartition("<think>")
             if "</think>" not in last["content"] and (opened or self._probes.opens_thought):
                 forms.insert(0, [*messages[:-1], {**last, "content": "", "reasoning_content": thought.lstrip("\n")}])
+        if any("id" not in call for message in messages for call in message.get("tool_calls") or ()):
+            forms = [with_ids for form in forms for with_ids in (form, _with_call_ids(form))]
+        first_error: DataError | None = None
         for form in forms:
-            yield form
-            if any("id" not in call for message in form for call in message.get("tool_calls") or ()):
-                yield _with_call_ids(form)
+            try:
+                return self._draw(form, tools)
+            except DataError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
 
     def _draw(self, messages: list[Message], tools: Tools) -> Drawing:
         """Text, and the span of every answer whether it is trained or not."""
-        shaped = [self._probes.shape(message) for message in messages]
-        plain, _ = self.jinja(shaped, tools)
+        plain, _ = self.jinja(self._probes, messages, tools)
         for mark_others in (True, False):
-            marked = [mark_texts(message, index, mark_others) for index, message in enumerate(shaped)]
-            drawing = Drawing.of(*self.jinja(marked, tools))
+            marked = [mark_texts(message, index, mark_others) for index, message in enumerate(messages)]
+            drawing = Drawing.of(*self.jinja(self._probes, marked, tools))
             if drawing.text == plain:
                 break
         else:
             raise DataError(f"{self.what} changes the text of an answer")
-        self._check_complete(messages, drawing, mark_others)
-        if not marks_generation(self.source):
-            drawing = replace(drawing, spans=tuple(self._find_spans(messages, drawing)))
-        last, index = messages[-1], len(messages) - 1
-        if last["role"] == "assistant" and _split_reasoning(last)[0].strip() and "r" not in drawing.kinds(index):
-            drawing = self._with_reasoning(messages, tools, drawing)
-            if drawing.lost_reasoning and not last["content"].strip() and not last.get("tool_calls"):
-                raise DataError(f"{self.what} has no form for reasoning without an answer")
-        return _without_cut_ends(messages, drawing)
-
-    def _check_complete(self, messages: list[Message], drawing: Drawing, others_marked: bool) -> None:
         for index, message in enumerate(messages):
-            kinds, content = drawing.kinds(index), message["content"].strip()
+            kinds = drawing.kinds(index)
             if message.get("tool_calls") and "n" not in kinds:
                 raise DataError(f"{self.what} has no form for tool calls")
-            if message["role"] == "tool" and content and others_marked and not kinds:
+            if message["role"] == "tool" and message["content"].strip() and mark_others and not kinds:
                 raise DataError(f"{self.what} has no form for tool results")
             if message["role"] == "assistant" and _split_reasoning(message)[1].strip() and not kinds:
                 raise DataError(f"{self.what} leaves out turn {index + 1}")
+        if not self.marks_generation:
+            drawing = replace(drawing, spans=tuple(self._find_spans(messages, drawing)))
+        last, index = messages[-1], len(messages) - 1
+        if last["role"] == "assistant" and _split_reasoning(last)[0].strip() and "r" not in drawing.kinds(index):
+            drawing = self._with_reasoning(messages, tools, drawing) or replace(drawing, lost_reasoning=True)
+            if drawing.lost_reasoning and not last["content"].strip() and not last.get("tool_calls"):
+                raise DataError(f"{self.what} has no form for reasoning without an answer")
+        return _without_cut_ends(messages, drawing)
 
     def _find_spans(self, messages: list[Message], drawing: Drawing) -> Iterator[tuple[int, int, int]]:
         """(message, start, end) of every answer, from marks, generation prompts and end tokens."""
         text, probes, previous = drawing.text, self._probes, 0
         for index, message in enumerate(messages):
-            own = [position for position, i, _ in drawing.marks if i == index]
-            if not own:
-                continue
-            first, last = own[0], own[-1]
-            if message["role"] != "assistant":
-                previous = last
-                continue
-            gap = text[previous:first]
-            ends = [gap.rfind(prompt) + len(prompt) for prompt in probes.prompt_ends if prompt in gap]
-            start = previous + max(ends, default=len(gap))
-            empty = _EMPTY_THOUGHT.match(text, start, first)
-            if empty is not None and "r" not in drawing.kinds(index):
-                start = empty.end()
-            limit = min((position for position, i, _ in drawing.marks if i > index), default=len(text))
-            found = [(text.find(token, last, limit), len(token)) for token in probes.end_tokens]
-            at, length = min((pair for pair in found if pair[0] >= 0), default=(last, 0))
-            if not length and message.get("tool_calls"):
-                raise DataError(f"{self.what} ends a tool call with no token that is known as an end")
-            previous = at + length
-            yield index, start, previous
+            own = drawing.places(index)
+            if own and message["role"] != "assistant":
+                previous = own[-1]
+            elif own:
+                gap = text[previous : own[0]]
+                ends = [gap.rfind(prompt) + len(prompt) for prompt in probes.prompt_ends if prompt in gap]
+                start = previous + max(ends, default=len(gap))
+                empty = _EMPTY_THOUGHT.match(text, start, own[0])
+                if empty is not None and "r" not in drawing.kinds(index):
+                    start = empty.end()
+                limit = min((position for position, i, _ in drawing.marks if i > index), default=len(text))
+                found = [(text.find(token, own[-1], limit), len(token)) for token in probes.end_tokens]
+                at, length = min((pair for pair in found if pair[0] >= 0), default=(own[-1], 0))
+                if not length and message.get("tool_calls"):
+                    raise DataError(f"{self.what} ends a tool call with no token that is known as an end")
+                previous = at + length
+                yield index, start, previous
 
-    def _with_reasoning(self, messages: list[Message], tools: Tools, drawing: Drawing) -> Drawing:
+    def _with_reasoning(self, messages: list[Message], tools: Tools, drawing: Drawing) -> Drawing | None:
         """The reasoning of the last answer, which the template strips from its history: prompt, thought, answer, as
-        the target produced it. `lost_reasoning` where the prompt of that turn opens no thought."""
-        lost, last = replace(drawing, lost_reasoning=True), len(messages) - 1
+        the target produced it. None where the prompt of that turn opens no thought."""
+        last = len(messages) - 1
+        if messages[last - 1]["role"] == "tool" or self.marks_generation:
+            return None
         thought = _split_reasoning(messages[last])[0].strip("\n")
+        kept = tuple(span for span in drawing.spans if span[0] != last)
         own = [span for span in drawing.spans if span[0] == last]
-        if messages[last - 1]["role"] == "tool" or marks_generation(self.source):
-            return lost
-        shaped = [self._probes.shape(message) for message in messages[:last]]
-        prompts = [self.jinja(shaped, tools, True, **switch)[0] for switch in SWITCHES[:2]]
+        prompts = [self.jinja(self._probes, messages[:last], tools, True, **switch)[0] for switch in SWITCHES[:2]]
         prompt = next((text for text in prompts if OPEN_THOUGHT.search(text)), prompts[0])
         opened = OPEN_THOUGHT.search(prompt)
         before = max((position for position, index, _ in drawing.marks if index < last), default=0)
-        header = drawing.text[before : own[0][1] if own else len(drawing.text)]
+        start = own[0][1] if own else len(drawing.text)
+        header = drawing.text[before:start]
         thinks = self._probes.strips_thoughts or any("think>" in text for text in (header, *self._probes.prompt_ends))
-        if opened is None and not thinks:
-            return lost
+        changed = any(prompt[:end] != drawing.text[:end] for _, _, end in kept)
+        if changed or (opened is None and not thinks):
+            return None
         breaks = opened is None or opened[0].endswith("\n")  # DeepSeek V3.1 thinks without line ends around
         head = f"{prompt}{'' if opened else '<think>' + chr(10)}{thought}"
         close = "\n</think>\n\n" if breaks else "</think>"
-        start = own[0][1] if own else len(drawing.text)
-        kept = [span for span in drawing.spans if span[0] != last]
-        if any(prompt[:end] != drawing.text[:end] for _, _, end in kept):
-            return lost
         answer = drawing.text[start:].lstrip("\n")
         shift = len(head + close) + len(answer) - len(drawing.text)
         marks = [m for m in drawing.marks if m[1] != last] + [(len(head), last, "r")]
@@ -168,17 +233,13 @@ class ChatTemplate(JinjaTemplate):
         end = own[-1][2] + shift if own else len(head)
         return Drawing(head + close + answer, tuple(marks), (*kept, (last, len(prompt), end)))
 
-    @cached_property
-    def _probes(self) -> Probes:
-        return probe(self)
-
 
 def _without_cut_ends(messages: Sequence[Message], drawing: Drawing) -> Drawing:
     """An answer that was cut off by a token limit ends with the last text that the target produced."""
     spans = []
     for index, start, end in drawing.spans:
         if 0 <= index < len(messages) and _is_cut_off(messages[index]):
-            end = min(end, max((position for position, i, _ in drawing.marks if i == index), default=start))
+            end = min(end, max(drawing.places(index), default=start))
         spans.append((index, start, end))
     text, last = drawing.text, len(messages) - 1
     if _is_cut_off(messages[last]) and spans and spans[-1][0] == last:

@@ -67,12 +67,13 @@ class ServerPool:
                 names.update(reply or ())
         if all(server.is_down for server in self.servers):
             raise EngineError(self._no_server_left())
-        self.model = self.config.model_name or next(iter(names), "")
-        if self.config.model_name is None and len(names) != 1:
-            found = ": ".join([f"{len(names)} models", *([", ".join(sorted(names)[:10])] if names else [])])
-            raise ConfigError(f"model_name: required, the servers list {found}")
-        if names and self.model not in names:
-            raise ConfigError(f"model_name: no server has '{self.model}'{suggest(self.model, names)}")
+        wanted = self.config.model_name
+        if wanted is None and len(names) != 1:
+            listed = f": {', '.join(sorted(names)[:10])}" if names else ""
+            raise ConfigError(f"model_name: required, the servers list {len(names)} models{listed}")
+        if wanted is not None and names and wanted not in names:
+            raise ConfigError(f"model_name: no server has '{wanted}'{suggest(wanted, names)}")
+        self.model = wanted or names.pop()
 
     async def answer(self, question: Question) -> Answer:
         """Ask until answered. Raises RequestFailed after `max_retries` more attempts, EngineError without servers."""

@@ -1,7 +1,7 @@
 """Chat templates by name, and which of them a tokenizer gets.
 
-A new family is one Jinja file with generation blocks in `assets/chat_templates` and one line here; a test fails until
-it has a golden.
+A new family is one Jinja file with generation blocks in `assets/chat_templates` and an entry of `families.yaml` beside
+it; a test fails until it has a golden.
 """
 
 from __future__ import annotations
@@ -11,95 +11,33 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any
 
+import yaml
+
 from specforge_lite.core.errors import DataError, suggest
 from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
 from specforge_lite.data.templates.marks import Message
 from specforge_lite.data.templates.probes import PROBE_TOOL
 from specforge_lite.data.templates.rendering import ChatTemplate
 
-_CHATML = ("<|im_start|>", "<|im_end|>")
-_LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_LLAMA3_ALL = ("<|begin_of_text|>", *_LLAMA3, "<|eom_id|>", "<|end_of_text|>")
-_MISTRAL = (
-    "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-)  # fmt: skip
-_PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-_PHI4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
-_PHI_MINI = (*_PHI, "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
-_DEEPSEEK = (
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
-    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
-)  # fmt: skip
-_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
-_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # what 3.1 and 3.3 print by default
+_DIRECTORY = resources.files("specforge_lite.assets") / "chat_templates"
 
 
 def _family(
-    name: str, file: str, control: tuple[str, ...], needs: tuple[str, ...], tools: bool = True, **variables: Any
+    name: str,
+    control: list[str],
+    file: str = "",
+    needs: list[str] | None = None,
+    tools: bool = True,
+    variables: dict[str, Any] | None = None,
 ) -> ChatTemplate:
-    source = (resources.files("specforge_lite.assets") / "chat_templates" / f"{file}.jinja").read_text("utf-8")
-    return ChatTemplate(name, source, tuple(variables.items()), control, tools, needs=needs)
+    source = (_DIRECTORY / f"{file or name}.jinja").read_text("utf-8")
+    parameters = tuple((variables or {}).items())
+    return ChatTemplate(name, source, parameters, tuple(control), tools, needs=tuple(needs or control))
 
 
-_QWEN2_SYSTEM = "You are a helpful assistant."
-_QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-TEMPLATES: dict[str, ChatTemplate] = {
-    template.name: template
-    for template in (
-        _family("chatml", "chatml", _CHATML, _CHATML),
-        _family("qwen2", "chatml", _CHATML, _CHATML, default_system=_QWEN2_SYSTEM),
-        _family("qwen2.5", "chatml", _CHATML, _CHATML, default_system=_QWEN25_SYSTEM),
-        _family("qwen3", "chatml", _CHATML, _CHATML, thinking="on"),
-        _family("qwen3-no-think", "chatml", _CHATML, _CHATML, thinking="off"),
-        _family("minicpm4", "chatml", _CHATML, _CHATML, tools=False),
-        _family("llama3", "llama3", _LLAMA3_ALL, _LLAMA3),
-        _family("llama3.1", "llama3", _LLAMA3_ALL, _LLAMA3, dates=_DATES),
-        _family("llama2", "llama2", ("<s>", "</s>"), ("<s>", "</s>"), tools=False),
-        _family(
-            "mistral-v1", "mistral", ("<s>", "</s>"), ("<s>", "</s>"), tools=False, system_place="first",
-            before_question=" [INST] ", after_question=" [/INST]", before_answer=" ",
-        ),
-        _family(
-            "mistral", "mistral", _MISTRAL, _MISTRAL[:4], system_place="last", before_question="[INST] ",
-            after_question="[/INST]", before_answer=" ", after_marker=" ", strip_answers=True,
-        ),
-        _family(
-            "mistral-tekken", "mistral", _MISTRAL, _MISTRAL[:4], system_place="last", before_question="[INST]",
-            after_question="[/INST]", before_answer="", after_marker="",
-        ),
-        _family(
-            "mistral-v7", "mistral", _MISTRAL, _MISTRAL[:5], system_place="turn", before_question="[INST]",
-            after_question="[/INST]", before_answer="", after_marker=" ",
-        ),
-        _family("gemma", "gemma", ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"),
-                ("<start_of_turn>", "<end_of_turn>"), tools=False),
-        _family("phi3", "phi3", _PHI, _PHI[1:], tools=False, before_role="<|", after_role="|>\n", end="<|end|>",
-                after_end="\n"),
-        _family("phi4", "phi3", _PHI4, _PHI4, tools=False, before_role="<|im_start|>", after_role="<|im_sep|>",
-                end="<|im_end|>", after_end=""),
-        _family("phi4-mini", "phi4-mini", _PHI_MINI, ("<|end|>", "<|tool|>", "<|tool_call|>")),
-        _family("deepseek", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="v3"),
-        _family("deepseek-r1", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="r1"),
-        _family("deepseek-v3.1", "deepseek", _DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), variant="v3.1"),
-        _family("gpt-oss", "gpt-oss", _HARMONY, _HARMONY[:5]),
-    )
-}  # fmt: skip
-
-# SpecForge's names. Families that exist here under another name, and those that the tokenizer's own template serves.
-ALIASES = {
-    "qwen": "qwen2", "qwen2-vl": "qwen2", "lfm": "chatml", "qwen3-thinking": "qwen3",
-    "qwen3-instruct": "qwen3-no-think", "gpt-oss-naive": "gpt-oss", "deepseek-v3": "deepseek",
-    "deepseek-r1-distill": "deepseek-r1",
-} | dict.fromkeys(
-    (
-        "llama4", "qwen3-next-thinking", "qwen3.5", "kimi-k2-thinking", "kimi-k2-instruct", "kimi-k3-thinking",
-        "deepseek-v2", "deepseek-v32", "deepseek-v4", "ling-flash-2.0", "ling-3.0", "ling-3.0-thinking", "glm-5.2",
-        "glm-5.3", "longcat", "longcat_xml", "inkling-thinking",
-    ),
-    "own",
-)  # fmt: skip
+_known = yaml.safe_load((_DIRECTORY / "families.yaml").read_text("utf-8"))
+TEMPLATES: dict[str, ChatTemplate] = {name: _family(name, **facts) for name, facts in _known["families"].items()}
+ALIASES: dict[str, str] = _known["aliases"]
 
 
 def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:

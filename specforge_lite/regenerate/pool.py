@@ -14,9 +14,9 @@ import asyncio
 import random
 
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
-from specforge_lite.core.http import HttpFailure, backoff_seconds
+from specforge_lite.core.http import HttpClient, HttpFailure, backoff_seconds
 from specforge_lite.core.log import info, warn
-from specforge_lite.regenerate.client import REFUSALS, Server, open_http, parse_address
+from specforge_lite.regenerate.client import REFUSALS, Server, parse_address
 from specforge_lite.regenerate.settings import BackendSection
 from specforge_lite.regenerate.turns import Answer, Question, RequestFailed
 
@@ -33,13 +33,11 @@ class ServerPool:
     Lives in one event loop. Raises EngineError once no server has been reachable for `server_wait` seconds.
     """
 
-    def __init__(self, config: BackendSection) -> None:
+    def __init__(self, config: BackendSection, http: HttpClient) -> None:
         self.config, self.model = config, ""
-        addresses = {name: parse_address(name) for name in config.server_address_port}
-        self._http = open_http()
         self.servers = [
-            Server(self._http, name, base_url, config.request_timeout, config.extra_body)
-            for name, base_url in addresses.items()
+            Server(http, name, parse_address(name), config.request_timeout, config.extra_body)
+            for name in dict.fromkeys(config.server_address_port)
         ]
         self.num_places = config.max_concurrency * len(self.servers)
         self._places: asyncio.Queue[Server | None] = asyncio.Queue()  # None: no server is left
@@ -101,14 +99,13 @@ class ServerPool:
             await asyncio.sleep(pause)
 
     async def aclose(self) -> None:
-        """Stop probing, and close the connections."""
+        """Stop probing."""
         if self._end_timer is not None:
             self._end_timer.cancel()
         probes = [server.probe for server in self.servers if server.probe is not None]
         for probe in probes:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
-        await self._http.__aexit__()
 
     async def _take_place(self) -> Server:
         loop = asyncio.get_running_loop()

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,11 @@ from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
+from specforge_lite.regenerate.client import open_http
 from specforge_lite.regenerate.hf_backend import HfBackend
 from specforge_lite.regenerate.pool import ServerPool
 from specforge_lite.regenerate.rows import FimPrompts, InputRow, RowSource
-from specforge_lite.regenerate.settings import RegenerateConfig
+from specforge_lite.regenerate.settings import BackendSection, RegenerateConfig
 from specforge_lite.regenerate.shards import ShardStore
 from specforge_lite.regenerate.turns import Question, RequestFailed, Sampling, regenerate, row_sampling
 from specforge_lite.types import Conversation
@@ -75,24 +76,27 @@ async def run_async(config: RegenerateConfig, source: RowSource) -> Summary:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     prompts = config.prompts
-    async with aclosing(_open_backend(config)) as backend:
-        if isinstance(backend, ServerPool):
-            await backend.start()
+    async with AsyncExitStack() as stack:
+        backend = await _open_backend(config.backend, stack)
         settings = run_settings(config, backend.model)
-        with ShardStore(prompts.output_dir, prompts.num_per_shard, settings, prompts.resume) as store:
-            if prompts.retry_errors:
-                log.info(f"--retry-errors: {store.retry_errors()} row(s) will be asked again")
-            summary = await Run(config, source, store, backend).go(stopped)
-            if not summary.stopped:
-                store.write_merged(prompts.output_file)
+        store = stack.enter_context(ShardStore(prompts.output_dir, prompts.num_per_shard, settings, prompts.resume))
+        if prompts.retry_errors:
+            log.info(f"--retry-errors: {store.retry_errors()} row(s) will be asked again")
+        summary = await Run(config, source, store, backend).go(stopped)
+        if not summary.stopped:
+            store.write_merged(prompts.output_file)
     return summary
 
 
-def _open_backend(config: RegenerateConfig) -> ServerPool | HfBackend:
-    backend = config.backend
-    if backend.target_backend == "hf":
-        return HfBackend(str(backend.model_name), backend.target_dtype, backend.batch_size, backend.trust_remote_code)
-    return ServerPool(backend)
+async def _open_backend(config: BackendSection, stack: AsyncExitStack) -> ServerPool | HfBackend:
+    """The servers, checked, or the model in this process; `stack` closes it."""
+    if config.target_backend == "hf":
+        hf = HfBackend(str(config.model_name), config.target_dtype, config.batch_size, config.trust_remote_code)
+        return await stack.enter_async_context(aclosing(hf))
+    http = await stack.enter_async_context(open_http())
+    pool = await stack.enter_async_context(aclosing(ServerPool(config, http)))
+    await pool.start()
+    return pool
 
 
 class Run:

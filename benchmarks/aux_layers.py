@@ -37,7 +37,9 @@ class AuxConfig(DraftsConfig):
     output_dir: Path = Path("outputs/aux_layers")
     choices: tuple[str, ...] = Field(("1,3,4", "1,3,6", "0,3,6"), description="0-based layer outputs, a choice a word")
     seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = Field(1, ge=1)
     ttt_length: int = Field(5, ge=1)
+    draft_vocab_size: int = Field(1024, ge=8)
 
 
 def main() -> None:
@@ -69,11 +71,11 @@ def cell_file(out: Path, choice: str, seed: int) -> Path:
 
 
 def run_cell(config: AuxConfig, out: Path, evaluation: Path, choice: str, seed: int) -> None:
-    """Train, export, decode."""
+    """Train and decode."""
     result = cell_file(out, choice, seed)
     run = result.with_suffix("")
     flags = ["--learning-rate", str(config.learning_rate), "--ttt-length", str(config.ttt_length)]
-    flags += ["--aux-layer-ids", *map(str, layers_of(choice))]
+    flags += ["--draft-vocab-size", str(config.draft_vocab_size), "--aux-layer-ids", *map(str, layers_of(choice))]
     draft = train_draft(config, SCRIPTS["eagle3"], out / "states", run, seed, *flags)
     write_json(result, {"acc0": last_accuracy(run), **asdict(decode(config, choice, draft, evaluation))})
 
@@ -100,10 +102,12 @@ def table_of(config: AuxConfig, out: Path) -> str:
         if cells:
             identical = f"{sum(cell['identical'] for cell in cells)} of {len(cells)}"
             lines.append([choice, *(shown([cell[name] for cell in cells]) for name in COLUMNS), identical])
+    seeds = ", ".join(map(str, config.seeds))
     title = (
-        f"{config.total_steps} steps of {config.batch_size} samples, K {config.ttt_length}, learning rate"
-        f" {config.learning_rate:g}, seeds {', '.join(map(str, config.seeds))}: mean ± standard deviation (each seed)."
-        f" Tokens per verification pass; {config.num_eval} prompts not trained on, {config.max_new_tokens} tokens each."
+        f"{config.total_steps} steps of {config.batch_size} sample(s), K {config.ttt_length}, draft vocabulary"
+        f" {config.draft_vocab_size}, learning rate {config.learning_rate:g}, seeds {seeds}: mean ± standard deviation"
+        f" (each seed). Tokens per verification pass; {config.num_eval} prompts not trained on,"
+        f" {config.max_new_tokens} tokens each."
     )
     return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -134,9 +134,9 @@ def capture_states(config: DraftsConfig, train: Path, states: Path, *flags: str)
 
 
 def train_draft(config: DraftsConfig, script: str, states: Path, run: Path, seed: int, *flags: str) -> Path:
-    """Train and export a draft, or go on where a run was cut short. Returns its directory, beside `run`."""
-    draft = run.with_name(f"{run.name}-draft")
-    if not (draft / "config.json").exists():
+    """Train a draft, or go on where a run was cut short. Returns its last checkpoint, in `run`."""
+    draft = run / f"step_{config.total_steps}"
+    if not draft.exists():
         call(
             script, "--target-model-path", config.target_model_path, "--offline-dir", str(states), "--cache-dir",
             str(states.parent / "cache"), "--output-dir", str(run), "--total-steps", str(config.total_steps),
@@ -144,7 +144,6 @@ def train_draft(config: DraftsConfig, script: str, states: Path, run: Path, seed
             "--max-grad-norm", "0.5", "--seed", str(seed), "--eval-interval", "0", "--save-interval", "250",
             "--save-total-limit", "1", "--log-interval", "100", *flags,
         )  # fmt: skip
-        call("scripts/export_draft.py", "--checkpoint", str(run), "--output-dir", str(draft), "--dtype", "float32")
     return draft
 
 

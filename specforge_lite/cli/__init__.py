@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": ("compare:main", "decode prompts with and without the draft"),
     "compare serving": ("compare:serving", "the same in SGLang or vLLM, against our decoder"),
     "chat": ("chat:main", "chat in the terminal, drafted tokens highlighted"),
+    "record": ("record:main", "record the chats of a running server as training data"),
     "serve": ("serve:main", "run a target as a capture server"),
     "bench": ("bench:main", "speed-up of a draft on benchmark prompts"),
     "report": ("report:main", "write report.html of a run"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
@@ -26,7 +26,7 @@ UNUSED_NAMES = ("mask", "reserved", "unused", "extra_", "dummy")
 class BlockDraftSection(DraftSection):
     """The draft network: layers of the target's width, its embedding and head, its whole vocabulary."""
 
-    init: Literal["target", "random"] = flag("random", "a block draft starts from random weights")
+    init: str = flag("random", "a block draft starts from random weights, or from this draft")
     block_size: int | None = flag(None, "slots of a block (default: dspark 7, dflash 16)", ge=2, le=64)
     num_draft_layers: int | None = flag(None, "layers of the draft (default: 5)", ge=1)
     mask_token_id: int | None = flag(
@@ -37,8 +37,8 @@ class BlockDraftSection(DraftSection):
     @model_validator(mode="after")
     def _no_eagle_options(self) -> BlockDraftSection:
         self.refuse_eagle3_options("a block")
-        if self.init != "random":
-            raise ValueError("init target: a block draft starts from random weights (--init random)")
+        if self.init == "target":
+            raise ValueError("init target: a block draft starts from random weights (--init random) or from a draft")
         return self
 
 
@@ -86,8 +86,10 @@ class DsparkConfig(TrainConfig):
                 raise ValueError(f"{name}: a {self.algorithm} draft has no such option; leave it out")
         return self
 
-    def with_target_defaults(self) -> DsparkConfig:
+    def with_target_defaults(self) -> TrainConfig:
         """The aux layers that a block draft reads, where none were given."""
+        if self.draft.starts_from_draft:
+            return super().with_target_defaults()
         if self.target.aux_layer_ids is not None or self.training.offline_dir is not None:
             return self
         file, ids = self.draft.draft_model_config, None

@@ -22,8 +22,8 @@ class Eagle1TargetSection(TargetSection):
 class Eagle1DraftSection(DraftSection):
     """The draft network: as wide as the target, with its whole vocabulary and its frozen head."""
 
-    init: Literal["target", "random"] = flag(
-        "random", "start the layer from the target's last one, or randomly; it gained nothing when measured"
+    init: str = flag(
+        "random", "as the target's last layer (target; it gained nothing when measured), randomly, or from this draft"
     )
 
     @model_validator(mode="after")

@@ -42,12 +42,18 @@ class DraftSection(Section):
     draft_vocab_size: int | None = flag(
         None, "overrides the draft config; default when derived: 32000 or the whole vocabulary", ge=1
     )
-    init: Literal["target", "random"] = flag("target", "start from the target's last layer, or randomly")
+    init: str = flag("target", "start from the target's last layer (target), randomly (random), or from this draft")
+    init_partial: bool = flag(False, "with --init PATH: parts that do not fit start anew")
     norm_output: bool | None = flag(None, "EAGLE-3.1: the state fed to the next step is the normed one")
     fc_norm: bool | None = flag(None, "EAGLE-3.1: one RMSNorm per aux layer before fc")
     allow_vocab_mismatch: bool = flag(
         False, "resume although the vocabulary map was built from other data or another tokenizer"
     )
+
+    @property
+    def starts_from_draft(self) -> bool:
+        """`--init PATH`."""
+        return self.init not in ("target", "random")
 
     def refuse_eagle3_options(self, kind: str, advice: str = "") -> None:
         """Raise ValueError for what only an EAGLE-3 draft has."""
@@ -274,8 +280,12 @@ class TrainConfig(Section):
         return merge_deepspeed(values, {"training": {"ttt_length": steps}})
 
     def with_target_defaults(self) -> TrainConfig:
-        """What is left open and depends on the target, for kinds that choose otherwise than the engine."""
-        return self
+        """What is left open and depends on the target, or on the draft that the run starts from."""
+        if not self.draft.starts_from_draft:
+            return self
+        from specforge_lite.training.warm_start import with_source_layers
+
+        return with_source_layers(self)
 
     def draft_shape(self, draft: DraftConfig, target_config: Any) -> dict[str, Any]:
         """Fields of the draft's shape that this kind decides itself."""

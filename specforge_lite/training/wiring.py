@@ -159,7 +159,11 @@ def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
 def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: Any) -> DraftConfig:
     """The draft's shape from `--draft-model-config`, or derived from the target; aux layers are the engine's."""
     section = config.draft
-    if section.draft_model_config is not None:
+    source = _warm_start(config)
+    if source is not None and section.draft_model_config is None:
+        size = section.draft_vocab_size or source.config.draft_vocab_size
+        draft = source.config.replace(draft_vocab_size=size, aux_layer_ids=None)
+    elif section.draft_model_config is not None:
         draft = read_draft_config(section.draft_model_config, config.algorithm, target_config)
         if section.draft_vocab_size is not None:
             draft = draft.replace(draft_vocab_size=section.draft_vocab_size)
@@ -184,6 +188,14 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
         if ours != theirs:
             raise ConfigError(f"draft config: {name} {ours}, the target has {theirs}")
     return draft
+
+
+def _warm_start(config: TrainConfig) -> Draft | None:
+    if not config.draft.starts_from_draft:
+        return None
+    from specforge_lite.training.warm_start import source_of
+
+    return source_of(config)
 
 
 def read_draft_config(path: Path, algorithm: str, target_config: Any | None = None) -> DraftConfig:
@@ -225,11 +237,16 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     draft = build_draft(draft_config, vocab_map.d2t, vocab_map.t2d)
     init_random(draft, config.training.seed)
     fit_own_embeddings(draft, head)
-    if config.draft.init == "target":
+    source = _warm_start(config)
+    if config.draft.init == "target" or (source is not None and config.algorithm == "eagle3"):
         left_random = init_from_target(draft, directory, target_config, head)
-        if left_random:
+        if left_random and source is None:
             why = "absent in the target, of another shape, or quantised in a form that is not read"
             info(f"warm start: random, because {why}: {', '.join(left_random)}")
+    if source is not None:
+        from specforge_lite.training.warm_start import copy_source
+
+        copy_source(draft, source, config.draft.init, config.draft.init_partial)
     digest = lambda content: hashlib.sha256(content).hexdigest()[:32]  # noqa: E731
     rows = head.lm_head_VH[::97].float().contiguous()  # enough to tell targets apart, with the final norm
     identity = {

@@ -115,11 +115,12 @@ def make_stages(rehearse: bool, scratch: Path) -> list[Stage]:
     ]
     small = ["--num-train", "8", "--num-eval", "2", "--num-epochs", "1"] if rehearse else []
     for engine in ("hf", "sglang", "vllm"):
-        if engine == "hf" or (not rehearse and (ROOT / f".venv-{engine}" / "bin" / "python").exists()):
-            output = ["--output-dir", str(scratch / engine)]
-            stages.append(
-                Stage(f"quickstart-{engine}", [python, "scripts/quickstart.py", "--engine", engine, *small, *output])
-            )
+        if engine != "hf" and (rehearse or not (ROOT / f".venv-{engine}" / "bin" / "python").exists()):
+            continue
+        for kind in ("eagle3", "dspark", "dflash"):  # trained, exported, served: acceptance and text as our decoder's
+            name = f"quickstart-{engine}" + f"-{kind}" * (kind != "eagle3")
+            own = ["--engine", engine, "--draft-kind", kind, "--output-dir", str(scratch / name)]
+            stages.append(Stage(name, [python, "scripts/quickstart.py", *own, *small], "RESULT .*identical=yes"))
     return stages
 
 

@@ -3,6 +3,9 @@
     prepare -> regenerate answers with the target -> cache and vocabulary map -> train EAGLE-3 online -> evaluate
     -> export and check -> generate with and without the draft -> with a serving engine: serve the draft in it
 
+--draft-kind dspark and dflash do the same with a block draft, which both engines serve on GPUs only (vLLM a DFlash
+draft on a CPU too).
+
 Every stage is a command that you can run by hand; each is printed before it runs. Stages that are done are not run
 again (delete the output directory to start over).
 """
@@ -32,14 +35,22 @@ from specforge_lite.core.settings import Section, parse_config
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
 NUM_TRAIN, NUM_EVAL = 1000, 40
-CHAIN = 5
+# By kind: name, drafted tokens per pass, flags of the training.
+DRAFT_KINDS: dict[str, tuple[str, int, list[str]]] = {
+    "eagle3": ("EAGLE-3", 5, ["--draft-model-config", "configs/tiny-target-eagle3.json", "--ttt-length", "5"]),
+    "dspark": ("DSpark", 7, ["--draft-kind", "dspark", "--block-size", "7", "--num-draft-layers", "2"]),
+    "dflash": ("DFlash", 7, ["--draft-kind", "dflash", "--block-size", "8", "--num-draft-layers", "2"]),
+}
 
 
 class QuickstartConfig(Section):
     """The pipeline on the shipped target."""
 
     engine: Literal["hf", "sglang", "vllm"] = Field("hf", description="runs the target in every stage")
-    output_dir: Path | None = Field(None, description="default: outputs/quickstart, or outputs/quickstart-ENGINE")
+    draft_kind: Literal["eagle3", "dspark", "dflash"] = "eagle3"
+    output_dir: Path | None = Field(
+        None, description="default: outputs/quickstart, with -ENGINE and -KIND where they are not hf and eagle3"
+    )
     num_train: int = Field(NUM_TRAIN, ge=8, description="prompts to train on")
     num_eval: int = Field(NUM_EVAL, ge=1, description="other prompts, to evaluate and decode")
     num_epochs: int = Field(4, ge=1)
@@ -49,9 +60,9 @@ class QuickstartConfig(Section):
 
     @property
     def directory(self) -> Path:
-        """Where everything goes: a directory per engine, so that none passes for what another has done."""
-        name = "quickstart" if self.engine == "hf" else f"quickstart-{self.engine}"
-        return (self.output_dir or Path("outputs") / name).resolve()
+        """Where everything goes: one for each engine and kind, so that none passes for what another has done."""
+        other = [word for word in (self.engine, self.draft_kind) if word not in ("hf", "eagle3")]
+        return (self.output_dir or Path("outputs") / "-".join(["quickstart", *other])).resolve()
 
 
 class Stages:
@@ -90,6 +101,7 @@ def main() -> None:
     stages = Stages(out)
     python, target = sys.executable, str(TARGET)
     num_rows = config.num_train + config.num_eval
+    kind, chain, training = DRAFT_KINDS[config.draft_kind]
 
     stages.run(
         "prepare",
@@ -105,22 +117,21 @@ def main() -> None:
         "--eval-data-path", str(out / "eval.jsonl"), "--cache-dir", str(out / "cache"),
         "--max-length", "512",
     ]  # fmt: skip
-    draft_config = ["--draft-model-config", "configs/tiny-target-eagle3.json"]
     stages.run(
         "build cache and vocabulary map",
         out / "cache" / ".built",
-        [python, "scripts/build_eagle3_dataset_cache.py", *data, *draft_config,
-         "--view-train-data", "1"],
+        [python, "scripts/build_eagle3_dataset_cache.py", *data,
+         *(training[:2] if config.draft_kind == "eagle3" else []), "--view-train-data", "1"],
     )  # fmt: skip
     (out / "cache" / ".built").touch()
     run_dir, exported = out / "run", out / "draft"
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_procs)]
     stages.run(
-        "train EAGLE-3 online",
+        f"train {kind} online",
         exported / "config.json",
-        [*launcher, "scripts/train_eagle3_online.py", *data, *draft_config,
+        [*launcher, "scripts/train_eagle3_online.py", *data, *training,
          "--output-dir", str(run_dir), "--target-backend", config.engine, "--target-dtype", "float32",
-         "--num-epochs", str(config.num_epochs), "--batch-size", "2", "--learning-rate", "2e-3", "--ttt-length", "5",
+         "--num-epochs", str(config.num_epochs), "--batch-size", "2", "--learning-rate", "2e-3",
          "--warmup-ratio", "0.05", "--log-interval", "20", "--eval-interval", "500", "--save-interval", "500",
          "--save-total-limit", "2"],
         threads=1,
@@ -139,28 +150,28 @@ def main() -> None:
         "evaluate",
         out / "evaluation.json",
         [python, "scripts/evaluate_draft.py", *data[:2], *data[4:], "--draft-model-path", str(exported),
-         "--target-backend", config.engine, "--target-dtype", "float32",
+         "--target-backend", config.engine, "--target-dtype", "float32", "--chain-length", str(chain),
          "--save-results", str(out / "evaluation.json")],
     )  # fmt: skip
     stages.run(
         "generate with and without the draft",
         out / "decoding.json",
         [python, "scripts/compare_generation.py", "--base-model-path", target, "--draft-model-path", str(exported),
-         "--prompts", str(out / "eval.jsonl"), "--num-draft-tokens", str(CHAIN),
+         "--prompts", str(out / "eval.jsonl"), "--num-draft-tokens", str(chain),
          "--output", str(out / "decoding.json")],
         threads=1,
     )  # fmt: skip
-    if config.engine != "hf":
+    if config.engine != "hf":  # compares acceptance and text with our decoder's, and fails where they differ
         stages.run(
             f"serve the draft in {config.engine}",
             out / f"serving_{config.engine}.json",
             [python, "scripts/compare_serving.py", "--backend", config.engine, "--target-model-path", target,
              "--draft-model-path", str(exported), "--prompts", str(out / "eval.jsonl"),
-             "--num-draft-tokens", str(CHAIN), "--output", str(out / f"serving_{config.engine}.json"),
+             "--num-draft-tokens", str(chain), "--output", str(out / f"serving_{config.engine}.json"),
              "--log-dir", str(out / "serving")],
             threads=1,
         )  # fmt: skip
-    finish(config, out, run_dir, time.monotonic() - started)
+    finish(config, out, run_dir, chain, time.monotonic() - started)
 
 
 @contextmanager
@@ -198,7 +209,7 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: st
     )  # fmt: skip
 
 
-def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -> None:
+def finish(config: QuickstartConfig, out: Path, run_dir: Path, chain: int, seconds: float) -> None:
     """The table, the report, and the RESULT line."""
     from specforge_lite.report import write_report
     from specforge_lite.report.sources import find_run_files, read_json
@@ -217,14 +228,14 @@ def finish(config: QuickstartConfig, out: Path, run_dir: Path, seconds: float) -
     tokens = decoding["num_tokens"]
     saved = 1 - decoding["num_passes"] / decoding["num_passes_without"]
     identical = decoding["num_identical"] == decoding["num_prompts"]
-    table = Table(title=f"{decoding['num_prompts']} prompts the draft was not trained on, chains of {CHAIN}")
+    table = Table(title=f"{decoding['num_prompts']} prompts the draft was not trained on, chains of {chain}")
     for column in ("", "without draft", "with draft"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("acceptance length, decoded", "1.00", f"{decoding['acceptance_length']:.2f}")
     if config.engine != "hf":
         served = json.loads((out / f"serving_{config.engine}.json").read_text())["acceptance_length"]
         table.add_row(f"acceptance length, served by {config.engine}", "", f"{served:.2f}")
-    for k, accuracy in enumerate(evaluation["accuracy"][:CHAIN]):
+    for k, accuracy in enumerate(evaluation["accuracy"][:chain]):
         table.add_row(f"accuracy, position {k}", "", f"{accuracy:.1%}")
     passes = [decoding[key] / tokens for key in ("num_passes_without", "num_passes")]
     table.add_row("target passes per token", *(f"{value:.2f}" for value in passes))

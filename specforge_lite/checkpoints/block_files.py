@@ -184,7 +184,7 @@ def _tensor_problems(tensors: Mapping[str, Tensor], shape: DraftConfig) -> Itera
 
 def check_block_length(num_draft_tokens: int, shape: DraftConfig) -> Problem | None:
     """A served draft length other than the trained one: the block then has another number of MASK slots."""
-    trained = shape.block_size - (shape.algorithm == "dflash")
+    trained = shape.tokens_per_block
     if num_draft_tokens == trained:
         return None
     return (

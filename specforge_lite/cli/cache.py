@@ -76,7 +76,7 @@ def choose_draft_vocab_size(section: ModelSection, target_config: Any) -> int:
         return min(32000, vocab_size)
     from specforge_lite.training.wiring import read_draft_config
 
-    draft = read_draft_config(section.draft_model_config, "eagle3", target_config)
+    draft = read_draft_config(section.draft_model_config, None, target_config)
     if draft.vocab_size != vocab_size:
         raise ConfigError(f"{section.draft_model_config}: vocab_size {draft.vocab_size}, the target has {vocab_size}")
     return draft.draft_vocab_size

@@ -45,6 +45,9 @@ class CompareConfig(PromptsSection, DraftPathSection, LocalTargetSection):
     total_token: int = Field(60, ge=2, description="tree: tokens verified at once")
     depth: int = Field(7, ge=1, description="tree: draft steps")
     top_k: int = Field(10, ge=1, description="tree: candidates per step")
+    confidence_threshold: float = Field(
+        0.0, ge=0, le=1, description="a dspark chain ends before a token less likely to be accepted"
+    )
     max_new_tokens: int = Field(160, ge=1)
     output: Path | None = Field(None, description="write the result as json (read by scripts/make_report.py)")
 
@@ -80,7 +83,10 @@ def main() -> None:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    result = compare_generation(model, prompts, GenerationSettings(max_new_tokens=config.max_new_tokens))
+    settings = GenerationSettings(
+        max_new_tokens=config.max_new_tokens, confidence_threshold=config.confidence_threshold
+    )
+    result = compare_generation(model, prompts, settings)
     if config.output:
         config.output.write_text(json.dumps(result.to_dict(), indent=1))
     Console().print(_table_of(result))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.checkpoints.draft_files import read_config
+from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.inference.speculative import SpeculativeModel
+from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.reporting import METRICS_FILE, read_metrics
 from specforge_lite.training.wiring import open_dataset
 
@@ -59,6 +60,7 @@ def read_run(checkpoint: Path) -> RunRecord:
         chain_length, num_steps = training["eval_chain_length"], training["ttt_length"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'}: not a training run's: {error}") from None
+    num_steps = DraftConfig.from_json(checkpoint / TRAINING_CONFIG).tokens_per_block or num_steps
     path = data.eval_data_path or data.train_data_path
     if path is None:
         raise CheckpointError(f"{checkpoint}: the run trained from an offline directory; its text is not known here")

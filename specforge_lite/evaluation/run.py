@@ -96,7 +96,10 @@ def evaluate_draft(
 ) -> EvalResult:
     """Table and acceptance estimates of one draft. observers: called with every batch and its output."""
     check_evaluable(draft)
-    settings = TTTSettings(num_steps=measure.ttt_length, collect_rows=True)
+    num_steps, chain_length = draft.num_training_steps(measure.ttt_length), measure.chain_length
+    if draft.config.tokens_per_block and "chain_length" not in measure.model_fields_set:
+        chain_length = num_steps  # a block drafts all of its tokens at once
+    settings = TTTSettings(num_steps=num_steps, collect_rows=True)
     count = num_samples(dataset, measure)
 
     def forward(batch: DraftBatch) -> StepOutput:
@@ -111,8 +114,8 @@ def evaluate_draft(
             dataset,
             engine,
             BatchMaker(files.head, len(engine.info.aux_layer_ids), files.device, torch.float32),
-            measure.ttt_length,
-            chain_length=measure.chain_length,
+            num_steps,
+            chain_length=chain_length,
             batch_size=measure.batch_size,
             max_samples=count,
             on_batch=bar.update,

@@ -31,15 +31,13 @@ from specforge_lite.model.block import BlockDraft
 class BlockDrafter:
     """A block draft with its context cache for one batch of texts; the counterpart of `Drafter`.
 
-    table_VD, head: the target's embeddings and output head. threshold: least chance (0..1) of a token to be kept in
-    the chain; 0 keeps all, and in a batch the longest chain decides.
+    table_VD, head: the target's embeddings and output head. threshold (set before a call): least chance (0..1) of a
+    token to be kept in the chain; 0 keeps all, and in a batch the longest chain decides.
     """
 
-    def __init__(self, draft: BlockDraft, table_VD: Tensor, head: Head, threshold: float = 0.0) -> None:
-        if threshold and draft.confidence_head is None:
-            raise ConfigError(f"confidence_threshold {threshold}: this draft has no confidence head")
+    def __init__(self, draft: BlockDraft, table_VD: Tensor, head: Head) -> None:
         self.draft = draft
-        self.table_VD, self.head, self.threshold = table_VD, head, threshold
+        self.table_VD, self.head, self.threshold = table_VD, head, 0.0
         self.device = table_VD.device
         self.dtype = next(draft.parameters()).dtype
         self.layers = draft.block_layers

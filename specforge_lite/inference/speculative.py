@@ -46,7 +46,8 @@ class GenerationSettings:
     eos_token_id: None for the model's own, an empty list for none. seed: makes sampling repeatable. shape: another
     tree than the model's. draft_sampling: where text is sampled, chains are the draft's most probable tokens (`greedy`,
     what engines do by default) or drawn from its distribution (`sampled`, what DSpark is trained for); `auto`: sampled
-    for a dspark draft. The text has the target's distribution either way.
+    for a dspark draft. The text has the target's distribution either way. confidence_threshold: a dspark chain ends
+    before the first token whose chance of being accepted is below it (0: never).
     """
 
     max_new_tokens: int = 512
@@ -59,6 +60,7 @@ class GenerationSettings:
     seed: int | None = None
     shape: TreeShape | None = None
     draft_sampling: str = "auto"
+    confidence_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.draft_sampling not in DRAFT_SAMPLING:
@@ -253,9 +255,14 @@ class SpeculativeModel:
         )  # fmt: skip
         if not speculative or self.drafter is None:
             return decoding, decoding.plain()
-        return decoding, decoding.speculative(
-            self.drafter, settings.shape or self.shape, settings.draw_drafts(self.drafter.draft)
-        )
+        threshold, draft = settings.confidence_threshold, self.drafter.draft
+        if isinstance(self.drafter, BlockDrafter):
+            self.drafter.threshold = threshold
+        if threshold and getattr(draft, "confidence_head", None) is None:
+            raise ConfigError(
+                f"confidence_threshold {threshold}: this {draft.config.algorithm} draft has no confidence head"
+            )
+        return decoding, decoding.speculative(self.drafter, settings.shape or self.shape, settings.draw_drafts(draft))
 
     def token_ids(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form -> token ids of each. Padding goes by the attention mask, where there is one."""

@@ -122,12 +122,12 @@ class BlockDraft(Draft):
     @property
     def first_slot(self) -> int:
         """Slot of the first prediction."""
-        return 1 if self.config.algorithm == "dflash" else 0
+        return self.config.block_size - self.config.tokens_per_block
 
     @property
     def num_predictions(self) -> int:
         """Tokens a block drafts."""
-        return self.config.block_size - self.first_slot
+        return self.config.tokens_per_block
 
     def num_training_steps(self, ttt_length: int) -> int:
         return self.num_predictions

@@ -101,6 +101,11 @@ class DraftConfig:
             set_field("aux_layer_ids", tuple(self.aux_layer_ids))
             set_field("num_aux_layers", len(self.aux_layer_ids))
 
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens that a block drafts: a dflash block's first slot only carries the anchor. 0: another kind of draft."""
+        return self.block_size - (self.algorithm == "dflash")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "draft config") -> DraftConfig:
         """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.

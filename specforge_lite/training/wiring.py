@@ -198,19 +198,19 @@ def _warm_start(config: TrainConfig) -> Draft | None:
     return source_of(config)
 
 
-def read_draft_config(path: Path, algorithm: str, target_config: Any | None = None) -> DraftConfig:
-    """A draft's config.json for `algorithm`, completed from the target's; a plain Llama config, as EAGLE's are, fits
-    both algorithms."""
+def read_draft_config(path: Path, algorithm: str | None, target_config: Any | None = None) -> DraftConfig:
+    """A draft's config.json for `algorithm` (None: its own), completed from the target's; a plain Llama config, as
+    EAGLE's are, fits all."""
     file = path / "config.json" if path.is_dir() else path
     values = read_config(file)
     known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
     draft = DraftConfig.from_dict(fill_from_target(values, known, str(file)), str(file))
-    if draft.algorithm == algorithm:
+    if algorithm in (None, draft.algorithm):
         return draft
     architecture = "".join(values.get("architectures") or [])
     if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
         raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
-    return draft.replace(algorithm=algorithm, draft_vocab_size=draft.vocab_size)
+    return draft.replace(algorithm=algorithm or draft.algorithm, draft_vocab_size=draft.vocab_size)
 
 
 @dataclass

@@ -12,10 +12,10 @@ import pytest
 from benchmarks.gpu_proof import Stage, make_stages, report, run
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["parity", "resume", "memory", "mfu", "mfu-plan", "transport"]
+STAGES = ["parity", "resume", "memory", "mfu", "mfu-plan", "transport", "quickstart-hf-dspark"]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_rehearsal_runs_the_stages_and_writes_the_report(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_proof.py", "--rehearse", "--output", str(tmp_path / "proof.md")]
     done = subprocess.run([*command, "--stages", *STAGES], cwd=ROOT, capture_output=True, text=True)
@@ -41,7 +41,8 @@ def test_the_real_run_has_every_stage_and_the_8b_shape(tmp_path: Path) -> None:
     assert [*stages][:4] == ["environment", "tests", "parity", "resume"]
     assert "-m gpu tests" in stages["tests"]
     assert "--shape 8b --device cuda" in stages["mfu"]
-    assert "quickstart-hf" in stages
+    for kind in ("", "-dspark", "-dflash"):  # and those engines that are installed
+        assert f"quickstart-hf{kind}" in stages
 
 
 def test_without_a_gpu_one_line_says_so() -> None:

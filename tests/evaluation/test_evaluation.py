@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from specforge_lite.capture.hf import HfEngine
-from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.evaluation.acceptance import Acceptance, decode_answers, disagreement
-from specforge_lite.evaluation.run import position_rows
+from specforge_lite.evaluation.run import TargetFiles, evaluate_draft, position_rows
 from specforge_lite.inference import SpeculativeModel
+from specforge_lite.inference.speculative import GenerationSettings
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import init_from_target, init_random
 from specforge_lite.model.registry import build_draft
@@ -84,8 +86,8 @@ def test_table_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A draft trained for some seconds on greedy answers of the target; (draft, engine, head, samples)."""
+def answered(tiny_target: Path):
+    """Greedy answers of the target: (engine, head, samples)."""
     model = SpeculativeModel.from_pretrained(str(tiny_target), dtype="float32", device="cpu")
     names = ("Tom", "Ann", "Kim", "Leo", "Eva", "Max")
     chats = [
@@ -103,8 +105,15 @@ def trained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory):
         for i, answer in enumerate(answers)
     ]
     engine = HfEngine(str(tiny_target), dtype="float32", device="cpu")
-    config = DraftConfig.from_target(engine.model.config, 2048).replace(aux_layer_ids=engine.info.aux_layer_ids)
     head = load_target_head(tiny_target, engine.model.config).to("cpu", torch.float32)
+    return engine, head, samples
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_target: Path, answered):
+    """A draft trained for some seconds on them: (draft, engine, head, samples)."""
+    engine, head, samples = answered
+    config = DraftConfig.from_target(engine.model.config, 2048).replace(aux_layer_ids=engine.info.aux_layer_ids)
     d2t, t2d = random_vocabulary(2048, 4096)
     used = torch.cat([sample.input_ids_L for sample in samples]).unique()
     if not bool(t2d[used].all()):  # every token of the answers can be drafted
@@ -125,7 +134,8 @@ def train(draft: Draft, engine: HfEngine, head: TargetHead, samples: list[Tokeni
     optimizer = torch.optim.AdamW(draft.parameters(), lr=2e-3)
     for _ in range(num_steps):
         output = draft(batch, head, TTTSettings(num_steps=CHAIN))
-        (output.loss / output.counted_K[0]).backward()
+        count = output.counted_K[0] if output.weight_sum is None else output.weight_sum
+        (output.loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -147,6 +157,45 @@ def test_estimated_and_decoded_acceptance_agree(trained) -> None:
     assert estimated.num_tokens == real.num_tokens == sum(int(s.loss_mask_L.sum()) - 1 for s in samples)
     assert disagreement(estimated, real) < 0.05
     assert estimated.per_position == pytest.approx(real.per_position, abs=0.05)
+
+
+@pytest.mark.parametrize(("kind", "block_size"), [("dspark", 4), ("dflash", 6)])
+def test_the_walk_over_blocks_is_what_they_decode(answered, kind: str, block_size: int) -> None:
+    """Neither kind drafts as many tokens as --ttt-length says. A batch accepts what its prompts do alone; a cut chain
+    accepts less and says the same."""
+    engine, head, samples = answered
+    is_dspark = kind == "dspark"
+    config = DraftConfig.from_target(engine.model.config, None, kind).replace(
+        aux_layer_ids=engine.info.aux_layer_ids, num_hidden_layers=2, block_size=block_size, mask_token_id=0,
+        markov_rank=16 if is_dspark else 0, confidence_head=is_dspark,
+    )  # fmt: skip
+    size = config.vocab_size
+    draft = build_draft(config, torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool))
+    init_random(draft, seed=0)
+    train(draft, engine, head, samples, num_steps=90)
+    files = TargetFiles(Path(), engine.model.config, head, torch.device("cpu"))
+    result = evaluate_draft(draft, files, samples, engine, MeasureSection())
+    chain = block_size - (not is_dspark)
+    assert (result.chain_length, len(result.accuracy)) == (chain, chain)
+    model = SpeculativeModel(engine.model, draft)
+    decoded = decode_answers(model, samples, chain)
+    estimated, real = Acceptance.estimated(result), decoded.acceptance
+    assert decoded.reproduced_share == 1
+    assert 1.3 < real.tokens_per_pass < chain
+    assert disagreement(estimated, real) < 0.05
+    assert estimated.per_position == pytest.approx(real.per_position, abs=0.05)
+    prompts = [sample.input_ids_L[~sample.loss_mask_L].tolist() for sample in samples]
+    whole = model.run(prompts, GenerationSettings(max_new_tokens=56))
+    assert whole.stats.verification_passes == real.num_passes
+    if is_dspark:
+        for threshold in (0.5, 1.0):  # nothing is surer than 1: no token is drafted
+            cut = model.run(prompts, GenerationSettings(max_new_tokens=56, confidence_threshold=threshold))
+            assert [a.tokens for a in cut.answers] == [a.tokens for a in whole.answers]
+            assert cut.stats.tokens_per_pass < whole.stats.tokens_per_pass
+        assert cut.stats.tokens_per_pass == 1
+    else:
+        with pytest.raises(ConfigError, match=r"confidence_threshold 0\.5: this dflash draft has no confidence head"):
+            model.run(prompts, GenerationSettings(confidence_threshold=0.5))
 
 
 def test_the_script_reports_both(
@@ -207,7 +256,6 @@ def positions_by_hand(draft: Draft, engine: HfEngine, head: TargetHead, samples:
 
 def test_the_script_needs_data_and_the_right_layers(trained, tiny_target: Path, tmp_path: Path) -> None:
     from specforge_lite.checkpoints.export import export_draft
-    from specforge_lite.core.errors import ConfigError
 
     exported = export_draft(trained[0], tmp_path / "draft")
     words = ["--target-model-path", str(tiny_target), "--draft-model-path", str(exported)]

@@ -58,12 +58,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeModel:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['prompt'][0]}-{case['threshold']}")
 def test_every_block_equals_the_authors_loop(model: SpeculativeModel, case: dict[str, Any]) -> None:
     assert isinstance(model.drafter, BlockDrafter)
-    recorder = Recorder(model.drafter.draft, model.drafter.table_VD, model.drafter.head, case["threshold"])
+    recorder = Recorder(model.drafter.draft, model.drafter.table_VD, model.drafter.head)
     recorder.blocks = []
     plain, model.drafter = model.drafter, recorder
     try:
         new = len(case["output"]) - len(case["prompt"])
-        output = model.run(case["prompt"], GenerationSettings(max_new_tokens=new, shape=TreeShape.chain(4)))
+        settings = GenerationSettings(
+            max_new_tokens=new, shape=TreeShape.chain(4), confidence_threshold=case["threshold"]
+        )
+        output = model.run(case["prompt"], settings)
     finally:
         model.drafter = plain
     assert [*case["prompt"], *output.answers[0].tokens] == case["output"]

@@ -31,7 +31,7 @@ from benchmarks.compare_eagle1_eagle3 import DraftsConfig, call, capture_states,
 from specforge_lite.core.files import atomic_file
 from specforge_lite.core.log import run_script
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
-from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.core.settings import parse_config
 from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.evaluation.run import engine_for, evaluate_draft, load_evaluated, open_eval_data, open_target_files
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel

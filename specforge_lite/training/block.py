@@ -46,7 +46,9 @@ class BlockTrainingSection(TrainingSection):
     """How long, on what batches, with which loss."""
 
     num_anchors: int = flag(512, "blocks of a sample and step, drawn anew in every epoch", ge=1)
-    eval_chain_length: int = flag(64, "drafted tokens per pass of the estimated acceptance length, at most a block's", ge=1)
+    eval_chain_length: int = flag(
+        64, "drafted tokens per pass of the estimated acceptance, at most a block's", ge=1
+    )
 
     def loss_settings(self) -> dict[str, Any]:
         return {"num_anchors": self.num_anchors, "anchor_seed": self.seed}

@@ -26,7 +26,9 @@ that are not negative and relative residuals, by
     verify   v0 + v1 (VERIFY - 1) + v2 [TOPK > 1]          draft   d0 STEPS + d1 STEPS (TOPK - 1)
 
 (v2: a tree has to be built, masked and compacted; a chain has not), each by itself where the engine reports the draft's
-share (hf), else their sum, where the run without a draft is the point STEPS 0, VERIFY 1.
+share (hf), else their sum, where the run without a draft is the point STEPS 0, VERIFY 1. A dspark or dflash draft
+fills its block in one pass, whatever STEPS is: its draft term is d0; it is planned with the chains that were measured,
+since engines serve the length of its block only.
 
 Correction. Costs are not quite linear and contexts not all alike, so the predicted rate tau / t is multiplied by what
 the measured configurations of this batch size had over their own predictions: the geometric mean of those ratios with
@@ -154,7 +156,7 @@ def measured_tokens_per_pass(row: SpeedupRow) -> float:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of one pass at one batch size; f and n of the formula above."""
+    """Seconds of one pass at one batch size; f and n of the formula above. one_pass: a block draft's."""
 
     batch_size: int
     verify: tuple[float, float, float]
@@ -163,12 +165,13 @@ class CostModel:
     first_token_seconds: float
     first_token_seconds_without: float
     tokens_after_first: float
+    one_pass: bool = False
 
     def seconds_per_pass(self, speculation: Speculation) -> float:
         """t(STEPS, TOPK, VERIFY)."""
         if speculation.is_baseline:
             return self.seconds_per_token_without
-        design = np.concatenate([_verify_terms(speculation), _draft_terms(speculation)])
+        design = np.concatenate([_verify_terms(speculation), _draft_terms(speculation, self.one_pass)])
         return float(design @ np.array([*self.verify, *self.draft]))
 
     def speedup(self, speculation: Speculation, tokens_per_pass: float) -> float:
@@ -184,7 +187,9 @@ def _verify_terms(speculation: Speculation) -> np.ndarray:
     return np.array([1.0, max(speculation.num_draft_tokens, 1) - 1.0, float(speculation.topk > 1)])
 
 
-def _draft_terms(speculation: Speculation) -> np.ndarray:
+def _draft_terms(speculation: Speculation, one_pass: bool) -> np.ndarray:
+    if one_pass:
+        return np.array([float(speculation.steps > 0), 0.0])
     return np.array([float(speculation.steps), speculation.steps * (max(speculation.topk, 1) - 1.0)])
 
 
@@ -195,15 +200,18 @@ def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
     if not without or not drafted:
         missing = "without" if drafted else "with"
         raise DataError(f"batch size {batch_size}: no timed row {missing} a draft")
+    one_pass = any(row.block_kind for row in drafted)
     splits = [row for row in drafted if row.draft_share is not None]
     if len(splits) == len(drafted):
         shares = [row.draft_share or 0.0 for row in drafted]
         verify_times = [float(r.seconds_per_pass or 0) * (1 - s) for r, s in zip(drafted, shares)]
         draft_times = [float(r.seconds_per_pass or 0) * s for r, s in zip(drafted, shares)]
         verify = fit_nonnegative([_verify_terms(_spec(r)) for r in drafted], verify_times)
-        draft = fit_nonnegative([_draft_terms(_spec(r)) for r in drafted], draft_times)
+        draft = fit_nonnegative([_draft_terms(_spec(r), one_pass) for r in drafted], draft_times)
     else:
-        terms = [np.concatenate([_verify_terms(_spec(r)), _draft_terms(_spec(r))]) for r in [*without, *drafted]]
+        terms = [
+            np.concatenate([_verify_terms(_spec(r)), _draft_terms(_spec(r), one_pass)]) for r in [*without, *drafted]
+        ]
         found = fit_nonnegative(terms, [float(r.seconds_per_pass or 0) for r in [*without, *drafted]])
         verify, draft = found[:3], found[3:]
     answered = sum(r.completion_tokens for r in without) / sum(r.num_requests for r in without)
@@ -215,6 +223,7 @@ def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
         first_token_seconds=_mean(r.mean_first_token_seconds for r in drafted),
         first_token_seconds_without=_mean(r.mean_first_token_seconds for r in without),
         tokens_after_first=max(1.0, answered - 1),
+        one_pass=one_pass,
     )
 
 
@@ -349,9 +358,12 @@ def _distance(a: Speculation, b: Speculation) -> float:
 
 
 def default_candidates(rows: Sequence[SpeedupRow], acceptance: AcceptanceModel) -> list[Speculation]:
-    """Chains and trees no deeper, wider or larger than the largest that were measured, and what was measured."""
+    """What was measured; of an EAGLE draft also chains and trees no deeper, wider or larger than the largest of
+    these."""
     deepest = min(max(row.steps for row in rows), len(acceptance.conditional))
     found = {_spec(row) for row in rows}
+    if any(row.block_kind for row in rows):
+        return sorted(found)
     found |= {Speculation(steps, 1, steps + 1) for steps in range(1, deepest + 1)}
     trees = [row for row in rows if row.topk > 1]
     if trees and acceptance.catch_share is not None:

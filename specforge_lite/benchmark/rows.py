@@ -89,6 +89,11 @@ class SpeedupRow:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def block_kind(self) -> str | None:
+        """`dspark` or `dflash` where the draft is one."""
+        return self.settings.get("draft_kind")
+
+    @property
     def key(self) -> RowKey:
         speculation = Speculation(self.steps, self.topk, self.num_draft_tokens)
         return RowKey(self.benchmark, self.num_prompts, BenchConfig(self.batch_size, speculation))

@@ -167,9 +167,14 @@ def _template_kwargs(text: str | None) -> dict[str, Any]:
 def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, Any]:
     """What rows of one file must share."""
     from specforge_lite.benchmark.rows import fingerprint
+    from specforge_lite.checkpoints.draft_files import read_config
+    from specforge_lite.model.block_config import block_kind_of
 
     engine, work = config.engine, config.work
+    file = Path(options.draft_path or "") / "config.json"
+    kind = block_kind_of(read_config(file)) if file.is_file() else None
     return {
+        **({} if kind is None else {"draft_kind": kind}),
         "backend": options.backend,
         "model_path": options.model_path,
         "draft": fingerprint(options.draft_path),

@@ -53,6 +53,7 @@ class PlanMemoryConfig(Section):
     max_tokens_per_batch: int | None = Field(None, ge=8, description="packing budget, instead of --batch-size")
     num_gpus: int = Field(1, ge=1, description="ranks of the trainer")
     ttt_length: int = Field(7, ge=1, le=32, description="K, steps of the training-time test")
+    num_anchors: int = Field(512, ge=1, description="dspark, dflash: blocks of a sample and step")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="compute dtype")
     sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="as in training")
     cpu_offload: bool = Field(False, description="with fsdp2: parameters and AdamW state in CPU memory")
@@ -100,10 +101,14 @@ def _workload_of(config: PlanMemoryConfig) -> Workload:
     from specforge_lite.training.estimate import Workload
     from specforge_lite.training.wiring import read_draft_config
 
+    draft = read_draft_config(cast(Path, config.draft_model_config), None)
+    if draft.algorithm == "eagle1":
+        raise ConfigError(f"{config.draft_model_config}: an EAGLE-1 draft; the plan knows eagle3, dspark and dflash")
     return Workload(
-        draft=read_draft_config(cast(Path, config.draft_model_config), "eagle3"),
+        draft=draft,
         tokens=config.max_tokens_per_batch or config.batch_size * config.max_length,
         num_steps=config.ttt_length,
+        num_anchors=config.num_anchors,
         precision=config.precision,
         device=config.device,
         supervised=config.supervised_share,
@@ -241,9 +246,9 @@ def speculation() -> None:
     plan = make_plan(rows, [_parse_speculation(text) for text in config.candidates] or None)
     for size in plan.predictions:
         measured = {row.key.config.speculation for row in rows if row.batch_size == size and row.steps}
-        if len(measured) < 2:
+        if len(measured) < 2 and not rows[0].block_kind:
             warn(f"batch size {size}: one configuration with a draft was measured; costs need at least two")
-    _show_speculation(plan, config.num_shown)
+    _show_speculation(plan, config.num_shown, rows[0].block_kind)
     if config.output is not None:
         with user_errors(config.output), atomic_file(config.output) as file:
             json.dump(_to_json(plan), file, indent=2)
@@ -260,7 +265,7 @@ def _parse_speculation(text: str) -> Speculation:
         raise ConfigError(str(error).replace("config_list: '1,", "candidates: '").replace("B,STEPS", "STEPS")) from None
 
 
-def _show_speculation(plan: Plan, num_shown: int) -> None:
+def _show_speculation(plan: Plan, num_shown: int, block_kind: str | None) -> None:
     table = Table(caption="predicted inside what was measured; measured where the run holds the configuration")
     for name in ("batch", "STEPS,TOPK,VERIFY", "tokens/pass", "ms/pass", "predicted speed-up", "measured"):
         table.add_column(name, justify="right" if name != "batch" else "left")
@@ -270,7 +275,7 @@ def _show_speculation(plan: Plan, num_shown: int) -> None:
         table.add_section()
     Console(width=max(Console().width, 100)).print(table)
     for size in plan.predictions:
-        info(_recommendation(plan.best(size)))
+        info(_recommendation(plan.best(size), block_kind))
         if (verdict := plan.verdict_on_trees(size)) is not None:
             info(f"batch size {size}: {verdict}")
 
@@ -285,7 +290,7 @@ def _cells(prediction: Prediction) -> list[str]:
     ]
 
 
-def _recommendation(best: Prediction) -> str:
+def _recommendation(best: Prediction, block_kind: str | None = None) -> str:
     """One line, with the flags of both engines."""
     spec = best.speculation
     if spec.is_baseline:
@@ -294,6 +299,9 @@ def _recommendation(best: Prediction) -> str:
         f"--speculative-num-steps {spec.steps} --speculative-eagle-topk {spec.topk}"
         f" --speculative-num-draft-tokens {spec.num_draft_tokens}"
     )
+    if block_kind is not None:
+        name = "--speculative-dflash-block-size" if block_kind == "dflash" else "--speculative-num-draft-tokens"
+        flags = f"--speculative-algorithm {block_kind.upper()} {name} {spec.num_draft_tokens}"
     vllm = f'; vLLM: "num_speculative_tokens": {spec.steps}' if spec.is_chain else ""
     return f"batch size {best.batch_size}: {spec}, predicted speed-up {best.speedup:.2f}; SGLang: {flags}{vllm}"
 

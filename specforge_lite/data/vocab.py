@@ -101,6 +101,17 @@ def count_supervised_tokens(dataset: TokenizedDataset, vocab_size: int) -> np.nd
     return counts
 
 
+def occurrences(dataset: TokenizedDataset, token_id: int) -> tuple[int, int]:
+    """(supervised tokens that are `token_id`, others that are)."""
+    input_ids, loss_mask = dataset.token_arrays()
+    supervised = others = 0
+    for start in range(0, len(input_ids), _COUNT_BLOCK):
+        found = loss_mask[start : start + _COUNT_BLOCK][input_ids[start : start + _COUNT_BLOCK] == token_id]
+        supervised += int(found.sum())
+        others += int((~found).sum())
+    return supervised, others
+
+
 def build_vocab_map(
     counts: np.ndarray | TokenizedDataset, vocab_size: int, draft_vocab_size: int, fingerprint: str
 ) -> VocabMap:

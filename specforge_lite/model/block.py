@@ -69,12 +69,12 @@ class BlockLayer(nn.Module):
         q = _linear(x_RH, self.self_attn.q_proj.weight).unflatten(-1, (-1, self.head_dim))
         return apply_rope(self.self_attn.q_norm(q), cos, sin)
 
-    def finish(self, state_RH: Tensor, attended_RHd: Tensor) -> Tensor:
+    def finish(self, state_RH: Tensor, attended_RHd: Tensor, compiled: bool = False) -> Tensor:
         """Output projection and feed-forward, both added to the state."""
         state_RH = state_RH + _linear(attended_RHd.flatten(-2), self.self_attn.o_proj.weight)
         mlp, x = self.mlp, self.post_attention_layernorm(state_RH)
         gate_up = torch.cat([_linear(x, mlp.gate_proj.weight), _linear(x, mlp.up_proj.weight)], -1)
-        return state_RH + _linear(gated(gate_up, mlp.activation), mlp.down_proj.weight)
+        return state_RH + _linear(gated(gate_up, mlp.activation, compiled), mlp.down_proj.weight)
 
 
 class MarkovHead(nn.Module):
@@ -205,7 +205,7 @@ class BlockDraft(Draft):
             markov = (embedding(previous_U, self.markov_head.markov_w1.weight), self.markov_head.markov_w2.weight)
         head = self.confidence_head
         confidence = None if head is None else (head.proj.weight, head.proj.bias)
-        loss, results = block_loss(h_RH, markov, confidence, block_rows, target_head)
+        loss, results = block_loss(h_RH, markov, confidence, block_rows, target_head, ttt.compile)
         return _summarize(batch, plan, host_plan, loss, results, block_rows.weights_R, ttt.collect_rows)
 
     def _blocks(
@@ -228,7 +228,7 @@ class BlockDraft(Draft):
         for index, layer in enumerate(layers):
             last = index == len(layers) - 1
             queries = plan.counted if last else plan.every
-            run = (layer, state, c_CH, context_rope, slot_rope, queries, last, plan, attend)
+            run = (layer, state, c_CH, context_rope, slot_rope, queries, last, plan, attend, ttt.compile)
             state = (
                 checkpoint(_run_layer, *run, use_reentrant=False)
                 if ttt.activation_checkpointing and torch.is_grad_enabled()
@@ -247,6 +247,7 @@ def _run_layer(
     last: bool,
     plan: BlockPlan,
     attend: BlockAttention,
+    compiled: bool,
 ) -> Tensor:
     """One layer; the last computes the slots of `queries` only."""
     k_CGd, v_CGd = layer.keys_values(c_CH, *context_rope)
@@ -256,7 +257,7 @@ def _run_layer(
     if last:
         state_SH, x_SH, cos, sin = (t.index_select(0, queries.slots_R) for t in (state_SH, x_SH, cos, sin))
     attended = attend(layer.queries(x_SH, cos, sin), k_CGd, v_CGd, k_SGd, v_SGd, queries, plan)
-    return layer.finish(state_SH, attended)
+    return layer.finish(state_SH, attended, compiled)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Letters: R counted rows, U labels, H hidden width, V vocabulary, E Markov rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from specforge_lite.model.fused import fused
 from specforge_lite.model.target_head import TargetHead
 
 # Logits of a chunk on a CPU: what stays in its caches. A GPU wants large products: a share of its memory.
@@ -76,15 +78,17 @@ def block_loss(
     confidence: tuple[Tensor, Tensor] | None,
     rows: BlockRows,
     head: TargetHead,
+    compiled: bool = False,
 ) -> tuple[Tensor, BlockResults]:
     """-> (sum of weighted terms, results). markov: (W1[x_{u-1}] [U, E], W2 [V, E]). confidence: (w [1, H+E], b [1]).
+    compiled: what lies between the matrix products is one compiled function.
 
     Gradients reach h, both Markov matrices and the confidence head; the target's head is frozen.
     """
     results: list[BlockResults] = []
     e_UE, w2_VE = markov if markov is not None else (None, None)
     w, b = confidence if confidence is not None else (None, None)
-    loss = _BlockLoss.apply(h_RH, e_UE, w2_VE, w, b, rows, head, results)
+    loss = _BlockLoss.apply(h_RH, e_UE, w2_VE, w, b, rows, head, results, fused(loss_pass, compiled))
     return loss, results[0]
 
 
@@ -102,6 +106,7 @@ class _BlockLoss(torch.autograd.Function):
         rows: BlockRows,
         head: TargetHead,
         results: list[BlockResults],
+        between: LossPass,
     ) -> Tensor:
         inputs = (h_RH, e_UE, w2_VE, w_1F, b_1)
         needed = any(ctx.needs_input_grad[:5])
@@ -110,15 +115,15 @@ class _BlockLoss(torch.autograd.Function):
         new = lambda: torch.zeros(num_rows, dtype=_wide(h_RH), device=device)  # noqa: E731
         out = BlockResults(new(), new(), new(), new(), torch.zeros(num_rows, dtype=torch.bool, device=device))
         total = torch.zeros((), dtype=_wide(h_RH), device=device)
-        chunk = chunk_labels(head.lm_head_VH.shape[0], device)
         num_labels = len(rows.label_tokens_U)
+        chunk = chunk_labels(head.lm_head_VH.shape[0], device, num_rows / max(num_labels, 1))
         bounds = torch.searchsorted(
             rows.label_places_R, torch.arange(0, num_labels + chunk, chunk, device=device).clamp(max=num_labels)
         ).tolist()
         for index, (first, stop) in enumerate(pairwise(bounds)):
             if first < stop:
                 labels = slice(index * chunk, min((index + 1) * chunk, num_labels))
-                total += _chunk(inputs, grads, rows, head, out, labels, slice(first, stop))
+                total += _chunk(inputs, grads, rows, head, out, labels, slice(first, stop), between)
         results.append(out)
         ctx.save_for_backward(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs)),
@@ -127,7 +132,7 @@ class _BlockLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
 
 
 def _chunk(
@@ -138,6 +143,7 @@ def _chunk(
     out: BlockResults,
     labels: slice,
     span: slice,
+    between: LossPass,
 ) -> Tensor:
     """Loss of the rows `span`, whose labels are `labels`; fills their results and adds their gradients."""
     h_RH, e_UE, w2_VE, w_1F, b_1 = inputs
@@ -151,34 +157,53 @@ def _chunk(
         bias_UV = (e_UE[labels] @ w2_VE.T.to(e_UE.dtype)).to(wide)
         logits_RV = base_RV + bias_UV.index_select(0, place)
     label_R1 = rows.label_tokens_U[labels].index_select(0, place)[:, None]
-    log_p_RV = logits_RV.log_softmax(-1)
-    ce_R = -log_p_RV.gather(1, label_R1)[:, 0]
-    p_RV = log_p_RV.exp_()
-    terms_R = rows.weights.cross_entropy * ce_R
-    dz_RV = rows.weights.cross_entropy * p_RV
-    dz_RV.scatter_add_(1, label_R1, torch.full_like(ce_R[:, None], -rows.weights.cross_entropy))
-    out.ce_R[span] = ce_R
-    if rows.needs_teacher:
-        teacher_UV = head.logits(rows.teacher_UH[labels]).to(wide)
-        out.correct_R[span] = logits_RV.argmax(-1) == teacher_UV.argmax(-1)[place]
-        gap_RV = p_RV - teacher_UV.softmax(-1).index_select(0, place)
-        l1_R = gap_RV.abs().sum(-1)
-        terms_R = terms_R + rows.weights.l1 * l1_R
-        slope_RV = gap_RV.sign_().mul_(p_RV)  # p s
-        dz_RV.add_(slope_RV.sub_(p_RV * slope_RV.sum(-1, keepdim=True)), alpha=rows.weights.l1)
+    teacher_UV = head.logits(rows.teacher_UH[labels]).to(wide) if rows.needs_teacher else None
+    ce, l1 = rows.weights.cross_entropy, rows.weights.l1
+    dz_RV, ce_R, l1_R, correct_R = between(logits_RV, teacher_UV, place, label_R1, weight, ce, l1)
+    out.ce_R[span], out.correct_R[span] = ce_R, correct_R
+    terms_R = ce * ce_R
+    if l1_R is not None:
         out.l1_R[span], out.acceptance_R[span] = l1_R, (1 - l1_R / 2).clamp(0, 1)
-    else:
-        out.correct_R[span] = logits_RV.argmax(-1) == label_R1[:, 0]
+        terms_R = terms_R + l1 * l1_R
     if w_1F is not None and b_1 is not None:
         terms_R = terms_R + rows.weights.confidence * _confidence(inputs, grads, rows, out, labels, span, place)
     if grads[0] is not None:
-        dz_RV.mul_(weight[:, None])
         grads[0][span] += _through_head(dz_RV, base_RV, head)
         if e_UE is not None and w2_VE is not None and grads[1] is not None and grads[2] is not None:
             dz_UV = dz_RV.new_zeros(labels.stop - labels.start, dz_RV.shape[1]).index_add_(0, place, dz_RV)
             grads[1][labels] += dz_UV @ w2_VE.to(wide)
             grads[2].addmm_(dz_UV.T, e_UE[labels].to(wide))
     return (weight * terms_R).sum()
+
+
+LossPass = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor | None, Tensor]
+]
+
+
+def loss_pass(
+    logits_RV: Tensor,
+    teacher_UV: Tensor | None,
+    place_R: Tensor,
+    label_R1: Tensor,
+    weight_R: Tensor,
+    cross_entropy: float,
+    l1: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """-> (gradient of the logits [R, V], CE [R], L1 [R] or None without a teacher, whether the argmax is right [R])."""
+    log_p_RV = logits_RV.log_softmax(-1)
+    ce_R = -log_p_RV.gather(1, label_R1)[:, 0]
+    p_RV = log_p_RV.exp_()
+    dz_RV = cross_entropy * p_RV
+    dz_RV.scatter_add_(1, label_R1, torch.full_like(ce_R[:, None], -cross_entropy))
+    if teacher_UV is None:
+        return dz_RV.mul_(weight_R[:, None]), ce_R, None, logits_RV.argmax(-1) == label_R1[:, 0]
+    correct_R = logits_RV.argmax(-1) == teacher_UV.argmax(-1)[place_R]
+    gap_RV = p_RV - teacher_UV.softmax(-1).index_select(0, place_R)
+    l1_R = gap_RV.abs().sum(-1)
+    slope_RV = gap_RV.sign_().mul_(p_RV)  # p s
+    dz_RV.add_(slope_RV.sub_(p_RV * slope_RV.sum(-1, keepdim=True)), alpha=l1)
+    return dz_RV.mul_(weight_R[:, None]), ce_R, l1_R, correct_R
 
 
 def _confidence(
@@ -222,12 +247,12 @@ def _through_head(dz_RV: Tensor, base_RV: Tensor, head: TargetHead) -> Tensor:
     return (dz_RV.to(head.lm_head_VH.dtype) @ head.lm_head_VH).to(base_RV.dtype)
 
 
-def chunk_labels(vocab_size: int, device: torch.device) -> int:
+def chunk_labels(vocab_size: int, device: torch.device, rows_per_label: float) -> int:
     """Labels a chunk may have, so that LIVE_COPIES of its rows' logits stay within the budget of the device."""
     budget = CPU_CHUNK_BYTES
     if device.type == "cuda":
         budget = int(torch.cuda.get_device_properties(device).total_memory * GPU_CHUNK_SHARE)
-    return max(16, budget // (4 * LIVE_COPIES * vocab_size))
+    return max(16, int(budget / (4 * LIVE_COPIES * vocab_size * max(rows_per_label, 1.0))))
 
 
 def _wide(x: Tensor) -> torch.dtype:

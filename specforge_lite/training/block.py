@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import model_validator
 
-from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.hub import load_config, load_tokenizer
+from specforge_lite.core.log import warn
 from specforge_lite.core.settings import flag
+from specforge_lite.data.store import TokenizedDataset
+from specforge_lite.data.vocab import count_supervised_tokens, occurrences
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.settings import (
     DraftSection,
@@ -46,9 +50,7 @@ class BlockTrainingSection(TrainingSection):
     """How long, on what batches, with which loss."""
 
     num_anchors: int = flag(512, "blocks of a sample and step, drawn anew in every epoch", ge=1)
-    eval_chain_length: int = flag(
-        64, "drafted tokens per pass of the estimated acceptance, at most a block's", ge=1
-    )
+    eval_chain_length: int = flag(64, "drafted tokens per pass of the estimated acceptance, at most a block's", ge=1)
 
     def loss_settings(self) -> dict[str, Any]:
         return {"num_anchors": self.num_anchors, "anchor_seed": self.seed}
@@ -115,6 +117,20 @@ class DsparkConfig(TrainConfig):
             "markov_rank": (flags.markov_rank or draft.markov_rank or 256) if is_dspark else 0,
             "confidence_head": is_dspark and (is_plain or draft.confidence_head),
         }
+
+    def check_dataset(self, draft: DraftConfig, dataset: TokenizedDataset) -> None:
+        """Refuse answers that hold the mask token: it stands for "not known yet" and would be anchor and label."""
+        mask = int(draft.mask_token_id or 0)
+        supervised, others = occurrences(dataset, mask)
+        if supervised:
+            unused = np.flatnonzero(count_supervised_tokens(dataset, draft.vocab_size) == 0)[-1:].tolist()
+            raise DataError(
+                f"mask_token_id {mask}: {supervised:,} answer tokens of the data are this token; give --mask-token-id"
+                + "".join(f" {token} or another" for token in unused)
+                + " that never occurs"
+            )
+        if others:
+            warn(f"mask_token_id {mask}: {others:,} prompt tokens of the data are this token; answers have none")
 
 
 class DflashConfig(DsparkConfig):

@@ -6,7 +6,7 @@
       loss       all K steps are done, the loss runs: every activation is alive, and the head's buffers
       backward   the first gradients exist, the last activations are still alive
 
-Terms follow model/eagle3.py, allocation by allocation, so they move with every setting;
+Terms follow model/eagle3.py and model/block.py, allocation by allocation, so they move with every setting;
 benchmarks/bench_memory.py holds them against measured peaks. An in-process target (`--target-backend hf`) and the
 libraries themselves (200 to 400 MB of host memory, a CUDA context of 500 MB) come on top.
 
@@ -19,7 +19,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from specforge_lite.checkpoints.block_files import block_shapes
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.block_loss import CPU_CHUNK_BYTES, GPU_CHUNK_SHARE
+from specforge_lite.model.block_plan import BLOCKS_PER_CALL
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.losses import CPU_PASS_ELEMENTS, UNKNOWN_MEMORY, chunk_elements
 
@@ -43,6 +46,7 @@ class Workload:
     wait, on the host, or on the GPU where the target runs in the trainer's process (target_in_process: the hf engine).
     states_bytes: per value of those. sample_length: of the longest sample. flex: the attention backend is
     flex_attention, whose block masks take memory. device_memory: bytes of the GPU; logits are cut into chunks by it.
+    num_steps: of EAGLE; num_anchors: of a dspark or dflash draft, blocks of a sample at most.
     """
 
     draft: DraftConfig
@@ -64,6 +68,7 @@ class Workload:
     target_in_process: bool = False
     flex: bool = False
     device_memory: int = UNKNOWN_MEMORY
+    num_anchors: int = 512
 
     def __post_init__(self) -> None:
         if self.precision not in BYTES:
@@ -100,7 +105,9 @@ class MemoryPlan:
 
 
 def num_parameters(draft: DraftConfig) -> int:
-    """P of an EAGLE-3 draft."""
+    """P of an EAGLE-3 or block draft."""
+    if draft.tokens_per_block:
+        return sum(math.prod(shape) for shape in block_shapes(draft).values())
     return sum(_parts(draft).values())
 
 
@@ -123,6 +130,11 @@ def plan_memory(load: Workload) -> MemoryPlan:
     plan = MemoryPlan(allocator_share=ALLOCATOR_SHARE["cpu" if load.device == "cpu" else "cuda"])
     _state(plan, load)
     _batches(plan, load)
+    if load.draft.tokens_per_block:
+        saved, gradients = _block_activations(load), _block_backward(load)
+        plan.moments["loss"] = {**saved, **_block_loss(load)}
+        plan.moments["backward"] = {**saved, **gradients}
+        return plan
     saved = _activations(load)
     plan.moments["teacher"] = _teacher(load, asking=True)
     plan.moments["loss"] = {**saved, **_teacher(load, asking=False), **_loss(load)}
@@ -153,8 +165,12 @@ def _batches(plan: MemoryPlan, load: Workload) -> None:
     ahead = plan.stays if load.device == "cpu" or load.target_in_process else plan.host
     ahead["hidden states captured ahead"] = load.captured_ahead * values * load.states_bytes
     if load.flex:  # int32 tables of key blocks by row block and back, full and partial, for each step
-        blocks = -(-load.tokens // BLOCK_ROWS)
-        plan.stays["block masks"] = 4.0 * 4 * blocks * blocks * load.num_steps
+        rows, masks = -(-load.tokens // BLOCK_ROWS), load.num_steps
+        columns = rows
+        if load.draft.tokens_per_block:  # of all slots, and of the last layer's
+            rows, masks = -(-int(_block_rows(load).slots) // BLOCK_ROWS), 2
+            columns = rows + columns
+        plan.stays["block masks"] = 4.0 * 4 * rows * columns * masks
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -250,12 +266,114 @@ def _backward(load: Workload) -> dict[str, float]:
     }
 
 
+# ------------------------------------------------------------------------------------------------ DSpark and DFlash
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Of a micro batch, in the worst case that the settings allow: context tokens, slots of all blocks, counted slots,
+    distinct labels; calls of the attention (model/block_attention.py), and the keys of them all."""
+
+    context: float
+    slots: float
+    counted: float
+    labels: float
+    calls: float
+    keys: float
+
+
+def _block_rows(load: Workload) -> BlockRows:
+    samples = max(load.tokens / load.sample_length, 1.0)
+    supervised = load.tokens * load.supervised
+    anchors = min(supervised, load.num_anchors * samples)
+    slots, counted = anchors * load.draft.block_size, anchors * load.draft.tokens_per_block
+    calls = samples * math.ceil(anchors / samples / BLOCKS_PER_CALL)
+    length = load.tokens / samples
+    first = length * (1 - load.supervised)  # anchors lie behind a prompt
+    keys = calls * (first + length) / 2 + slots
+    return BlockRows(float(load.tokens), slots, counted, min(supervised, counted), calls, keys)
+
+
+def _block_activations(load: Workload) -> dict[str, float]:
+    """What forward leaves for backward, without the head."""
+    draft, size, rows = load.draft, BYTES[load.precision], _block_rows(load)
+    attention = 4 if load.device == "cpu" else size
+    width, inner, layers = draft.hidden_size, draft.intermediate_size, draft.num_hidden_layers
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    matrices = sum(math.prod(s) for name, s in block_shapes(draft).items() if "_proj" in name or name == "fc.weight")
+    masks = 0.0
+    if not load.flex:  # a mask for every query head of a group, as booleans and as numbers
+        group = draft.num_attention_heads / draft.num_key_value_heads
+        masks = group * rows.slots / max(rows.calls, 1) * rows.keys * (1 + attention)
+    layer = {
+        "context": rows.context * 2 * keys * size,  # keys before and after norm and RoPE; values
+        "keys": rows.keys * 2 * keys * attention,
+        "slots": rows.slots * (3 * width + 3 * keys) * size,
+        "queries": rows.slots * (2 * width + 3 * inner + 2 * queries) * size + rows.slots * 2 * queries * attention,
+        "masks": masks,
+    }
+    one = sum(layer.values())
+    terms = {
+        "weights in the compute dtype": float(size * matrices if size != 4 else 0),
+        "embeddings and fc": rows.context * size * (draft.num_aux_layers + 2) * width + rows.slots * width * size,
+    }
+    if load.activation_checkpointing:
+        terms["states between the layers"] = layers * rows.slots * width * size
+        terms["activations of one layer"] = one
+    else:
+        terms["activations of the layers"] = layers * one
+    return terms
+
+
+def _block_loss(load: Workload) -> dict[str, float]:
+    """Buffers of the loss, which forms its gradients as well (model/block_loss.py)."""
+    draft, rows, size = load.draft, _block_rows(load), BYTES[load.precision]
+    budget = CPU_CHUNK_BYTES if load.device == "cpu" else load.device_memory * GPU_CHUNK_SHARE
+    least = 16 * 4 * 6 * draft.vocab_size * rows.counted / max(rows.labels, 1)
+    markov = 4 * draft.vocab_size * draft.markov_rank
+    return {
+        "states of the slots": rows.counted * draft.hidden_size * (2 * size + 4),
+        "teacher states": rows.labels * draft.hidden_size * size,
+        "logits of a chunk": max(budget, least),
+        "Markov gradients": 2.0 * markov + 8 * rows.labels * draft.markov_rank,
+    }
+
+
+def _block_backward(load: Workload) -> dict[str, float]:
+    draft, rows, size = load.draft, _block_rows(load), BYTES[load.precision]
+    width, inner = draft.hidden_size, draft.intermediate_size
+    return {
+        "states of the slots": rows.counted * width * (size + 4),
+        "Markov gradients": 4.0 * 2 * draft.vocab_size * draft.markov_rank,
+        "gradients inside a layer": rows.slots * (3 * inner + 3 * width) * size,
+        "gradient of a matrix": 4.0 * 2 * width * inner,
+        "gradient of the context": rows.context * width * (size + 4),
+    }
+
+
+def _block_operations(load: Workload) -> float:
+    """Of a forward and backward pass; head and teacher are frozen."""
+    draft, rows = load.draft, _block_rows(load)
+    width, layers = draft.hidden_size, draft.num_hidden_layers
+    queries, keys = draft.num_attention_heads * draft.head_dim, 2 * draft.num_key_value_heads * draft.head_dim
+    products = rows.context * (2 * draft.num_aux_layers * width * width + 3 * layers * width * keys)
+    products += 3 * layers * rows.slots * width * keys
+    products += rows.counted * 2 * width * draft.vocab_size
+    products += rows.labels * (width + 3 * draft.markov_rank) * draft.vocab_size
+    pairs = load.sample_length * (1 - load.supervised / 2) + draft.block_size
+    asking = (layers - 1) * rows.slots + rows.counted  # the last layer computes counted slots only
+    products += asking * (3 * width * (2 * queries + 3 * draft.intermediate_size) + 7 * queries * pairs)
+    return 2 * products
+
+
 # ------------------------------------------------------------------------------------------------------ speed and disk
 
 
 def operations_per_step(load: Workload) -> float:
     """Floating-point operations of one forward and backward pass of this rank: the matrix products it cannot avoid."""
     draft = load.draft
+    if draft.tokens_per_block:
+        return _block_operations(load)
     width, target, vocab = draft.hidden_size, draft.target_hidden_size, draft.draft_vocab_size
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     _, own_rows, rows = _rows(load)
@@ -291,8 +409,11 @@ def step_time(load: Workload, peak_tflops: float | None = None) -> StepTime:
     peak = (peak_tflops or peak) * 1e12
     operations, parameters = operations_per_step(load), num_parameters(load.draft)
     products = operations / (peak * share)
-    activations = sum(size for name, size in _activations(load).items() if "step" in name)
-    logits = _rows(load)[2] * load.num_steps * load.draft.draft_vocab_size
+    is_block = load.draft.tokens_per_block > 0
+    terms = _block_activations(load) if is_block else _activations(load)
+    activations = sum(size for name, size in terms.items() if "step" in name or "layer" in name)
+    rows = _block_rows(load).counted if is_block else _rows(load)[2] * load.num_steps
+    logits = rows * load.draft.draft_vocab_size
     passes = (6 * activations + 4 * 4 * logits) / (memory * 1e9)
     sharded = load.world_size if load.sharding == "fsdp2" else 1
     update = 28 * parameters / sharded / (memory * 1e9)  # gradient, weight and two moments read, the last three written

@@ -90,8 +90,10 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
         draft = DraftConfig.from_json(draft_file)
     else:
         draft = DraftConfig.from_target(target_config, config.draft.draft_vocab_size, config.algorithm)
+    layers = config.with_target_defaults().target.aux_layer_ids
+    draft = draft.replace(**config.draft_shape(draft, target_config))
     load = Workload(
-        draft,
+        draft if layers is None else draft.replace(aux_layer_ids=layers),
         tokens=training.max_tokens_per_batch or training.batch_size * config.data.max_length,
         num_steps=training.ttt_length,
         precision="bf16" if training.precision == "auto" else training.precision,
@@ -103,6 +105,7 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
         activation_checkpointing=training.activation_checkpointing,
         sample_length=config.data.max_length,
         device_memory=total,
+        **{name: value for name, value in training.loss_settings().items() if name == "num_anchors"},
     )
     plan = plan_memory(load)
     weights = sum(path.stat().st_size for path in safetensors_files(local_directory(target.target_model_path)))

@@ -14,6 +14,7 @@ from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section, flag
 
 if TYPE_CHECKING:
+    from specforge_lite.data.store import TokenizedDataset
     from specforge_lite.model.draft import DraftConfig
 
 TORCHAO = "torchao==0.18.0"
@@ -290,6 +291,9 @@ class TrainConfig(Section):
     def draft_shape(self, draft: DraftConfig, target_config: Any) -> dict[str, Any]:
         """Fields of the draft's shape that this kind decides itself."""
         return {}
+
+    def check_dataset(self, draft: DraftConfig, dataset: TokenizedDataset) -> None:
+        """Raise DataError for data that this kind cannot learn from."""
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:

@@ -230,6 +230,7 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     draft_config = make_draft_config(config, target, target_config)
     for dataset in filter(None, (data.train, data.eval)):
         dataset.warn_beyond(draft_config.max_position_embeddings)
+        config.check_dataset(draft_config, dataset)
     vocab_map = open_or_build_vocab_map(
         data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
     )

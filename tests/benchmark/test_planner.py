@@ -41,6 +41,7 @@ def row(
     first: float = 0.0,
     benchmark: str = "x",
     speedup: float | None = None,
+    kind: str | None = None,
 ) -> SpeedupRow:
     tokens = 101 * 10 if speculation.is_baseline else round(passes * (1 + sum(shares)))
     return SpeedupRow(
@@ -61,6 +62,7 @@ def row(
         mean_first_token_seconds=first,
         draft_share=draft_share,
         speedup=speedup,
+        settings={} if kind is None else {"draft_kind": kind},
     )
 
 
@@ -280,6 +282,23 @@ def test_candidates_stay_inside_what_was_measured() -> None:
     assert max(s.num_draft_tokens for s in specs) == 40
     for spec in specs:
         spec.check()
+
+
+def test_a_block_costs_one_pass_and_is_served_whole() -> None:
+    """20 ms without a draft; a pass over 8 rows 26 ms, 4 of them drafting: those are 4 for any chain."""
+    chain7 = Speculation(7, 1, 8)
+    shares = [0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    without = row(BASELINE, [], 0.020, kind="dspark")
+    one = row(chain7, shares, 0.026, draft_share=4 / 26, kind="dspark")
+    plan = make_plan([without, one])
+    assert [p.speculation for p in plan.predictions[1]] == [chain7, BASELINE]
+    assert plan.best(1).tokens_per_pass == pytest.approx(3.9)
+    assert plan.best(1).seconds_per_pass == pytest.approx(0.026)
+    assert plan.costs[1].draft == pytest.approx((0.004, 0.0))
+    two = row(Speculation(3, 1, 4), shares[:3], 0.024, draft_share=4 / 24, kind="dspark")
+    cost = fit_cost([without, one, two], 1)
+    assert cost.draft == pytest.approx((0.004, 0.0))  # EAGLE's would be 1.6 ms a step
+    assert cost.seconds_per_pass(Speculation(5, 1, 6)) == pytest.approx(0.025)
 
 
 @pytest.mark.parametrize(

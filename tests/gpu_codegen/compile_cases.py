@@ -1,7 +1,8 @@
 """Compile parts of the training step to sm_90 cubins; one JSON line per case.
 
 python -m tests.gpu_codegen.compile_cases GUARD CASE...
-CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM:ROWS or block:... (the same) or loss:DTYPE:NAME or gate:DTYPE
+CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM:ROWS or block:... (the same) or loss:DTYPE:NAME or
+blockloss:DTYPE:KIND or gate:DTYPE
 {"case": ..., "kernels": [[name, shared memory], ...], "graphs": ["forward", "backward"], "error": null}
 """
 
@@ -100,6 +101,7 @@ def main() -> None:
                 "flex": [run_flex],
                 "block": [run_block],
                 "loss": [run_loss],
+                "blockloss": [run_block_loss],
                 "gate": [run_gate, run_gate_backward],
             }[kind]:
                 with suppress(NotRunError):
@@ -173,6 +175,17 @@ def run_loss(backend: Any, dtype: Any, name: str) -> None:
         torch.compile(cross_entropy_pass, dynamic=True, backend=backend)(logits, teacher, ids)
     else:
         torch.compile(lk_pass, dynamic=True, backend=backend)(logits, teacher, ids, torch.randn(6), name)
+
+
+def run_block_loss(backend: Any, dtype: Any, kind: str) -> None:
+    import torch
+
+    from specforge_lite.model.block_loss import loss_pass
+
+    teacher = torch.randn(6, 1000).to(dtype) if kind == "dspark" else None
+    places, labels = torch.arange(18) // 3, torch.zeros(18, 1, dtype=torch.int64)
+    arguments = (torch.randn(18, 1000).to(dtype), teacher, places, labels, torch.ones(18), 0.1, 0.9)
+    torch.compile(loss_pass, dynamic=True, backend=backend)(*arguments)
 
 
 def run_gate(backend: Any, dtype: Any) -> None:

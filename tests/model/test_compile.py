@@ -12,6 +12,7 @@ import torch
 
 from specforge_lite.model import fused as fused_module
 from specforge_lite.model.draft import TTTSettings
+from tests.model import test_block
 from tests.model.test_eagle3 import gradients, make_batch, make_draft, make_target_head
 
 COMPILE = torch.compile
@@ -64,3 +65,17 @@ def test_batches_with_no_row_or_a_single_one_need_no_graph_of_their_own(graphs: 
     for mask in ("001", "0" * 20 + "1" * 20, "0" * 5 + "1" * 30, "0" * 30 + "1", "0" * 9, "01111"):
         draft(make_batch([mask]), head, settings).loss.backward()
     assert len(graphs) == len(fused_module._COMPILED) == 3
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash"])
+def test_a_block_draft_compiles_three_functions_and_computes_the_same(graphs: list[str], kind: str) -> None:
+    draft, head = test_block.make_draft(kind), test_block.make_head()
+    settings = TTTSettings(attention_backend="sdpa", compile=True)
+    for number, length in enumerate((40, 25, 61, 33)):
+        batch = test_block.make_batch([length], ["..." + "x" * (length - 3)], seed=number)
+        output, plain = (draft(batch, head, s) for s in (settings, replace(settings, compile=False)))
+        torch.testing.assert_close(output.loss, plain.loss, rtol=1e-6, atol=1e-6)
+        theirs = gradients(draft, plain.loss)
+        for name, value in gradients(draft, output.loss).items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert len(graphs) == len(fused_module._COMPILED) == 3  # SwiGLU forward and backward, the loss

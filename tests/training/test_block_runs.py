@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from specforge_lite.cli.train import asked_kind
+from specforge_lite.core.errors import DataError
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers
 from specforge_lite.training.wiring import read_draft_config
 from tests.training.test_training_runs import assert_same_checkpoint, stop_after
-from tests.training_runs import Run, run_ranks, train
+from tests.training_runs import VOCAB_SIZE, Run, make_dataset, run_ranks, train
 
 STEPS = {"training": {"total_steps": 30, "num_epochs": None}}
 
@@ -96,6 +97,24 @@ def test_the_shape_follows_flags_then_file_then_the_authors(tmp_path: Path, tiny
     assert given.draft_shape(plain, target)["mask_token_id"] == 9
     assert config(tmp_path, DflashConfig).draft_shape(plain, target)["block_size"] == 16
     assert config(tmp_path).with_target_defaults().target.aux_layer_ids == (1, 2, 3, 4, 5)
+
+
+def test_a_mask_token_that_answers_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    ids, mask = dataset.token_arrays()
+    shape = DraftConfig(16, 24, 4, 2, VOCAB_SIZE + 5, VOCAB_SIZE + 5, algorithm="dspark", block_size=4)
+    settings = config(tmp_path)
+    count = int((ids[mask] == 2).sum())
+    line = (
+        rf"mask_token_id 2: {count} answer tokens of the data are this token; give --mask-token-id {VOCAB_SIZE + 4} or"
+    )
+    with pytest.raises(DataError, match=line):
+        settings.check_dataset(shape.replace(mask_token_id=2), dataset)
+    prompt_only = next(token for token in ids if not (ids[mask] == token).any())
+    settings.check_dataset(shape.replace(mask_token_id=int(prompt_only)), dataset)
+    assert "prompt tokens of the data are this token" in capsys.readouterr().err
+    settings.check_dataset(shape.replace(mask_token_id=VOCAB_SIZE), dataset)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_config_file_of_the_engines_form_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.bench_memory import Case
-from benchmarks.bench_training import SHAPES, needed_gemms
+from benchmarks.bench_training import SHAPES, memory_of, needed_gemms
+from benchmarks.block_step import block_draft, block_gemms
 from specforge_lite.capture.offline import CaptureSection, plan_capture
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.draft import DraftConfig
@@ -56,6 +57,25 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(tmp_path: P
     assert plan.peak / 2**20 == pytest.approx(measured["peak"], rel=0.15)
 
 
+def measure_block(directory: Path) -> None:
+    (directory / "figures.json").write_text(json.dumps(memory_of("fp32-75", SHAPES["small"], "cpu", "dspark")))
+
+
+def test_the_predicted_peak_of_a_block_draft_is_within_25_percent(tmp_path: Path) -> None:
+    """Activations are 60% of it; no term of them could be left out."""
+    assert run_ranks(1, measure_block, (tmp_path,), tmp_path / "log") == [0], log_of(tmp_path / "log")
+    measured = json.loads((tmp_path / "figures.json").read_text())
+    shape = SHAPES["small"]
+    load = Workload(
+        block_draft(shape).config, shape.length, precision="fp32", device="cpu", supervised=0.75, captured_ahead=0,
+        sample_length=shape.length,
+    )  # fmt: skip
+    plan = plan_memory(load)
+    states = ("weights, fp32 master", "optimizer state", "gradients")
+    above_inputs = plan.peak - sum(size for name, size in plan.stays.items() if name not in states)
+    assert above_inputs / 2**20 == pytest.approx(measured["peak"] - measured["inputs"], rel=0.25)
+
+
 # --------------------------------------------------------------------------------------------------------------- terms
 
 
@@ -68,12 +88,38 @@ def test_parameters_are_those_of_the_draft(changes: dict) -> None:
     assert num_parameters(config) == sum(p.numel() for p in draft.parameters() if p.requires_grad)
 
 
+def test_a_block_draft_of_8b_by_hand() -> None:
+    """Qwen3-8B, 4,096 tokens of which all are supervised: figures of an independent count of the authors' code."""
+    draft = DraftConfig.from_json(ROOT / "configs" / "qwen3-8b-dspark.json")
+    load = Workload(draft, 4096, sample_length=4096)
+    assert num_parameters(draft) == 1_126_422_017
+    assert disk_bytes(load, 1) == 48 * 1024  # five layers' outputs and the last state in bf16; EAGLE-3: 32 KiB
+    assert operations_per_step(load) == pytest.approx(39.9e12, rel=0.02)
+    assert operations_per_step(replace(load, num_anchors=256)) == pytest.approx(21.5e12, rel=0.03)
+    plan = plan_memory(load)
+    assert plan.stays["weights, fp32 master"] + plan.stays["optimizer state"] == 12 * num_parameters(draft)
+    assert 24 < plan.peak / 2**30 < 32
+    flex = plan_memory(replace(load, flex=True))
+    assert flex.stays["block masks"] == 4 * 4 * 28 * 60 * 2  # 3,584 slots against 4,096 tokens and themselves
+    assert flex.peak < plan.peak
+    dflash = DraftConfig.from_json(ROOT / "configs" / "qwen3-8b-dspark.json").replace(
+        algorithm="dflash", markov_rank=0, confidence_head=False, block_size=16
+    )
+    assert num_parameters(dflash) == num_parameters(draft) - 2 * 151936 * 256 - (4096 + 256 + 1)
+    fewer = replace(load, num_anchors=64)
+    assert plan_memory(fewer).peak < plan.peak
+    assert plan_memory(replace(load, activation_checkpointing=True)).peak < 0.95 * plan.peak
+
+
 def test_operations_are_those_of_the_benchmark() -> None:
     shape = SHAPES["small"]
     operations = sum(2.0 * r * i * c * p for _, r, i, c, p in needed_gemms(shape, 1.0))
     draft = DraftConfig(shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.vocab, shape.draft_vocab)
     load = Workload(draft, shape.length, shape.num_steps, supervised=1.0, sample_length=shape.length)
     assert operations_per_step(load) == pytest.approx(operations, rel=0.05)  # 3% of the teachers are out of vocabulary
+    operations = sum(2.0 * r * i * c * p for _, r, i, c, p in block_gemms(shape, 0.75))
+    blocks = replace(load, draft=block_draft(shape).config, supervised=0.75)
+    assert operations_per_step(blocks) == pytest.approx(operations, rel=0.05)
 
 
 def test_disk_is_that_of_the_capture() -> None:

@@ -30,6 +30,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}  # per parameter; 8-bit: one fp32 scale per 256 values
 # What the allocator keeps of freed blocks, as a share of what comes and goes: measured for glibc, assumed for CUDA.
 ALLOCATOR_SHARE = {"cpu": 0.35, "cuda": 0.08}
+BLOCK_ALLOCATOR_SHARE = 0.08  # few large tensors, which glibc maps and gives back; measured in three cases
 BLOCK_ROWS = 128  # rows and keys of a block of flex_attention
 CONTEXT_BYTES = 1.5 * 2**30  # CUDA context, cuBLAS workspaces and NCCL buffers of a process
 # Where nothing else is given: Hopper SXM in bf16, one CPU core in fp32. Peak TFLOP/s, what share of it large matrix
@@ -131,6 +132,7 @@ def plan_memory(load: Workload) -> MemoryPlan:
     _state(plan, load)
     _batches(plan, load)
     if load.draft.tokens_per_block:
+        plan.allocator_share = BLOCK_ALLOCATOR_SHARE
         saved, gradients = _block_activations(load), _block_backward(load)
         plan.moments["loss"] = {**saved, **_block_loss(load)}
         plan.moments["backward"] = {**saved, **gradients}

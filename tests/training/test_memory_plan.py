@@ -34,6 +34,7 @@ from tests.training_runs import INFO, run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_8B = ROOT / "configs" / "llama-3.1-8b-eagle3.json"
 SMALL = Case.parse("small:fp32-75")
+BLOCK_SHAPE = replace(SHAPES["small"], length=256, vocab=8000)
 
 
 def load_of(**changes: object) -> Workload:
@@ -58,14 +59,14 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(tmp_path: P
 
 
 def measure_block(directory: Path) -> None:
-    (directory / "figures.json").write_text(json.dumps(memory_of("fp32-75", SHAPES["small"], "cpu", "dspark")))
+    memory_of("fp32-75", SHAPES["test"], "cpu", "dspark")  # libraries
+    (directory / "figures.json").write_text(json.dumps(memory_of("fp32-75", BLOCK_SHAPE, "cpu", "dspark")))
 
 
-def test_the_predicted_peak_of_a_block_draft_is_within_25_percent(tmp_path: Path) -> None:
-    """Activations are 60% of it; no term of them could be left out."""
+def test_the_predicted_peak_of_a_block_draft_is_within_15_percent_of_the_measured_one(tmp_path: Path) -> None:
     assert run_ranks(1, measure_block, (tmp_path,), tmp_path / "log") == [0], log_of(tmp_path / "log")
     measured = json.loads((tmp_path / "figures.json").read_text())
-    shape = SHAPES["small"]
+    shape = BLOCK_SHAPE
     load = Workload(
         block_draft(shape).config, shape.length, precision="fp32", device="cpu", supervised=0.75, captured_ahead=0,
         sample_length=shape.length,
@@ -73,7 +74,7 @@ def test_the_predicted_peak_of_a_block_draft_is_within_25_percent(tmp_path: Path
     plan = plan_memory(load)
     states = ("weights, fp32 master", "optimizer state", "gradients")
     above_inputs = plan.peak - sum(size for name, size in plan.stays.items() if name not in states)
-    assert above_inputs / 2**20 == pytest.approx(measured["peak"] - measured["inputs"], rel=0.25)
+    assert above_inputs / 2**20 == pytest.approx(measured["peak"] - measured["inputs"], rel=0.15)
 
 
 # --------------------------------------------------------------------------------------------------------------- terms

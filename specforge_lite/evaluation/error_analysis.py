@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import recognise_family
 from specforge_lite.evaluation.predictions import predict_tokens
@@ -89,11 +89,6 @@ class ErrorAnalysis:
     def __init__(
         self, draft: Draft, head: TargetHead, tokenizer: Any, num_steps: int, num_top: int = 20, num_samples: int = 5
     ) -> None:
-        if draft.config.tokens_per_block:
-            raise ConfigError(
-                f"error_analysis: a {draft.config.algorithm} draft fills blocks; the analysis unrolls EAGLE drafts step"
-                " by step; leave it out"
-            )
         self._draft, self._head, self._tokenizer, self._num_steps = draft, head, tokenizer, num_steps
         self._num_top, self._num_samples = num_top, num_samples
         self._control = set(tokenizer.all_special_ids)

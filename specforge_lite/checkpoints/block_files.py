@@ -17,12 +17,23 @@ from torch import Tensor
 
 from specforge_lite.core.errors import suggest
 from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.target_head import family_scales
 
 # Keys of a target's config that change what an engine builds when they are copied into a draft's.
 FOREIGN_KEYS = {
     "quantization_config": "engines would read the weights as quantised",
     "num_nextn_predict_layers": "engines would take the draft for a multi-token-prediction model",
     "is_causal": "true makes the block causal; it attends to all of its slots",
+    "use_gemma_norm": "SGLang would add 1 to every norm's weight",
+    "add_swa_attention_sink_bias": "vLLM would add a sink to the attention, of random weights",
+    "logit_scale": "vLLM would scale the draft's logits, Markov bias included",
+}
+# The same below dflash_config.
+FOREIGN_NESTED_KEYS = {
+    "causal": "vLLM makes the block causal; it attends to all of its slots",
+    "use_swa": "vLLM gives every layer a sliding window",
+    "attention_value_scale": "both engines scale the values of the attention",
+    "attention_sink_bias": "both engines add a sink to the attention, of random weights",
 }
 
 
@@ -98,6 +109,13 @@ def block_problems(
     for name in ("hidden_size", "vocab_size"):
         if getattr(shape, name) != getattr(target, name):
             yield "broken", f"{name} {getattr(shape, name)} != the target's {getattr(target, name)}"
+    _, scale, cap = family_scales(target)
+    if scale != 1 or cap:
+        what = f"scaled by {scale:g}" if scale != 1 else f"capped at {cap:g}"
+        yield "warning", f"the target's logits are {what}, and so the draft was trained; engines leave the draft's raw"
+    ids = list(shape.aux_layer_ids or ())
+    if ids != sorted(set(ids)):
+        yield "broken", f"target_layer_ids {ids}: engines hand the states over by ascending layer"
     num_layers = int(target.num_hidden_layers)
     if shape.aux_layer_ids and max(shape.aux_layer_ids) > num_layers - 2:
         yield "broken", f"target_layer_ids {list(shape.aux_layer_ids)}; the target has outputs 0..{num_layers - 2}"
@@ -135,8 +153,12 @@ def _key_problems(config: Mapping[str, Any], shape: DraftConfig) -> Iterator[Pro
     for name, consequence in FOREIGN_KEYS.items():
         if config.get(name):
             yield "broken", f"{name}: {config[name]!r} is the target's, not the draft's: {consequence}"
-    if nested.get("causal"):
-        yield "broken", "dflash_config.causal true: vLLM makes the block causal; it attends to all of its slots"
+    for name, consequence in FOREIGN_NESTED_KEYS.items():
+        if nested.get(name):
+            yield "broken", f"dflash_config.{name}: {nested[name]!r}: {consequence}"
+    for name, plain in (("partial_rotary_factor", 1), ("is_neox_style", True), ("rope_is_neox_style", True)):
+        if config.get(name, plain) != plain:
+            yield "broken", f"{name}: {config[name]!r}: engines would rotate other parts of the keys than training did"
     types = config.get("layer_types") or ["full_attention"] * shape.num_hidden_layers
     if any(layer != "full_attention" for layer in types) or config.get("use_sliding_window"):
         yield "broken", f"layer_types {types}: engines make sliding layers causal; expected full_attention"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import default_aux_layer_ids
-from specforge_lite.checkpoints.block_files import block_problems
+from specforge_lite.checkpoints.block_files import block_problems, check_block_length
 from specforge_lite.checkpoints.draft_files import (
     TRAINING_CONFIG,
     DraftFiles,
@@ -57,18 +57,23 @@ class Subject:
     tensors: dict[str, Tensor]
     target: Any | None
     trained_aux_layer_ids: tuple[int, ...] | None
+    num_draft_tokens: int | None = None
 
 
 Problem = tuple[str, str]  # (level, message)
 
 
 def check_draft(
-    directory: str | Path, target: Any | None = None, trained_aux_layer_ids: tuple[int, ...] | None = None
+    directory: str | Path,
+    target: Any | None = None,
+    trained_aux_layer_ids: tuple[int, ...] | None = None,
+    num_draft_tokens: int | None = None,
 ) -> list[Finding]:
     """Run all checks on a draft directory; at least one finding per check, `ok` where nothing was found.
 
     target: transformers config of the target model. trained_aux_layer_ids: layer OUTPUTS the draft was trained on;
-    default: the `aux_layer_ids` that our export records in config.json.
+    default: the `aux_layer_ids` that our export records in config.json. num_draft_tokens: of a block draft, what it will
+    be served with.
     """
     try:
         folder = find_draft(directory)
@@ -86,7 +91,7 @@ def check_draft(
     except (ConfigError, CheckpointError) as error:
         problem = str(error)
     tensors = {canonical_name(name, algorithm): tensor for name, tensor in files.tensors.items()}
-    subject = Subject(files, algorithm, shape, tensors, _text_config(target), recorded)
+    subject = Subject(files, algorithm, shape, tensors, _text_config(target), recorded, num_draft_tokens)
     findings = [Finding("files", "ok", f"config.json, {files.weight_file}")]
     if unused := ", ".join(file.name for file in unused_weight_files(folder)):
         findings = [Finding("files", "broken", f"{unused} beside {files.weight_file}: engines read both; delete it")]
@@ -346,8 +351,14 @@ CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
 
 def check_block(subject: Subject) -> Iterator[Problem]:
     """DFlash and DSpark: keys, names, shapes and the target."""
-    if subject.shape is not None:
-        yield from block_problems(subject.files.config, subject.files.tensors, subject.shape, subject.target)
+    shape, trained, served = subject.shape, subject.trained_aux_layer_ids, subject.num_draft_tokens
+    if shape is None:
+        return
+    yield from block_problems(subject.files.config, subject.files.tensors, shape, subject.target)
+    if trained is not None and shape.aux_layer_ids != trained:
+        yield "broken", f"target_layer_ids {list(shape.aux_layer_ids or ())}: it was trained on {list(trained)}"
+    if served is not None and (problem := check_block_length(served, shape)) is not None:
+        yield problem
 
 
 BLOCK_CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {

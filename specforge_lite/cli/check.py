@@ -28,6 +28,9 @@ class CheckConfig(DraftPathSection, LocalTargetSection):
         description="compare with this target: width, vocabulary, depth",
         json_schema_extra=TARGET_FLAGS,
     )
+    num_draft_tokens: int | None = Field(
+        None, ge=1, description="dspark, dflash: tokens per pass it will be served with"
+    )
     checkpoint: Path | None = Field(None, description="compare aux layers with this training checkpoint step_N")
     decode: bool = Field(False, description="decode the run's data and compare with the acceptance it estimated")
     decode_samples: int = Field(16, ge=1, description="samples to decode")
@@ -49,7 +52,7 @@ def main() -> int:
     from specforge_lite.doctor.table import print_findings
 
     trained = draft_config_of(read_draft_files(config.checkpoint)).aux_layer_ids if config.checkpoint else None
-    findings = check_draft(config.draft_model_path, _target_config(config), trained)
+    findings = check_draft(config.draft_model_path, _target_config(config), trained, config.num_draft_tokens)
     if config.decode and not any(finding.is_broken for finding in findings):
         assert config.checkpoint is not None
         shared = config.model_dump(include={"target_model_path", "trust_remote_code", "target_dtype"})

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import (
     DRAFT_FLAGS,
@@ -106,6 +107,11 @@ def main() -> None:
     dataset = open_eval_data(config.target, config.data)
     files = open_target_files(config.target, options.device)
     draft = load_evaluated(options.draft_model_path, files)
+    if options.error_analysis is not None and draft.config.tokens_per_block:
+        kind = draft.config.algorithm
+        raise ConfigError(
+            f"error_analysis: unrolls EAGLE drafts step by step, a {kind} draft fills blocks; leave it out"
+        )
     with engine_for(draft, config.target, config.data, files.device) as engine:
         analysis = None
         if options.error_analysis is not None:

@@ -90,6 +90,15 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
         (lambda c, t: c.update(sample_from_anchor=False), "the slots of dspark predict in the other layout"),
         (lambda c, t: c.update(is_causal=True), "true makes the block causal"),
         (lambda c, t: c["dflash_config"].update(causal=True), "vLLM makes the block causal"),
+        (lambda c, t: c["dflash_config"].update(use_swa=True), "vLLM gives every layer a sliding window"),
+        (lambda c, t: c["dflash_config"].update(attention_value_scale=0.5), "both engines scale the values"),
+        (lambda c, t: c.update(partial_rotary_factor=0.5), "engines would rotate other parts"),
+        (
+            lambda c, t: c.update(
+                target_layer_ids=[2, 0], dflash_config={"mask_token_id": 49, "target_layer_ids": [2, 0]}
+            ),
+            "engines hand the states over by ascending layer",
+        ),
         (
             lambda c, t: c.update(layer_types=["sliding_attention", "full_attention"]),
             "engines make sliding layers causal",
@@ -131,3 +140,14 @@ def test_a_served_length_other_than_the_trained_one_is_named() -> None:
     problem = check_block_length(3, dspark)
     assert problem is not None
     assert "3 draft tokens, the block was trained with 4" in problem[1]
+
+
+def test_what_lies_outside_the_directory_is_checked_where_it_is_known(tmp_path: Path) -> None:
+    """The served length, the layers of the training, and a target whose logits the engines scale for itself only."""
+    folder = export_draft(make_draft("dspark"), tmp_path / "draft")
+    assert [f.level for f in check_draft(folder, TARGET, (0, 2), 4)] == ["ok"] * 5
+    found = [f.message for f in check_draft(folder, TARGET, (0, 1), 3) if f.is_broken]
+    assert found[0] == "target_layer_ids [0, 2]: it was trained on [0, 1]"
+    assert found[1].startswith("3 draft tokens, the block was trained with 4: fewer MASK slots")
+    capped = Qwen3Config(**{**TARGET.to_dict(), "final_logit_softcapping": 30.0})
+    assert any("logits are capped at 30" in f.message for f in check_draft(folder, capped) if f.level == "warning")

@@ -72,8 +72,8 @@ def check_draft(
     """Run all checks on a draft directory; at least one finding per check, `ok` where nothing was found.
 
     target: transformers config of the target model. trained_aux_layer_ids: layer OUTPUTS the draft was trained on;
-    default: the `aux_layer_ids` that our export records in config.json. num_draft_tokens: of a block draft, what it will
-    be served with.
+    default: the `aux_layer_ids` that our export records in config.json. num_draft_tokens: what a block draft will be
+    served with.
     """
     try:
         folder = find_draft(directory)

@@ -28,9 +28,7 @@ class CheckConfig(DraftPathSection, LocalTargetSection):
         description="compare with this target: width, vocabulary, depth",
         json_schema_extra=TARGET_FLAGS,
     )
-    num_draft_tokens: int | None = Field(
-        None, ge=1, description="dspark, dflash: tokens per pass it will be served with"
-    )
+    num_draft_tokens: int | None = Field(None, ge=1, description="dspark, dflash: tokens a pass it is served with")
     checkpoint: Path | None = Field(None, description="compare aux layers with this training checkpoint step_N")
     decode: bool = Field(False, description="decode the run's data and compare with the acceptance it estimated")
     decode_samples: int = Field(16, ge=1, description="samples to decode")

@@ -109,9 +109,7 @@ def main() -> None:
     draft = load_evaluated(options.draft_model_path, files)
     if options.error_analysis is not None and draft.config.tokens_per_block:
         kind = draft.config.algorithm
-        raise ConfigError(
-            f"error_analysis: unrolls EAGLE drafts step by step, a {kind} draft fills blocks; leave it out"
-        )
+        raise ConfigError(f"error_analysis: it unrolls EAGLE drafts; a {kind} draft fills blocks; leave it out")
     with engine_for(draft, config.target, config.data, files.device) as engine:
         analysis = None
         if options.error_analysis is not None:

@@ -176,29 +176,35 @@ def report(outcomes: list[Outcome], name: str) -> str:
 
 
 def parity(device: str, figures: Path | None) -> int:
-    """Loss and gradients of each attention backend against `eager`, all in bf16."""
+    """Loss and gradients of each attention backend against `eager`, all in bf16, of an EAGLE-3 and a DSpark draft."""
     from benchmarks.bench_training import SHAPES, Shape, make_draft, make_inputs
+    from benchmarks.block_step import block_draft, block_inputs
     from specforge_lite.model.draft import TTTSettings
 
     shape = SHAPES["test"] if device == "cpu" else Shape(1024, 16, 4, 2816, 32000, 8000, 2, 700)
     batch, head, d2t, t2d = make_inputs(shape, 0.75, device)
-    batch, head = batch.to(device, torch.bfloat16), head.to(device, torch.bfloat16)
-    found: dict[str, tuple[float, torch.Tensor]] = {}
-    for backend in ("eager", "sdpa", *(["flex_attention"] if device == "cuda" else [])):
-        draft = make_draft(shape, d2t, t2d).to(device)
-        output = draft(
-            batch, head, TTTSettings(shape.num_steps, attention_backend=backend, compute_dtype=torch.bfloat16)
-        )
-        output.loss.backward()
-        flat = torch.cat([p.grad.flatten() for p in draft.parameters() if p.grad is not None])
-        found[backend] = (float(output.loss), flat)
-    loss, gradient = found.pop("eager")
-    for backend, (other_loss, other) in found.items():
-        difference = float((other - gradient).norm() / gradient.norm())
-        print(f"{backend} against eager in bf16: loss {other_loss / loss - 1:+.2e}, gradients {difference:.2e}")
-        if not (difference < PARITY_TOLERANCE[device] and abs(other_loss / loss - 1) < PARITY_TOLERANCE[device]):
-            print(f"error: {backend} differs from eager by more than {PARITY_TOLERANCE[device]}")
-            return 1
+    for kind, inputs, make in (
+        ("EAGLE-3", (batch, head), lambda: make_draft(shape, d2t, t2d)),
+        ("DSpark", block_inputs(shape, 0.75), lambda: block_draft(shape)),
+    ):
+        parts = [part.to(device, torch.bfloat16) for part in inputs]
+        found: dict[str, tuple[float, torch.Tensor]] = {}
+        for backend in ("eager", "sdpa", *(["flex_attention"] if device == "cuda" else [])):
+            draft = make().to(device)
+            settings = TTTSettings(shape.num_steps, attention_backend=backend, compute_dtype=torch.bfloat16)
+            output = draft(*parts, settings)
+            output.loss.backward()
+            flat = torch.cat([p.grad.flatten() for p in draft.parameters() if p.grad is not None])
+            found[backend] = (float(output.loss.detach()), flat)
+        loss, gradient = found.pop("eager")
+        for backend, (other_loss, other) in found.items():
+            difference = float((other - gradient).norm() / gradient.norm())
+            print(
+                f"{kind}, {backend} against eager in bf16: loss {other_loss / loss - 1:+.2e}, gradients {difference:.2e}"
+            )
+            if not (difference < PARITY_TOLERANCE[device] and abs(other_loss / loss - 1) < PARITY_TOLERANCE[device]):
+                print(f"error: {kind}: {backend} differs from eager by more than {PARITY_TOLERANCE[device]}")
+                return 1
     print("all backends agree")
     return 0
 

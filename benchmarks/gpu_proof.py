@@ -200,7 +200,7 @@ def parity(device: str, figures: Path | None) -> int:
         for backend, (other_loss, other) in found.items():
             difference = float((other - gradient).norm() / gradient.norm())
             print(
-                f"{kind}, {backend} against eager in bf16: loss {other_loss / loss - 1:+.2e}, gradients {difference:.2e}"
+                f"{kind}, {backend} against eager, bf16: loss {other_loss / loss - 1:+.2e}, gradients {difference:.2e}"
             )
             if not (difference < PARITY_TOLERANCE[device] and abs(other_loss / loss - 1) < PARITY_TOLERANCE[device]):
                 print(f"error: {kind}: {backend} differs from eager by more than {PARITY_TOLERANCE[device]}")

@@ -51,26 +51,34 @@ def user_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
-    """A file that appears under `path` when the block ends without an error; nothing is left of it otherwise.
-
-    sync: force it to the disk first (False: for files that a crash of the machine may lose).
-    """
+def _replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A name beside `path`, to be written to, that replaces it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
     temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            try_lock(file.fileno())  # tells `remove_leftovers`, on another host too, that the writer lives
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
         os.replace(temporary, path)
         if sync:
             sync_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
+    """A file that appears under `path` when the block ends without an error; nothing is left of it otherwise.
+
+    sync: force it to the disk first (False: for files that a crash of the machine may lose).
+    """
+    with (
+        _replacing(path, sync) as temporary,
+        open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file,
+    ):
+        try_lock(file.fileno())  # tells `remove_leftovers`, on another host too, that the writer lives
+        yield file
 
 
 def write_atomically(path: Path, data: bytes | str, sync: bool = True) -> None:
@@ -89,23 +97,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
-    needed, free = tensor_bytes(tensors) + SPARE_BYTES, shutil.disk_usage(path.parent).free
-    if free < needed:  # the writer of safetensors hides errno, so look first
-        text = f"needs {log.format_bytes(needed)}, {log.format_bytes(free)} are free"
-        raise OSError(errno.ENOSPC, f"{path.name} {text}")
-    temporary = _temporary(path)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    with _replacing(path) as temporary:
+        needed, free = tensor_bytes(tensors) + SPARE_BYTES, shutil.disk_usage(path.parent).free
+        if free < needed:  # the writer of safetensors hides errno, so look first
+            text = f"needs {log.format_bytes(needed)}, {log.format_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, f"{path.name} {text}")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # carries the operating system's message as text
+            raise OSError(errno.EIO, f"{path.name}: {first_line(error)}") from None
         temporary.chmod(0o644)  # safetensors makes it private to its owner; a server may run as another user
-        sync_to_disk(temporary)
-        os.replace(temporary, path)
-        sync_to_disk(path.parent)
-    except SafetensorError as error:  # carries the operating system's message as text
-        raise OSError(errno.EIO, f"{path.name}: {first_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:

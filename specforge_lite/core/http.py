@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
 import aiohttp
@@ -66,18 +67,16 @@ class HttpClient:
     """A connection pool in the running event loop. max_connections 0: as many as there are requests. key: sent as a
     bearer token."""
 
-    _session: aiohttp.ClientSession
-    _key: str | None = None
-
     def __init__(self, max_connections: int = 0, key: str | None = None) -> None:
-        self._open(max_connections, key)
+        self._max_connections, self._key = max_connections, key
 
-    def _open(self, max_connections: int, key: str | None) -> None:
-        self._key = key
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=max_connections),
+    @cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        """Opened by the first request, for it belongs to the event loop it is made in."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._max_connections),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             trust_env=False,
             auto_decompress=False,  # a few compressed bytes must not become gigabytes
         )
@@ -97,9 +96,8 @@ class HttpClient:
         max_bytes: int | None = None,
     ) -> bytes:
         """Send `body` as JSON, return the body of a reply with status 200. Raises ServerGone, HttpStatus, BadReply."""
-        limit = MAX_REPLY_BYTES if max_bytes is None else max_bytes
-        async with self._reply(method, url, body, timeout_s or REQUEST_SECONDS) as reply:
-            return await _read_body(reply, url, limit)
+        async with self._reply(method, url, body, timeout_s) as reply:
+            return await _read_body(reply, url, MAX_REPLY_BYTES if max_bytes is None else max_bytes)
 
     async def post_json(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST and parse the reply, a JSON object. Raises as `request`."""
@@ -126,12 +124,11 @@ class HttpClient:
 
         Raises as `request`, and ServerGone where the reply ends without `[DONE]`.
         """
-        async with self._reply("POST", url, body, timeout_s or REQUEST_SECONDS) as reply:
+        async with self._reply("POST", url, body, timeout_s) as reply:
             rest = b""
             async for chunk in reply.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n")
-                if len(rest) > MAX_REPLY_BYTES:
-                    raise _too_large(url, MAX_REPLY_BYTES)
+                _refuse_longer(rest, MAX_REPLY_BYTES, url)
                 for line in lines:
                     payload = line.removeprefix(b"data:").strip()
                     if payload == b"[DONE]":
@@ -142,15 +139,15 @@ class HttpClient:
 
     @asynccontextmanager
     async def _reply(
-        self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float
+        self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A reply with status 200 whose body is still to be read; everything else as one of our exceptions."""
+        timeout_s = timeout_s or REQUEST_SECONDS
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_SECONDS, timeout_s))
         try:
             # A redirect would send the samples to whomever the server names.
             async with self._session.request(method, url, json=body, timeout=timeout, allow_redirects=False) as reply:
                 if reply.headers.get("Content-Encoding", "identity") != "identity":
-                    reply.close()
                     text = "the reply is compressed although that was not asked for"
                     raise BadReply("compressed", text, url, retryable=False)
                 if reply.status != 200:
@@ -183,14 +180,11 @@ class HttpLoop(HttpClient):
     thread."""
 
     def __init__(self, max_connections: int = 0, key: str | None = None) -> None:
+        super().__init__(max_connections, key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
         self._closed = False
-        self.run(self._open_inside(max_connections, key))
-
-    async def _open_inside(self, max_connections: int, key: str | None) -> None:
-        self._open(max_connections, key)
 
     def submit(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
         """Start a coroutine on the loop."""
@@ -277,19 +271,16 @@ def _parse(data: bytes, url: str) -> dict[str, Any]:
 
 
 async def _read_body(reply: aiohttp.ClientResponse, url: str, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     async for chunk in reply.content.iter_any():
-        size += len(chunk)
-        if size > max_bytes:
-            reply.close()
-            raise _too_large(url, max_bytes)
-        chunks.append(chunk)
-    return b"".join(chunks)
+        body += chunk
+        _refuse_longer(body, max_bytes, url)
+    return bytes(body)
 
 
-def _too_large(url: str, max_bytes: int) -> BadReply:
-    return BadReply("body-too-large", f"the reply is longer than {max_bytes} bytes", url)
+def _refuse_longer(body: bytes | bytearray, max_bytes: int, url: str) -> None:
+    if len(body) > max_bytes:
+        raise BadReply("body-too-large", f"the reply is longer than {max_bytes} bytes", url)
 
 
 def _describe(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The only place that reads tokenizers, configs, generation configs and weightless models through transformers.
+"""The only place that reads tokenizers and configs through transformers.
 
 `path` is a local directory or a hub name, `flag` how the user gave it. Code that comes with a model runs only with
 `trust_remote_code`. Whatever is wrong with the files is a ConfigError of one line.
@@ -46,17 +46,6 @@ def load_config(path: str | Path, trust_remote_code: bool = False, flag: str = T
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def load_generation_config(path: str | Path, trust_remote_code: bool = False, flag: str = TARGET_FLAG) -> Any | None:
-    """What `generate` would use by default: generation_config.json; None where the model has none."""
-    from transformers import GenerationConfig
-
-    directory = local_directory(path, flag)
-    if not (directory / "generation_config.json").is_file():
-        return None
-    with transformers_errors(f"{flag} {path}: generation_config.json"):
-        return GenerationConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-
-
 def model_class(config: Any) -> Any:
     """The auto class for a config: causal LMs, else the text-generating models of multimodal families."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -66,14 +55,6 @@ def model_class(config: Any) -> Any:
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
-def meta_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model of a config on device `meta`: modules, parameter names and shapes, no weights."""
-    import torch
-
-    with transformers_errors(f"a model of type {config.model_type}"), torch.device("meta"):
-        return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
-
-
 def local_directory(
     path: str | Path, flag: str = TARGET_FLAG, patterns: Sequence[str] = ("*.json", "*.safetensors")
 ) -> Path:
@@ -81,13 +62,9 @@ def local_directory(
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with transformers_errors(f"{flag} {path}: no such directory, and not from the hub"):
         return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"{flag} {path}: no such directory, and not from the hub: {reason}") from None
 
 
 @contextmanager

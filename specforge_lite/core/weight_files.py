@@ -51,7 +51,11 @@ def weight_files(directory: Path) -> dict[str, Path]:
 
 def safetensors_files(directory: Path) -> list[Path]:
     """The safetensors files that count, see `weight_files`; empty where there is none."""
-    _refuse_adapter(directory)
+    if (adapter := directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{adapter}: an adapter; engines and this package would read different weights: merge it into its base"
+            " model (peft: merge_and_unload) and give that directory"
+        )
     return _files_that_count(directory, WEIGHTS, INDEX_FILE, "*.safetensors")
 
 
@@ -85,14 +89,6 @@ def _files_that_count(directory: Path, single: str, index_name: str, pattern: st
             if missing := sorted(wanted - {other.name for other in files}):
                 raise CheckpointError(f"{directory / missing[0]}: missing, {file.name} is one of {total} shards")
     return files
-
-
-def _refuse_adapter(directory: Path) -> None:
-    if (directory / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{directory / 'adapter_config.json'}: an adapter; engines and this package would read different weights:"
-            " merge it into its base model (peft: merge_and_unload) and give that directory"
-        )
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
@@ -129,14 +125,16 @@ def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
     another quantised form, whose numbers mean nothing by themselves."""
     if name not in files:
         return None
-    tensor = _read(files[name], name)
+    with open_safetensors(files[name]) as handle:
+        tensor: Tensor = handle.get_tensor(name)
     if tensor.element_size() > 1:
         return tensor
     # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
     scale_name = next((f"{name}{ending}" for ending in ("_scale_inv", "_scale") if f"{name}{ending}" in files), None)
     if scale_name is None or not tensor.is_floating_point():
         return None
-    return dequantize(tensor, _read(files[scale_name], scale_name))
+    with open_safetensors(files[scale_name]) as handle:
+        return dequantize(tensor, handle.get_tensor(scale_name))
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:
@@ -158,9 +156,3 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:
             return None
         expanded = expanded.repeat_interleave(width, dim).narrow(dim, 0, size)
     return (value * expanded).bfloat16()
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with open_safetensors(file) as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor

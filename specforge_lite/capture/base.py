@@ -21,6 +21,7 @@ from specforge_lite.types import CapturedStates, TokenizedSample
 
 NUM_AUX_LAYERS = 3
 DEFAULT_WAIT_MINUTES = 20.0
+NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,15 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine needs to know about the run besides its config section.
+    """What a served engine needs to know about the run besides its config section.
 
     max_length: tokens of the longest sample. log_dir: where server logs go (None: a temporary directory).
-    wait_minutes: how long a server that does not answer is waited for (`--dist-timeout`). device: of in-process ones.
+    wait_minutes: how long a server that does not answer is waited for (`--dist-timeout`).
     """
 
     max_length: int
     log_dir: Path | None = None
     wait_minutes: float = DEFAULT_WAIT_MINUTES
-    device: str | None = None
 
 
 class TargetEngine(Protocol):
@@ -61,15 +61,13 @@ class TargetEngine(Protocol):
 
         Raises CaptureError for a reply that is not theirs, EngineError when the engine is gone for good.
         """
-        ...
 
     def close(self) -> None:
         """Stop what this object launched and delete what it left on disk; may be called twice."""
-        ...
 
 
 def read_target_info(target: TargetSection, engine: str, max_length: int | None = None) -> TargetInfo:
-    """Facts about the target from its config.json; `max_length` defaults to its position limit."""
+    """Facts about the target from its config.json; at most `max_length` tokens, for a server need not reserve more."""
     config = load_config(target.target_model_path, target.trust_remote_code)
     return target_info(config, engine, target.aux_layer_ids, max_length)
 
@@ -87,7 +85,7 @@ def target_info(
         num_layers=int(text.num_hidden_layers),
         hidden_size=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
-        max_length=int(max_length or num_positions(text) or 1 << 30),
+        max_length=min(max_length or NO_LIMIT, num_positions(text) or NO_LIMIT),
         aux_layer_ids=choose_aux_layer_ids(aux_layer_ids, int(text.num_hidden_layers)),
     )
 

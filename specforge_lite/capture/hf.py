@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from specforge_lite.capture.base import check_sample, target_info
 from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
 from specforge_lite.core.devices import num_gpus, on_device, pick_device
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.hub import load_config, load_tokenizer, local_directory, model_class, transformers_errors
+from specforge_lite.core.hub import load_config, local_directory, model_class, transformers_errors
 from specforge_lite.core.log import format_bytes
 from specforge_lite.core.log import info as log_info
 from specforge_lite.core.weight_files import safetensors_files, weight_files
@@ -39,8 +38,8 @@ class HfEngine:
     """A target run by transformers, implementing `TargetEngine`.
 
     model_path: local directory or hub name. dtype: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-    device: `cpu`, `cuda:N`, `auto` (all visible GPUs); default: see `place_target`. output_device: where states go;
-    default: that of the model's first layer.
+    device: `cpu`, `cuda:N`, `auto` (all visible GPUs); default: see `place_target`. States come on that of the model's
+    first layer.
     tp: ranks that hold the target together (transformers' own tensor parallelism; every torchrun rank makes an engine).
     Results do not depend on which samples are captured together, up to fp rounding.
 
@@ -56,17 +55,13 @@ class HfEngine:
         dtype: str = "auto",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
-        output_device: str | torch.device | None = None,
         tp: int | None = None,
         wait_minutes: float = 20.0,
     ) -> None:
-        self.model_path = str(model_path)
-        self.trust_remote_code = trust_remote_code
-        place = place_target(self.model_path, dtype, device)
+        place = place_target(model_path, dtype, device)
         group = open_group(tp, torch.device(place), wait_minutes) if tp is not None and tp > 1 else None
-        self.model = load_target_model(self.model_path, dtype, place, trust_remote_code, group)
+        self.model = load_target_model(model_path, dtype, place, trust_remote_code, group)
         self.device: torch.device = self.model.get_input_embeddings().weight.device
-        self.output_device = torch.device(output_device) if output_device is not None else self.device
         self.decoder, layers = find_decoder(self.model)
         self.info = target_info(self.model.config, "hf", aux_layer_ids)
         self._length_group = length_group(self.model.config.get_text_config())
@@ -75,13 +70,8 @@ class HfEngine:
         self._lock = threading.Lock()
         self._lockstep = Lockstep(group, self.device, self._capture) if group is not None else None
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded on first use."""
-        return load_tokenizer(self.model_path, self.trust_remote_code)
-
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
-        """Return the states of `samples`, in their order, detached, in the model's dtype on `output_device`.
+        """Return the states of `samples`, in their order, detached, in the model's dtype.
 
         Raises CaptureError naming the sample for one that is empty, too long, or has ids outside the vocabulary.
         """
@@ -123,8 +113,8 @@ class HfEngine:
                 sample_id=samples[row].sample_id,
                 input_ids_L=samples[row].input_ids_L,
                 # clone: a view would keep the padded batch alive as long as its longest-lived sample
-                aux_LAH=aux_BTAH[row, : len(samples[row])].clone().to(self.output_device),
-                last_LH=last_BTH[row, : len(samples[row])].clone().to(self.output_device),
+                aux_LAH=aux_BTAH[row, : len(samples[row])].clone(),
+                last_LH=last_BTH[row, : len(samples[row])].clone(),
                 aux_layer_ids=self.info.aux_layer_ids,
                 last_is_normed=True,
             )
@@ -172,7 +162,10 @@ def load_target_model(
 
     device: see `place_target`. tp_group: process group to split it over (each rank loads its part only).
     """
-    check_weight_files(model_path)
+    # Which files of a local model count must be clear: transformers would follow an index anywhere, and prefers another
+    # file than the engines where several are there.
+    if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
+        weight_files(Path(model_path))
     config = load_config(model_path, trust_remote_code)
     _check_fp8(config, model_path, device)
     loader = model_class(config).from_pretrained
@@ -235,13 +228,6 @@ def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str)
             )
 
 
-def check_weight_files(model_path: str) -> None:
-    """Which weight files of a local model count must be clear: transformers would follow an index anywhere, and prefers
-    another file than the engines where several are there."""
-    if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
-        weight_files(Path(model_path))
-
-
 def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """Return (text decoder, its layer list) of a transformers model of any family.
 
@@ -270,22 +256,18 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
 
 def length_buckets(lengths: Sequence[int], group_of: Callable[[int], int] = lambda length: 0) -> list[list[int]]:
     """Split sample indices into micro-batches: longest first, little padding, bounded tokens, one group each."""
-    order = sorted(range(len(lengths)), key=lambda i: (group_of(lengths[i]), lengths[i]), reverse=True)
     buckets: list[list[int]] = []
-    for index in order:
-        if buckets and _fits(buckets[-1], index, lengths, group_of):
-            buckets[-1].append(index)
+    for index in sorted(range(len(lengths)), key=lambda i: (group_of(lengths[i]), lengths[i]), reverse=True):
+        bucket = [*(buckets[-1] if buckets else ()), index]
+        longest = lengths[bucket[0]]
+        padded = longest * len(bucket)
+        padding = padded - sum(lengths[i] for i in bucket)
+        one_group = group_of(lengths[index]) == group_of(longest)
+        if buckets and one_group and padded <= MAX_TOKENS_PER_FORWARD and padding <= MAX_PADDING_SHARE * padded:
+            buckets[-1] = bucket
         else:
             buckets.append([index])
     return buckets
-
-
-def _fits(bucket: list[int], index: int, lengths: Sequence[int], group_of: Callable[[int], int]) -> bool:
-    longest, rows = lengths[bucket[0]], len(bucket) + 1
-    if group_of(lengths[index]) != group_of(longest) or longest * rows > MAX_TOKENS_PER_FORWARD:
-        return False
-    used = sum(lengths[i] for i in bucket) + lengths[index]
-    return longest * rows - used <= MAX_PADDING_SHARE * longest * rows
 
 
 def length_group(text_config: Any) -> Callable[[int], int]:

@@ -4,7 +4,7 @@ A forward of a split model is a collective: all ranks of a group must run it, on
 each rank asks for its own samples, when it likes, and one may run out of data before another. So one thread per rank
 keeps step with the others of its group:
 
-    rank 0   [s0 s1]            tell each other what is waiting -> forward of s0 s1 s2 on both -> s0 s1 stay here
+    rank 0   [s0 s1]            send each other what is waiting -> forward of s0 s1 s2 on both -> s0 s1 stay here
     rank 1   [s2]                                                                                s2 stays here
 
 The group is one of its own: its collectives never mix with those of the training thread.
@@ -12,7 +12,6 @@ The group is one of its own: its collectives never mix with those of the trainin
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import queue
 import threading
@@ -23,9 +22,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.types import CapturedStates, TokenizedSample
@@ -40,7 +39,7 @@ Forward = Callable[[Sequence[TokenizedSample], range], list[CapturedStates]]
 def open_group(tp_size: int, device: torch.device, wait_minutes: float) -> Any:
     """The process group of this rank and its `tp_size - 1` neighbours. Every rank calls this, at the same time.
 
-    Raises ConfigError where the torchrun ranks cannot be divided into such groups, or `accelerate` is missing.
+    Raises ConfigError where the torchrun ranks cannot be divided into such groups.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size % tp_size:
@@ -48,23 +47,13 @@ def open_group(tp_size: int, device: torch.device, wait_minutes: float) -> Any:
             f"tp_size {tp_size}: the hf engine splits the target over the torchrun ranks, and there"
             f" {'is' if world_size == 1 else 'are'} {world_size}; start it with torchrun --nproc_per_node {tp_size}"
         )
-    if not has_accelerate():
-        raise ConfigError(f"tp_size {tp_size}: transformers needs the package 'accelerate' for it; pip install it")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=wait_minutes)
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)
-    own = None
-    for start in range(0, world_size, tp_size):
-        ranks = list(range(start, start + tp_size))
-        group = dist.new_group(ranks, timeout=timeout, backend=backend)
-        own = group if dist.get_rank() in ranks else own
-    return own
-
-
-def has_accelerate() -> bool:
-    """True if the package transformers wants for split models is installed."""
-    return importlib.util.find_spec("accelerate") is not None
+    starts = range(0, world_size, tp_size)
+    groups = [dist.new_group(list(range(s, s + tp_size)), timeout=timeout, backend=backend) for s in starts]
+    return groups[dist.get_rank() // tp_size]
 
 
 @contextmanager
@@ -114,15 +103,15 @@ class Lockstep:
             with own_stream(self._device):
                 while True:
                     job = self._next_job()
-                    counts = self._exchange_counts(job)
-                    if counts is None:
+                    waiting = self._exchange(job)
+                    if waiting is None:
                         return
-                    if not any(counts):
+                    if not any(waiting):
                         time.sleep(idle)
                         idle = min(2 * idle, LONGEST_IDLE_SECONDS)
                         continue
                     idle = SHORTEST_IDLE_SECONDS
-                    states = self._run_together(job, counts)
+                    states = self._run_together(job[0] if job else [], waiting)
                     if job is not None:
                         job[1].set_result(states)
         except BaseException as error:
@@ -135,37 +124,25 @@ class Lockstep:
         except queue.Empty:
             return None
 
-    def _exchange_counts(self, job: Job | None) -> list[int] | None:
-        """Samples each rank has now; None when all ranks are leaving."""
-        leaving = self._leaving.is_set() and job is None
-        mine = torch.tensor([len(job[0]) if job else 0, int(leaving)])
-        counts = self._gather(mine)
-        return None if all(int(c[1]) for c in counts) else [int(c[0]) for c in counts]
+    def _exchange(self, job: Job | None) -> list[list[np.ndarray]] | None:
+        """Token ids of the samples that each rank has waiting; None when all ranks are leaving."""
+        mine = [sample.input_ids_L.cpu().numpy() for sample in job[0]] if job else []
+        ranks: list[Any] = [None] * self._size
+        dist.all_gather_object(ranks, (mine, self._leaving.is_set() and job is None), group=self._group)
+        return None if all(leaving for _, leaving in ranks) else [token_ids for token_ids, _ in ranks]
 
-    def _run_together(self, job: Job | None, counts: list[int]) -> list[CapturedStates]:
-        mine = job[0] if job else []
-        lengths = self._gather(padded([len(s) for s in mine], max(counts)))
-        totals = [int(rank_lengths.sum()) for rank_lengths in lengths]
-        flat = torch.cat([s.input_ids_L.cpu() for s in mine]) if mine else torch.zeros(0, dtype=torch.int64)
-        tokens = self._gather(torch.nn.functional.pad(flat, (0, max(totals) - len(flat))))
+    def _run_together(self, mine: list[TokenizedSample], waiting: list[list[np.ndarray]]) -> list[CapturedStates]:
         union: list[TokenizedSample] = []
-        for rank, count in enumerate(counts):
+        for rank, samples in enumerate(waiting):
             if rank == self._rank:
+                first = len(union)
                 union += mine
-                continue
-            rank_lengths = lengths[rank][:count].tolist()
-            for ids_L in tokens[rank][: totals[rank]].split(rank_lengths):
-                union.append(TokenizedSample(f"of rank {rank}", ids_L, torch.zeros_like(ids_L, dtype=torch.bool)))
-        first = sum(counts[: self._rank])
+            else:
+                ids = [torch.from_numpy(token_ids) for token_ids in samples]
+                union += [TokenizedSample(f"of rank {rank}", i, torch.zeros_like(i, dtype=torch.bool)) for i in ids]
         states = self._forward(union, range(first, first + len(mine)))
         hand_over(states, self._device)
         return states
-
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        """CPU tensors of one shape from all ranks of the group."""
-        parts = [torch.empty_like(mine) for _ in range(self._size)]
-        dist.all_gather(parts, mine, group=self._group)
-        return parts
 
     def _fail(self, job: Job | None, error: BaseException) -> None:
         waiting = [job] if job is not None and not job[1].done() else []
@@ -173,11 +150,6 @@ class Lockstep:
             waiting.append(extra)
         for _, future in waiting:
             future.set_exception(error)
-
-
-def padded(numbers: list[int], length: int) -> Tensor:
-    """int64 [length], zeros at the end."""
-    return torch.tensor(numbers + [0] * (length - len(numbers)), dtype=torch.int64)
 
 
 @contextmanager

@@ -112,22 +112,28 @@ def capture_offline(dataset: TokenizedDataset, engine: TargetEngine, directory: 
         "target": {key: value for key, value in asdict(target).items() if key != "engine"},
     }
     _claim(directory, identity)
-    done = _complete_shards(directory, len(plan.shards))
-    _copy_dataset(dataset, directory / "dataset")
-    if done:
-        info(f"{directory}: {len(done)} of {len(plan.shards)} shards are complete already")
+    remove_leftovers(directory, held=True)
+    todo = {number: span for number, span in enumerate(plan.shards) if not _is_complete(directory, number)}
+    copy = directory / "dataset"
+    if not copy.exists():
+        with user_errors(copy), atomic_directory(copy, held=True) as temporary:
+            shutil.copytree(dataset.directory, temporary, dirs_exist_ok=True)
+    if done := len(plan.shards) - len(todo):
+        info(f"{directory}: {done} of {len(plan.shards)} shards are complete already")
     skips = SkipBudget(config.skip_budget, len(dataset))
     skips.check_lengths(dataset.lengths.tolist(), target.max_length, str(directory))
-    dtype = DTYPES[config.states_dtype]
-    todo = [number for number in range(len(plan.shards)) if number not in done]
-    total = sum(int(dataset.lengths[slice(*plan.shards[number])].sum()) for number in todo)
+    total = sum(int(dataset.lengths[slice(*span)].sum()) for span in todo.values())
     with progress(total, "capture", unit="tok", unit_scale=True) as bar:
-        for number in todo:
-            feed = Prefetcher(engine, _groups(dataset, *plan.shards[number]), config.prefetch_depth, skips)
-            with feed as captured:
-                _capture_shard(dataset, captured, target, directory, number, plan.shards[number], dtype, bar)
-    facts = [json.loads(_sidecar(directory, number).read_text(encoding="utf-8")) for number in range(len(plan.shards))]
-    num_missing = sum(shard["checksums"].count(None) for shard in facts)
+        for number, span in todo.items():
+            with Prefetcher(engine, _groups(dataset, *span), config.prefetch_depth, skips) as captured:
+                facts, tensors = _collect(dataset, captured, target, span, DTYPES[config.states_dtype], bar)
+            path = _shard(directory, number)
+            with user_errors(path):
+                save_tensors(tensors, path)
+                facts |= {"size": path.stat().st_size, "sha256": sha256_of(path)}
+                write_json(path.with_suffix(".json"), facts)
+    checksums = [checksum for n in range(len(plan.shards)) for checksum in _read_facts(directory, n)["checksums"]]
+    num_missing = checksums.count(None)
     write_json(directory / "manifest.json", identity | {"num_shards": len(plan.shards), "num_missing": num_missing})
     info(f"{directory}: {len(dataset) - num_missing} samples, {plan.num_tokens} tokens in {len(plan.shards)} shard(s)")
 
@@ -151,23 +157,20 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
 
 
-def _capture_shard(
+def _collect(
     dataset: TokenizedDataset,
     captured: Prefetcher,
     target: TargetInfo,
-    directory: Path,
-    number: int,
     span: tuple[int, int],
     dtype: torch.dtype,
     bar: Any,
-) -> None:
-    """Collect samples span[0] .. span[1]-1 in one file; it and its sidecar appear when they are complete."""
-    first, end = span
-    tokens = int(dataset.lengths[first:end].sum())
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and states of samples span[0] .. span[1]-1. checksums: one per sample, None for one that was refused."""
+    tokens = int(dataset.lengths[slice(*span)].sum())
     aux = torch.zeros(tokens, len(target.aux_layer_ids), target.hidden_size, dtype=dtype)
     last = torch.zeros(tokens, target.hidden_size, dtype=dtype)
-    start_of = {dataset.sample_id(i): s for i, s in zip(range(first, end), _starts(dataset, first, end))}
-    checksums: dict[str, int] = {}
+    start_of = {dataset.sample_id(index): start for index, start in _starts(dataset, *span)}
+    checksums: dict[str, int | None] = dict.fromkeys(start_of)
     normed = True
     for samples, states in captured:
         for sample, state in zip(samples, states, strict=True):
@@ -176,13 +179,8 @@ def _capture_shard(
             normed = state.last_is_normed
             checksums[sample.sample_id] = _checksum(aux[at], last[at])
             bar.update(len(sample))
-    # one entry per sample, None for one that the engine refused
-    facts = {"first": first, "end": end, "last_is_normed": normed, "checksums": [checksums.get(i) for i in start_of]}
-    path = _shard(directory, number)
-    with user_errors(path):
-        save_tensors({"aux": aux, "last": last}, path)
-        facts |= {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        write_json(_sidecar(directory, number), facts)
+    facts = {"first": span[0], "end": span[1], "last_is_normed": normed, "checksums": list(checksums.values())}
+    return facts, {"aux": aux, "last": last}
 
 
 def _groups(dataset: TokenizedDataset, first: int, end: int) -> Iterator[list[TokenizedSample]]:
@@ -196,49 +194,35 @@ def _groups(dataset: TokenizedDataset, first: int, end: int) -> Iterator[list[To
         yield group
 
 
-def _starts(dataset: TokenizedDataset, first: int, end: int) -> list[int]:
-    """First token of each sample in its shard."""
+def _starts(dataset: TokenizedDataset, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """(index, first token in its shard) of each sample of a shard."""
     lengths = dataset.lengths[first:end]
-    return (np.cumsum(lengths) - lengths).tolist()  # type: ignore[no-any-return]
+    return zip(range(first, end), (np.cumsum(lengths) - lengths).tolist(), strict=True)
 
 
-def _complete_shards(directory: Path, count: int) -> set[int]:
-    """Numbers of shards whose content has the hash of its sidecar; leftovers of a crash are removed."""
-    remove_leftovers(directory, held=True)
-    done = set()
-    for number in range(count):
-        if not _sidecar(directory, number).exists():
-            continue
-        try:
-            recorded = _read_sidecar(directory, number)["sha256"]
-            if sha256_of(_shard(directory, number)) != recorded:
-                raise DataError(f"{_shard(directory, number)}: its content changed since it was written")
-            done.add(number)
-        except DataError as error:
-            warn(f"captured again: {error}")
-    return done
-
-
-def _copy_dataset(dataset: TokenizedDataset, destination: Path) -> None:
-    if destination.exists():
-        return
-    with user_errors(destination), atomic_directory(destination, held=True) as temporary:
-        shutil.copytree(dataset.directory, temporary, dirs_exist_ok=True)
+def _is_complete(directory: Path, number: int) -> bool:
+    """Whether the content of a shard has the hash of its sidecar."""
+    path = _shard(directory, number)
+    if not path.with_suffix(".json").exists():
+        return False
+    try:
+        if _read_facts(directory, number)["sha256"] != sha256_of(path):
+            raise DataError(f"{path}: its content changed since it was written")
+    except DataError as error:
+        warn(f"captured again: {error}")
+        return False
+    return True
 
 
 def _shard(directory: Path, number: int) -> Path:
     return directory / f"states_{number:05d}.safetensors"
 
 
-def _sidecar(directory: Path, number: int) -> Path:
-    return directory / f"states_{number:05d}.json"
-
-
-def _read_sidecar(directory: Path, number: int) -> dict[str, Any]:
+def _read_facts(directory: Path, number: int) -> dict[str, Any]:
     """Facts of a shard after checking its size. Raises DataError."""
     path = _shard(directory, number)
     try:
-        facts: dict[str, Any] = json.loads(_sidecar(directory, number).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         size = path.stat().st_size
         if size != facts["size"]:
             raise DataError(f"{path}: {size} bytes, {facts['size']} were written")
@@ -255,16 +239,6 @@ def _checksum(aux: Tensor, last: Tensor) -> int:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a sample lies: shard, first token in it, index in the dataset, checksum of its states."""
-
-    shard: int
-    start: int
-    index: int
-    checksum: int
-
-
 class OfflinePart:
     """The captured states of one dataset, by sample id."""
 
@@ -279,36 +253,30 @@ class OfflinePart:
             ) from None
         self.dataset = TokenizedDataset.open(directory / "dataset")
         self.info = TargetInfo(engine="offline", **{**target, "aux_layer_ids": tuple(target["aux_layer_ids"])})
-        self._places: dict[str, _Place] = {}
-        self._shards: list[Any] = []
-        self._normed: list[bool] = []
-        for number in range(num_shards):
-            facts = _read_sidecar(directory, number)
-            self._normed.append(facts["last_is_normed"])
-            self._shards.append(safe_open(_shard(directory, number), framework="pt"))
+        self._facts = [_read_facts(directory, number) for number in range(num_shards)]
+        self._shards = [safe_open(_shard(directory, number), framework="pt") for number in range(num_shards)]
+        # By sample id: its shard, first token there, index in the dataset, checksum.
+        self._places: dict[str, tuple[int, int, int, int]] = {}
+        for number, facts in enumerate(self._facts):
             starts = _starts(self.dataset, facts["first"], facts["end"])
-            indices = range(facts["first"], facts["end"])
-            for index, start, checksum in zip(indices, starts, facts["checksums"], strict=True):
+            for (index, start), checksum in zip(starts, facts["checksums"], strict=True):
                 if checksum is not None:
-                    self._places[self.dataset.sample_id(index)] = _Place(number, start, index, checksum)
+                    self._places[self.dataset.sample_id(index)] = (number, start, index, checksum)
 
     def holds(self, sample: TokenizedSample) -> bool:
         """Whether the states of this sample, these very tokens, are here."""
         place = self._places.get(sample.sample_id)
-        return place is not None and torch.equal(self.dataset[place.index].input_ids_L, sample.input_ids_L)
+        return place is not None and torch.equal(self.dataset[place[2]].input_ids_L, sample.input_ids_L)
 
     def read(self, sample: TokenizedSample) -> CapturedStates:
         """States of a sample, copied out of the mapped shard. Raises DataError when they are not as written."""
-        place = self._places[sample.sample_id]
-        at = slice(place.start, place.start + len(sample))
-        file = self._shards[place.shard]
-        aux, last = file.get_slice("aux")[at], file.get_slice("last")[at]
-        if _checksum(aux, last) != place.checksum:
-            path = _shard(self.directory, place.shard)
+        shard, start, _, checksum = self._places[sample.sample_id]
+        aux, last = (self._shards[shard].get_slice(name)[start : start + len(sample)] for name in ("aux", "last"))
+        if _checksum(aux, last) != checksum:
+            path = _shard(self.directory, shard)
             raise DataError(f"{path}: states of sample {sample.sample_id} changed since they were written")
-        return CapturedStates(
-            sample.sample_id, sample.input_ids_L, aux, last, self.info.aux_layer_ids, self._normed[place.shard]
-        )
+        normed = self._facts[shard]["last_is_normed"]
+        return CapturedStates(sample.sample_id, sample.input_ids_L, aux, last, self.info.aux_layer_ids, normed)
 
 
 class OfflineEngine:
@@ -337,17 +305,16 @@ class OfflineEngine:
 
     def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
         """Return the stored states. Raises CaptureError for a sample that was not captured."""
-        states = [self._part_of(sample).read(sample) for sample in samples]
-        if len(self._columns) == states[0].aux_LAH.shape[1]:
-            return states
+        states = []
+        for sample in samples:
+            part = next((part for part in self._parts if part.holds(sample)), None)
+            if part is None:
+                raise CaptureError(f"offline: sample {sample.sample_id} was not captured")
+            states.append(part.read(sample))
         ids, columns = self.info.aux_layer_ids, self._columns
+        if ids == self._parts[0].info.aux_layer_ids:
+            return states
         return [replace(state, aux_LAH=state.aux_LAH[:, columns], aux_layer_ids=ids) for state in states]
 
     def close(self) -> None:
         """Nothing to stop."""
-
-    def _part_of(self, sample: TokenizedSample) -> OfflinePart:
-        for part in self._parts:
-            if part.holds(sample):
-                return part
-        raise CaptureError(f"offline: sample {sample.sample_id} was not captured")

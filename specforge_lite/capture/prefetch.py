@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import TracebackType
+from itertools import chain
 
 from torch.profiler import record_function
 
@@ -59,15 +59,12 @@ class SkipBudget:
 
         Raises CaptureError once more samples were refused than the budget allows.
         """
-        kept: list[TokenizedSample] = []
         for sample in samples:
             self.seen += 1
             if len(sample) > max_length:
                 place = f"sample {sample.sample_id}: {len(sample)} tokens, the target accepts {max_length}"
                 self.skip(sample.sample_id, place, LONGER_CONTEXT)
-            else:
-                kept.append(sample)
-        return kept
+        return [sample for sample in samples if len(sample) <= max_length]
 
     def skip(self, sample_id: str, place: str, advice: str) -> None:
         """Count and report one sample that is left out; raise CaptureError if it is one too many."""
@@ -88,10 +85,8 @@ class SkipBudget:
         too_long = [length for length in lengths if length > max_length]
         if not too_long:
             return
-        found = (
-            f"{what}: {len(too_long)} of {len(lengths)} samples are longer than the {max_length} tokens that the target"
-            f" accepts (longest {max(too_long)})"
-        )
+        share = f"{what}: {len(too_long)} of {len(lengths)} samples"
+        found = f"{share} are longer than the {max_length} tokens that the target accepts (longest {max(too_long)})"
         if len(too_long) > self.allowed:
             raise ConfigError(
                 f"{found}; at most {self.allowed} may be left out (skip_budget {self.fraction:.2%}). {LONGER_CONTEXT}"
@@ -139,7 +134,6 @@ class Prefetcher(Iterator[Captured]):
         try:
             self._top_up()
             if not self._in_order:
-                self.close()
                 raise StopIteration
             future = self._in_order.popleft()
             self._top_up()  # the place just freed is taken before the consumer goes off to train
@@ -151,8 +145,6 @@ class Prefetcher(Iterator[Captured]):
             for sample_id, refusal in refusals:  # counted here, in order, for the same reason as in `_top_up`
                 self.skips.skip(sample_id, str(refusal), "Every such sample is named above; see the engine's log")
             return samples, states
-        except StopIteration:
-            raise
         except BaseException:
             self.close()
             raise
@@ -160,9 +152,7 @@ class Prefetcher(Iterator[Captured]):
     def __enter__(self) -> Prefetcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self, timeout_s: float = CLOSE_SECONDS) -> None:
@@ -210,12 +200,9 @@ class Prefetcher(Iterator[Captured]):
         except CaptureError as error:
             if len(samples) == 1:
                 return [], [], [(samples[0].sample_id, error)]
-        parts = [self._answer([sample]) for sample in samples]
-        return (
-            [sample for part in parts for sample in part[0]],
-            [state for part in parts for state in part[1]],
-            [refusal for part in parts for refusal in part[2]],
-        )
+        answers = zip(*(self._answer([sample]) for sample in samples))
+        captured, states, refusals = (list(chain.from_iterable(part)) for part in answers)
+        return captured, states, refusals
 
     def _capture(self, samples: list[TokenizedSample]) -> list[CapturedStates]:
         with record_function("capture"):  # a name in the trace of --profile-start-step

@@ -19,7 +19,7 @@ import torch
 
 from specforge_lite.capture import transport
 from specforge_lite.capture.base import TargetInfo, check_capture, check_sample
-from specforge_lite.capture.transport import Blob, LostSample, NoSpace, Transport, open_transport
+from specforge_lite.capture.transport import LostSample, NoSpace, Transport, open_transport
 from specforge_lite.core.errors import CaptureError, EngineError
 from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone, backoff_seconds
 from specforge_lite.core.log import format_seconds, warn
@@ -34,14 +34,7 @@ PROBE_TOKENS = 16
 NUM_PROBES = 4
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server reports about itself. max_input_length: tokens of the longest prompt it accepts."""
-
-    version: str
-    max_input_length: int
+SPACE_HINT = "; lower --requests-in-flight or --max-length, or enlarge the transport's memory"
 
 
 class CaptureDialect(Protocol):
@@ -52,23 +45,17 @@ class CaptureDialect(Protocol):
 
     def capture_request(self, token_ids: list[int], key: str) -> tuple[str, dict[str, Any]]:
         """Path and JSON body of the request for one sample; one token is generated, greedily."""
-        ...
 
-    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
-        """The plugin's part of the reply, or None if the plugin was not at work."""
-        ...
-
-    def generated_token(self, reply: dict[str, Any]) -> int | None:
-        """The token that follows the sample, None if the reply does not hold it."""
-        ...
+    def capture_reply(self, reply: dict[str, Any]) -> tuple[dict[str, Any] | None, int | None]:
+        """The plugin's part of the reply, None if it was not at work; and the token that follows the sample, None if
+        the reply does not hold it."""
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         """The engine's layer ids in our convention (layer outputs)."""
-        ...
 
-    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
-        """Ask the server; raises EngineError for a setting that makes capture impossible."""
-        ...
+    async def read_max_length(self, http: HttpLoop, url: str) -> int:
+        """Tokens of the longest prompt that the server accepts. Raises ConfigError or EngineError for a version or a
+        setting that makes capture impossible."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,6 @@ class Server(Protocol):
 
     def stop(self) -> None:
         """End it and delete its files; may be called twice."""
-        ...
 
 
 class RemoteEngine:
@@ -130,9 +116,8 @@ class RemoteEngine:
         """
         limits, replies = [self.info.max_length], []
         for url in self._urls:
-            server = self._http.run(self._ask_info(url))
-            limits.append(server.max_input_length)
-            length = min(PROBE_TOKENS, server.max_input_length)
+            limits.append(self._http.run(self._ask_max_length(url)))
+            length = min(PROBE_TOKENS, limits[-1])
             for number in range(NUM_PROBES):
                 # The upper part of a vocabulary holds special tokens, images' placeholders among them.
                 ids = (torch.arange(length) * (7 + 30 * number) + number) % max(1, self.info.vocab_size * 3 // 4)
@@ -180,42 +165,34 @@ class RemoteEngine:
 
     async def _capture_one(self, sample: TokenizedSample, url: str) -> tuple[CapturedStates, int | None]:
         """The states of a sample and the token that the server would continue it with."""
+        place = f"{self.info.engine}: sample {sample.sample_id}"
         token_ids = sample.input_ids_L.tolist()
         attempt = breaks = 0
         async with self._slots:
             while True:
                 try:
-                    blob, next_token = await self._ask(token_ids, url)
-                    break
+                    found, next_token = await self._ask(token_ids, url)
+                    layer_ids = self._dialect.output_layer_ids(found.aux_layer_ids)
+                    return replace(found, sample_id=sample.sample_id, aux_layer_ids=layer_ids), next_token
                 except ServerGone as error:
                     breaks += 1
                     if breaks > MAX_BREAKS:
                         raise CaptureError(
-                            f"{self.info.engine}: sample {sample.sample_id}: the connection broke {breaks} times,"
-                            f" although the server answers its health path: {error}"
+                            f"{place}: the connection broke {breaks} times, although the server answers its health"
+                            f" path: {error}"
                         ) from None
                     await self._wait_until_back(url, str(error))
                     url = next(self._next_url)
                 except (LostSample, HttpStatus, BadReply) as error:
                     attempt += 1
                     if attempt >= MAX_ATTEMPTS:
-                        raise CaptureError(
-                            f"{self.info.engine}: sample {sample.sample_id}: asked {attempt} times, {error}"
-                            f"{self._space_hint(error)}{'' if url in str(error) else f' ({url})'}"
-                        ) from None
+                        hint = SPACE_HINT if isinstance(error, NoSpace) else ""
+                        where = "" if url in str(error) else f" ({url})"
+                        raise CaptureError(f"{place}: asked {attempt} times, {error}{hint}{where}") from None
                     self._warn_once(f"sample {sample.sample_id}: {error}; asking again")
                     await asyncio.sleep(backoff_seconds(attempt, RETRY_SECONDS, 10.0))
-        states = CapturedStates(
-            sample_id=sample.sample_id,
-            input_ids_L=blob.input_ids_L,
-            aux_LAH=blob.aux_LAH,
-            last_LH=blob.last_LH,
-            aux_layer_ids=self._dialect.output_layer_ids(blob.layer_ids),
-            last_is_normed=blob.last_is_normed,
-        )
-        return states, next_token
 
-    async def _ask(self, token_ids: list[int], url: str) -> tuple[Blob, int | None]:
+    async def _ask(self, token_ids: list[int], url: str) -> tuple[CapturedStates, int | None]:
         key = secrets.token_hex(16)
         path, body = self._dialect.capture_request(token_ids, key)
         try:
@@ -225,8 +202,7 @@ class RemoteEngine:
                 raise CaptureError(f"{url}: {error}") from None
             raise
         try:
-            facts = self._dialect.capture_reply(reply)
-            next_token = self._dialect.generated_token(reply)
+            facts, next_token = self._dialect.capture_reply(reply)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise BadReply("wrong-form", f"a reply that is not understood ({error!r})", url) from None
         if not isinstance(facts, dict):
@@ -249,9 +225,9 @@ class RemoteEngine:
             self._transports[place] = open_transport(place)
         return self._transports[place]
 
-    async def _ask_info(self, url: str) -> ServerInfo:
+    async def _ask_max_length(self, url: str) -> int:
         try:
-            return await self._dialect.read_info(self._http, url)
+            return await self._dialect.read_max_length(self._http, url)
         except (ServerGone, HttpStatus, BadReply) as error:
             raise EngineError(f"{url}: not a {self._dialect.name} server that answers ({error})") from None
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -279,8 +255,3 @@ class RemoteEngine:
         if kind not in self._warned:
             self._warned.add(kind)
             warn(f"{self.info.engine}: {message}")
-
-    def _space_hint(self, error: Exception) -> str:
-        if isinstance(error, NoSpace):
-            return "; lower --requests-in-flight or --max-length, or enlarge the transport's memory"
-        return ""

@@ -18,18 +18,16 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import xxhash
-from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.files import try_lock
-from specforge_lite.core.log import warn
+from specforge_lite.types import CapturedStates
 
 FORMAT = "specforge-capture-2"
 CHECKSUMS: dict[str, Callable[[Any], int]] = {"xxh3_64": xxhash.xxh3_64_intdigest, "crc32": zlib.crc32}
@@ -47,32 +45,9 @@ class NoSpace(LostSample):
     """The server found no room to store the sample."""
 
 
-@dataclass(frozen=True)
-class Blob:
-    """A sample as the server stored it. Letters as in types.py; `layer_ids` in the server's own convention."""
-
-    input_ids_L: Tensor
-    aux_LAH: Tensor
-    last_LH: Tensor
-    layer_ids: tuple[int, ...]
-    last_is_normed: bool
-
-
-class Transport(Protocol):
-    """The trainer's end."""
-
-    place: str
-    """What the server must say it stores to; equal to its SPECFORGE_CAPTURE."""
-
-    async def take(self, key: str, timeout_s: float) -> Blob:
-        """Wait for the sample, check it, delete it. Raises LostSample."""
-        ...
-
-    def close(self) -> None: ...
-
-
-def decode(buffer: Any, key: str) -> Blob:
-    """Check a stored sample and view it as tensors that share `buffer`'s memory (writable, mmap or bytearray).
+def decode(buffer: Any, key: str) -> CapturedStates:
+    """Check a stored sample and view it as tensors that share `buffer`'s memory (writable, mmap or bytearray). It is
+    named by its key, and its layers as the server names them.
 
     Raises LostSample where the size, the checksum or the key disagree.
     """
@@ -102,7 +77,8 @@ def decode(buffer: Any, key: str) -> Blob:
         flat = torch.frombuffer(buffer, dtype=torch.uint8, count=stop - start, offset=8 + length + start)
         tensors[name] = flat.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     layer_ids = tuple(int(i) for i in facts["layer_ids"].split(",") if i)
-    return Blob(tensors["input_ids"], tensors["aux"], tensors["last"], layer_ids, facts["last_is_normed"] == "1")
+    normed = facts["last_is_normed"] == "1"
+    return CapturedStates(key, tensors["input_ids"], tensors["aux"], tensors["last"], layer_ids, normed)
 
 
 class TmpfsTransport:
@@ -110,9 +86,9 @@ class TmpfsTransport:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.place = f"tmpfs:{directory}"
 
-    async def take(self, key: str, timeout_s: float) -> Blob:
+    async def take(self, key: str, timeout_s: float) -> CapturedStates:
+        """Wait for the sample, check it, delete it. Raises LostSample."""
         path = os.path.join(self.directory, key)
         deadline, delay = time.monotonic() + timeout_s, 0.0005
         while True:
@@ -125,9 +101,7 @@ class TmpfsTransport:
                 raise LostSample(f"{path} did not appear within {timeout_s:.0f}s")
             await asyncio.sleep(delay)
             delay = min(2 * delay, 0.05)
-        if len(mapped) > 1 << 22:
-            return await asyncio.to_thread(decode, mapped, key)
-        return decode(mapped, key)
+        return await asyncio.to_thread(decode, mapped, key) if len(mapped) > 1 << 22 else decode(mapped, key)
 
     def _raise_if_refused(self, key: str) -> None:
         """The plugin leaves an empty file `KEY.REASON` for a sample it could not store."""
@@ -178,17 +152,17 @@ class MooncakeTransport:
     removed (a lease may still be held, or it came too late) is tried again with every later one and at close."""
 
     def __init__(self, address: str) -> None:
-        self.place = f"mooncake:{address}"
         self._store = _open_mooncake_store(address)
         self._threads = ThreadPoolExecutor(MOONCAKE_THREADS, thread_name_prefix="mooncake")
         self._to_remove: dict[str, float] = {}  # key -> when to stop trying
         self._lock = threading.Lock()
         self._closed = False
 
-    async def take(self, key: str, timeout_s: float) -> Blob:
+    async def take(self, key: str, timeout_s: float) -> CapturedStates:
+        """See TmpfsTransport."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._take, key, timeout_s)
 
-    def _take(self, key: str, timeout_s: float) -> Blob:
+    def _take(self, key: str, timeout_s: float) -> CapturedStates:
         deadline, delay = time.monotonic() + timeout_s, 0.001
         while self._store.is_exist(key) != 1:
             if self._store.is_exist(f"{key}.failed") == 1:
@@ -260,12 +234,12 @@ def mooncake_address(text: str | None) -> str:
     raise ConfigError(f"mooncake_address {text}: expected HOST:PORT, tcp://HOST:PORT or rdma://HOST:PORT/DEVICE")
 
 
+Transport = TmpfsTransport | MooncakeTransport
+
+
 def open_transport(place: str) -> Transport:
     """The trainer's end of the place a server stores to."""
     kind, _, where = place.partition(":")
-    if kind == "tmpfs":
-        return TmpfsTransport(where)
-    if kind == "mooncake":
-        return MooncakeTransport(where)
-    warn(f"unknown transport {place}")
-    raise EngineError(f"the server stores to {place}: expected tmpfs:DIRECTORY or mooncake:tcp://HOST:PORT")
+    if kind not in ("tmpfs", "mooncake"):
+        raise EngineError(f"the server stores to {place}: expected tmpfs:DIRECTORY or mooncake:tcp://HOST:PORT")
+    return TmpfsTransport(where) if kind == "tmpfs" else MooncakeTransport(where)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from specforge_lite.core.errors import EngineError
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.core.settings import Section, parse_config
@@ -39,15 +40,17 @@ class ServeTargetConfig(Section):
 
 def main() -> None:
     config = parse_config(ServeTargetConfig, description=__doc__ or "")
-    from specforge_lite.serving.launch import CaptureHost
+    from specforge_lite.capture.base import EngineContext
+    from specforge_lite.serving.launch import capture_host
 
-    serve = config.serve
-    with CaptureHost(
-        config.target, serve.host, serve.port, serve.max_length, serve.log_dir, serve.startup_minutes
-    ) as server:
+    serve, target = config.serve, config.target
+    context = EngineContext(serve.max_length, serve.log_dir, serve.startup_minutes)
+    with capture_host(target, context, serve.host, serve.port) as (engine, server):
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        place = "" if config.target.transport == "tmpfs" else " --transport mooncake --mooncake-address ..."
-        info(f"attach with: --target-backend {server.engine} --target-url {server.url}{place}")
-        server.wait(stop)
+        place = "" if target.transport == "tmpfs" else " --transport mooncake --mooncake-address ..."
+        info(f"attach with: --target-backend {engine} --target-url {server.spec.url}{place}")
+        while not stop.wait(0.5):
+            if server.failure is not None:
+                raise EngineError(server.failure)

@@ -56,21 +56,12 @@ def progress(total: int | None, description: str, unit: str = "it", **kwargs: An
     Off a terminal there is no bar: a line every ten seconds, and none for what is done before, so that a log stays
     readable.
     """
+    kwargs.setdefault("disable", not is_main_rank())
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        return tqdm(
-            **{
-                "total": total,
-                "desc": description,
-                "unit": unit,
-                "dynamic_ncols": True,
-                "mininterval": 0.2,
-                "disable": not is_main_rank(),
-                **kwargs,
-            }
-        )
-    return ProgressLines(total, description, unit, kwargs.get("initial", 0), kwargs.get("disable", not is_main_rank()))
+        return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=0.2, **kwargs)
+    return ProgressLines(total, description, unit, kwargs.get("initial", 0), kwargs["disable"])
 
 
 class ProgressLines:
@@ -89,16 +80,16 @@ class ProgressLines:
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        if self._unit == "it" and not self.total:  # a wait, counted in turns of a loop
-            text = f"{self._description}: {format_seconds(seconds)}"
-            return f"{text}, {self._postfix}" if self._postfix else text
         rate = (self.n - self._initial) / seconds
-        of_total = f" of {self.total:,} ({self.n / self.total:.0%})" if self.total else ""
-        pace = f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}"
-        text = f"{self._description}: {self.n:,}{of_total}, {pace} {self._unit}/s"
+        if self._unit == "it" and not self.total:  # a wait, counted in turns of a loop
+            parts = [format_seconds(seconds)]
+        else:
+            of_total = f" of {self.total:,} ({self.n / self.total:.0%})" if self.total else ""
+            pace = f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}"
+            parts = [f"{self.n:,}{of_total}", f"{pace} {self._unit}/s"]
         if self.total and rate > 0:
-            text += f", {format_seconds(max(self.total - self.n, 0) / rate)} left"
-        return f"{text}, {self._postfix}" if self._postfix else text
+            parts.append(f"{format_seconds(max(self.total - self.n, 0) / rate)} left")
+        return f"{self._description}: {', '.join([*parts, *filter(None, [self._postfix])])}"
 
     def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
         self._postfix = text

@@ -14,7 +14,6 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,36 +111,33 @@ def build_parser(config_class: type[Section], leaves: Leaves, description: str) 
     return parser
 
 
-@dataclass
 class _Parse:
-    """One reading of a command line. typed: leaf -> the flag as the user wrote it. source: the YAML file, for its
-    mistakes."""
+    """One reading of a command line. keys: name or synonym -> leaf. typed: leaf -> the flag as the user wrote it.
+    source: the YAML file, for its mistakes."""
 
-    config_class: type[Section]
-    description: str
-    typed: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    source: str = ""
-
-    def run(self, argv: list[str]) -> Any:
-        self.leaves = leaf_fields(self.config_class)
+    def __init__(self, config_class: type[Section], description: str) -> None:
+        self.config_class, self.description = config_class, description
+        self.leaves = leaf_fields(config_class)
+        self.sections = {name for name, info in config_class.model_fields.items() if _is_section(info)}
         self.keys = {_bare(flag): name for name, (_, info) in self.leaves.items() for flag in _synonyms(info)}
         self.keys |= {name: name for name in self.leaves}
+        self.typed: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.source = ""
+
+    def run(self, argv: list[str]) -> Any:
         values: dict[str, Any] = {}
         given = self._parse_flags(argv)
         if path := given.pop("__config__", None):
             self._merge_yaml(Path(path), values)
         for name, raw in given.items():
             _assign(values, self.leaves[name][0], name, raw)
-        for name, info in self.config_class.model_fields.items():  # reported by the keys that the section requires
-            if _is_section(info):
-                values.setdefault(name, {})
+        for name in self.sections:  # what is missing is reported by the keys that the section requires
+            values.setdefault(name, {})
         config = self._validate(values)
         if self.problems:
             listed = list(dict.fromkeys(self.problems))
-            raise ConfigError(
-                listed[0] if len(listed) == 1 else f"{len(listed)} mistakes:\n  " + "\n  ".join(listed)
-            ) from None
+            raise ConfigError(listed[0] if len(listed) == 1 else "\n  ".join([f"{len(listed)} mistakes:", *listed]))
         return config
 
     def _parse_flags(self, argv: list[str]) -> dict[str, Any]:
@@ -163,24 +159,20 @@ class _Parse:
 
     def _merge_yaml(self, path: Path, values: dict[str, Any]) -> None:
         self.source = f"{path}: "
-        loaded = _read_yaml(path)
-        for key, value in loaded.items():
-            section = self.config_class.model_fields.get(key) if isinstance(key, str) else None
-            leaf = self.keys.get(key) if isinstance(key, str) else None
-            if section is not None and _is_section(section) and not isinstance(value, dict):
-                self.problems.append(f"{path}: {key}: expected a mapping of keys to values, found {value!r}")
-            elif leaf is not None and (section is None or not _is_section(section)):
-                _assign(values, self.leaves[leaf][0], leaf, value)
-            elif isinstance(value, dict) and section is not None:
-                target = values.setdefault(key, {})
-                target.update({self._leaf_of(key, inner): item for inner, item in value.items()})
+        for key, value in _read_yaml(path).items():
+            if key not in self.sections:
+                leaf = self.keys.get(key, str(key))
+                _assign(values, self.leaves[leaf][0] if leaf in self.leaves else (), leaf, value)
+            elif isinstance(value, dict):
+                inner = {self._leaf_of(key, name): item for name, item in value.items()}
+                values.setdefault(key, {}).update(inner)
             else:
-                values[str(key)] = value
+                self.problems.append(f"{path}: {key}: expected a mapping of keys to values, found {value!r}")
 
     def _leaf_of(self, section: str, key: Any) -> Any:
         """The field that a YAML key inside a section means."""
-        leaf = self.keys.get(key) if isinstance(key, str) else None
-        return leaf if leaf is not None and self.leaves[leaf][0] == (section,) else key
+        leaf = self.keys.get(key, "")
+        return leaf if leaf and self.leaves[leaf][0] == (section,) else key
 
     def _validate(self, values: dict[str, Any]) -> Section | None:
         """The config; None where there are problems. Checks of combinations run only on values that are right by
@@ -288,8 +280,6 @@ def _is_section(info: FieldInfo) -> bool:
 def _assign(values: dict[str, Any], path: tuple[str, ...], name: str, raw: Any) -> None:
     for part in path:
         values = values.setdefault(part, {})
-        if not isinstance(values, dict):  # the YAML gave a scalar for a section, which is reported
-            return
     values[name] = None if isinstance(raw, str) and raw.lower() in ("none", "null") else raw
 
 

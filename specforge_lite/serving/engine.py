@@ -14,30 +14,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from packaging.specifiers import SpecifierSet
+
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.remote import CaptureDialect
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
 from specforge_lite.model.block_config import block_kind_of
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A server that is about to be started. context_length: tokens of prompt and answer. num_requests: at a time.
-    devices: its CUDA_VISIBLE_DEVICES, None: ours."""
-
-    python: str
-    model_path: str
-    host: str
-    port: int
-    gpu: bool
-    context_length: int
-    num_requests: int
-    tp_size: int = 1
-    dtype: str = "auto"
-    mem_frac: float | None = None
-    trust_remote_code: bool = False
-    engine_args: tuple[str, ...] = ()
-    devices: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,7 @@ class ServingOptions:
     num_steps: tokens a chain drafts; topk: branches per step; num_draft_tokens: nodes verified at once, the last
     accepted token included (SGLang's words). max_length: tokens of prompt plus answer. concurrency: requests at a time.
     temperature: of the requests to come; above 0 a chain's draft tokens are sampled as they were trained, where both
-    engines' default is the draft's largest probability.
+    engines' default is the draft's largest probability. engine_devices: the server's CUDA_VISIBLE_DEVICES, None: ours.
     """
 
     backend: str
@@ -73,6 +55,16 @@ class ServingOptions:
     @property
     def speculative(self) -> bool:
         return self.draft_path is not None and self.num_steps > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(ServingOptions):
+    """Options of a server that is about to be started: by which interpreter, where it listens (`port` is a number by
+    now), and whether it has a GPU."""
+
+    python: str
+    host: str
+    gpu: bool
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,11 @@ class Support:
     note: str = ""
 
 
+def by_family(groups: dict[Support, tuple[str, ...]]) -> dict[str, Support]:
+    """`Engine.support` from the families of each kind of support."""
+    return {family: support for support, families in groups.items() for family in families}
+
+
 class Engine(CaptureDialect, ABC):
     """One serving engine: a `CaptureDialect`, and how its server is started, asked and measured.
 
@@ -143,8 +140,8 @@ class Engine(CaptureDialect, ABC):
         """Command line of a server that captures `info.aux_layer_ids` and the last hidden state."""
 
     @abstractmethod
-    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
-        """Command line of a server that decodes, with a draft if `options` name one. Raises ConfigError."""
+    def serving_command(self, launch: Launch) -> list[str]:
+        """Command line of a server that decodes, with a draft if `launch` names one. Raises ConfigError."""
 
     @abstractmethod
     def environment(self, launch: Launch) -> dict[str, str]:
@@ -153,17 +150,15 @@ class Engine(CaptureDialect, ABC):
     def check_version(self, version: str) -> None:
         """Raise ConfigError for a version outside `versions`."""
         lowest, below = self.versions
-        if not _release(lowest) <= _release(version) < _release(below):
+        if not SpecifierSet(f">={lowest},<{below}").contains(version, prereleases=True):
             raise ConfigError(
                 f"{self.name} {version}: supported are versions from {lowest} up to, not including, {below}"
             )
 
     @abstractmethod
-    def target_problem(
-        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
-    ) -> str | None:
-        """Why these settings would capture other states than the target's, in one clause; None if they do not. dtype:
-        what the target runs in (`bfloat16`, ...), resolved."""
+    def target_problem(self, support: Support | None, text_config: Any, info: TargetInfo, dtype: str) -> str | None:
+        """Why the target's states would be others than its own, in one clause; None if they are its own. support: of
+        its family. dtype: what it runs in (`bfloat16`, ...), resolved."""
 
     def draft_algorithm(self, options: ServingOptions) -> str:
         """What the engine calls the algorithm of the draft; raises ConfigError, also for a block draft that is served
@@ -256,13 +251,3 @@ def without_compiler() -> dict[str, str]:
     """For a server on CPU: torch.compile off, unless the user has it on. It needs a C++ compiler, and builds the small
     functions around drafting for longer than they take."""
     return {"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")}
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """`0.5.23.post1+cpu` -> (0, 5, 23)."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)

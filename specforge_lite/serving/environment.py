@@ -61,25 +61,25 @@ def first_installed_engine() -> str | None:
 
 
 def _read_versions(python: str) -> dict[str, str]:
-    """Distribution name -> version for the engines and the plugin, as that interpreter sees them."""
+    """Versions of the engines, under our names, and of the plugin, as that interpreter sees them."""
     resolved = shutil.which(python)
     if resolved is None:
         raise ConfigError(f"engine_python {python}: no such interpreter")
-    names = [name for engine in SERVING_ENGINES.values() for name in engine.distributions]
+    names = {name: engine.name for engine in SERVING_ENGINES.values() for name in engine.distributions}
     command = [resolved, "-c", _VERSIONS_QUERY, *names, _PLUGIN_DISTRIBUTION]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        versions: dict[str, str] = json.loads(done.stdout)
+        found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired, json.JSONDecodeError) as error:
         raise ConfigError(f"engine_python {python}: not a working python ({error})") from None
-    return versions
+    return {names.get(name, name): version for name, version in found.items()}
 
 
 def engine_of_interpreter(python: str) -> str:
     """The engine installed in an environment; raises ConfigError if there is none."""
     versions = _read_versions(python)
-    for name, engine in SERVING_ENGINES.items():
-        if any(distribution in versions for distribution in engine.distributions):
+    for name in SERVING_ENGINES:
+        if name in versions:
             return name
     raise ConfigError(f"engine_python {python}: neither {' nor '.join(SERVING_ENGINES)} is installed there")
 
@@ -96,12 +96,10 @@ def find_interpreter(engine: str, python: str | None) -> Interpreter:
             " --engine-python"
         )
     versions = _read_versions(chosen)
-    known = SERVING_ENGINES[engine]
-    version = next((versions[name] for name in known.distributions if name in versions), None)
-    if version is None:
+    if engine not in versions:
         raise ConfigError(f"engine_python {chosen}: {engine} is not installed there")
-    known.check_version(version)
-    return Interpreter(chosen, engine, version, versions.get(_PLUGIN_DISTRIBUTION))
+    SERVING_ENGINES[engine].check_version(versions[engine])
+    return Interpreter(chosen, engine, versions[engine], versions.get(_PLUGIN_DISTRIBUTION))
 
 
 def check_plugin(interpreter: Interpreter) -> None:
@@ -120,14 +118,15 @@ def ask_registry(interpreter: Interpreter, architecture: str) -> tuple[dict[str,
 
     The engine is imported, no model is loaded; that takes about 20 seconds, so the answer is kept for this version.
     """
-    key = f"{interpreter.engine} {interpreter.version} {architecture}"
+    name = f"{interpreter.engine} {interpreter.version}"
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge_lite" / "architectures.json"
     try:
-        known: dict[str, dict[str, bool]] = json.loads(kept.read_text())
-        return known[key], ""
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    info(f"asking {interpreter.engine} {interpreter.version} whether it captures {architecture} (once per version)")
+        known: dict[str, dict[str, bool]] = dict(json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    if found := known.get(f"{name} {architecture}"):
+        return found, ""
+    info(f"asking {name} whether it captures {architecture} (once per version)")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({} if has_gpu(None) else {"SGLANG_USE_CPU_ENGINE": "1"})
     command = [interpreter.python, "-c", SERVING_ENGINES[interpreter.engine].registry_query, architecture]
     try:
@@ -136,24 +135,15 @@ def ask_registry(interpreter: Interpreter, architecture: str) -> tuple[dict[str,
         return None, str(error)
     try:
         answer = json.loads(done.stdout.strip().rpartition("\n")[2])
-        found = {name: bool(answer[name]) for name in ("known", "eagle3")}
+        found = {key: bool(answer[key]) for key in ("known", "eagle3")}
     except (ValueError, KeyError, TypeError):
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         return None, f"exit code {done.returncode}: {' '.join(last)}"
-    _keep(kept, key, found)
-    return found, ""
-
-
-def _keep(path: Path, key: str, answer: dict[str, bool]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            known = {}
-        write_json(path, {**(known if isinstance(known, dict) else {}), key: answer})
+        write_json(kept, {**known, f"{name} {architecture}": found})
     except OSError as error:  # a home that cannot be written costs 20 seconds at the next start
-        warn(f"{path}: {error.strerror or error}; the engine will be asked again")
+        warn(f"{kept}: {error.strerror or error}; the engine will be asked again")
+    return found, ""
 
 
 def engine_of_url(url: str) -> str:
@@ -170,7 +160,10 @@ def engine_of_url(url: str) -> str:
 
 
 def choose_backend(target: TargetSection) -> str:
-    """Resolve `auto`: what answers at `--target-url`; else the first serving engine that is installed, else hf."""
+    """The backend that is named; for `auto` what answers at `--target-url`, else the first serving engine that is
+    installed, else hf."""
+    if target.target_backend != "auto":
+        return target.target_backend
     if target.target_url:
         return engine_of_url(target.target_url[0])
     if target.engine_python is not None:

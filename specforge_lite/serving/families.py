@@ -10,7 +10,7 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import warn
 from specforge_lite.core.sections import TargetSection
-from specforge_lite.serving.engine import Engine, Support
+from specforge_lite.serving.engine import Engine, Support, engine_arg
 from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter, ask_registry
 
 # Family -> the names that transformers gives its classes (`architectures` in config.json).
@@ -69,16 +69,20 @@ def check_target(engine: Engine, target: TargetSection, info: TargetInfo, interp
         dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
     support = support_of(engine, architecture)
     problem = support.note if support is not None and support.status == "refused" else None
-    problem = problem or engine.target_problem(architecture, text, info, dtype, target.engine_arg)
-    if problem is not None:
-        place = f"target_backend {engine.name}: {architecture} ({target.target_model_path})"
-        raise ConfigError(f"{place}: {problem}; {_others(engine, architecture)}")
+    problem = problem or engine.target_problem(support, text, info, dtype)
+    for flag in ("pipeline-parallel-size", "pp-size", "pp"):
+        if problem is None and (size := engine_arg(target.engine_arg, flag)) not in (None, "1"):
+            problem = f"--engine-arg {flag}={size}: hidden states are those of one pipeline rank only"
     if interpreter is not None and (support is None or not interpreter.version.startswith(engine.versions[0])):
-        _check_registry(interpreter, architecture, target.target_model_path)
+        problem = problem or _registry_problem(interpreter, architecture)
+    if problem is not None:
+        others = [name for name in SERVING_ENGINES if name != engine.name]
+        able = [o for o in others if (s := support_of(SERVING_ENGINES[o], architecture)) and s.status != "refused"]
+        place = f"target_backend {engine.name}: {architecture} ({target.target_model_path})"
+        raise ConfigError(f"{place}: {problem}; use --target-backend {' or '.join([*able[:1], 'hf'])}")
 
 
-def _check_registry(interpreter: Interpreter, architecture: str, path: str) -> None:
-    engine = SERVING_ENGINES[interpreter.engine]
+def _registry_problem(interpreter: Interpreter, architecture: str) -> str | None:
     answer, reason = ask_registry(interpreter, architecture)
     name = f"{interpreter.engine} {interpreter.version}"
     if answer is None:
@@ -86,30 +90,16 @@ def _check_registry(interpreter: Interpreter, architecture: str, path: str) -> N
     elif not answer["known"]:
         warn(f"{name} has no model {architecture} of its own; it may run it through transformers, or refuse it")
     elif not answer["eagle3"]:
-        raise ConfigError(
-            f"target_backend {interpreter.engine}: {architecture} ({path}): {name} hands out no aux hidden states for"
-            f" it; {_others(engine, architecture)}"
-        )
-
-
-def _others(engine: Engine, architecture: str) -> str:
-    """What to do instead."""
-    for other in SERVING_ENGINES.values():
-        support = support_of(other, architecture)
-        if other is not engine and support is not None and support.status != "refused":
-            return f"use --target-backend {other.name} or hf"
-    return "use --target-backend hf"
+        return f"{name} hands out no aux hidden states for it"
+    return None
 
 
 def support_table() -> str:
     """The table of docs/engines.md, as markdown."""
     engines = list(SERVING_ENGINES.values())
-    rows = [
-        ["target family", *(f"{engine.name} {engine.versions[0]}" for engine in engines)],
-        ["---"] * (1 + len(engines)),
-    ]
+    rows = [["target family", *(f"{engine.name} {engine.versions[0]}" for engine in engines)], ["---"] * 3]
     words = {"run": "works (run)", "read": "works (read)", "refused": "refused"}
     for family in FAMILIES:
         cells = [engine.support[family] for engine in engines]
-        rows.append([family, *(words[cell.status] + (f": {cell.note}" if cell.note else "") for cell in cells)])
+        rows.append([family, *(": ".join(filter(None, (words[cell.status], cell.note))) for cell in cells)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

@@ -39,23 +39,11 @@ RUN_PREFIX = "specforge-"
 OWNER_FILE = ".owner"
 SESSION_FILE = ".session"
 RENDEZVOUS_FILE = ".rendezvous"
-_NOT_FOR_SERVERS = frozenset(
-    (
-        "RANK",
-        "LOCAL_RANK",
-        "GROUP_RANK",
-        "ROLE_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "ROLE_WORLD_SIZE",
-        "GROUP_WORLD_SIZE",
-        "ROLE_NAME",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "VIRTUAL_ENV",
-        "PYTHONPATH",
-        "PYTHONHOME",
-    )
+# What torchrun and our own venv put into the environment: a server that sees RANK or MASTER_PORT joins the trainer's
+# process group.
+_NOT_FOR_SERVERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|TORCH_NCCL)_.*"
+    r"|VIRTUAL_ENV|PYTHON(PATH|HOME)"
 )
 
 
@@ -74,10 +62,8 @@ class ServerSpec:
 
 def free_port() -> int:
     """A TCP port of the loopback interface that is free now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
@@ -237,16 +223,15 @@ class LaunchedServer:
             while not is_healthy(spec.url + spec.health_path):
                 if self._stopping.is_set():
                     raise EngineError(f"{spec.name} was stopped while it started")
-                if process.poll() is not None:
-                    status = _status(process.returncode)
-                    raise EngineError(f"{spec.name} ended with status {status} while it started{self._cause()}")
+                if (code := process.poll()) is not None:
+                    raise EngineError(f"{spec.name} ended with status {_status(code)} while it started{self._cause()}")
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"{spec.name} was not ready after {format_seconds(spec.startup_seconds)} (--dist-timeout);"
                         f" log: {spec.log_path}"
                     )
                 if bar is not None:
-                    bar.set_postfix_str(self._tail(1)[-1][:80] if self._tail(1) else "", refresh=False)
+                    bar.set_postfix_str(self._log(300).strip().rpartition("\n")[2][:80], refresh=False)
                     bar.update(1)
                 self._stopping.wait(0.5)
         finally:
@@ -256,50 +241,40 @@ class LaunchedServer:
     def _watch(self) -> None:
         while True:
             assert self._process is not None
-            code = self._process.wait()
+            died = f"died (status {_status(self._process.wait())})"
             if self._stopping.is_set():
-                return
+                return None
             if self.restarts >= MAX_RESTARTS:
-                what = f"died (status {_status(code)}) after {self.restarts} restarts"
-                self.failure = f"{self.spec.name} {what}{self._cause()}"
-                self._show_tail()
-                return
+                return self._give_up(f"{self.spec.name} {died} after {self.restarts} restarts{self._cause()}")
             self.restarts += 1
-            restart = f"restart {self.restarts} of at most {MAX_RESTARTS}"
-            warn(f"{self.spec.name} died (status {_status(code)}); {restart}{self._cause()}")
+            warn(f"{self.spec.name} {died}; restart {self.restarts} of at most {MAX_RESTARTS}{self._cause()}")
             self._spawn()
             try:
                 self._wait_ready(show=False)
                 info(f"{self.spec.name} is back")
             except EngineError as error:
-                if self._stopping.is_set():
-                    return
-                self.failure = str(error)
-                self._show_tail()
-                return
+                return None if self._stopping.is_set() else self._give_up(str(error))
 
-    def _tail(self, lines: int) -> list[str]:
+    def _log(self, num_bytes: int) -> str:
+        """The last bytes of what the present server has logged."""
         try:
             with self.spec.log_path.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 300 * lines))
-                return file.read().decode(errors="replace").splitlines()[-lines:]
+                file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - num_bytes))
+                return file.read().decode(errors="replace")
         except OSError:
-            return []
+            return ""
 
     def _cause(self) -> str:
         """The end of a message about a server that ended: its first error, and where its log is."""
-        try:
-            with self.spec.log_path.open("rb") as file:
-                end = file.seek(0, os.SEEK_END)  # far back in a long log are errors that it survived
-                file.seek(max(self._log_start, end - SEARCHED_LOG_BYTES))
-                found = first_error(file.read().decode(errors="replace"))
-        except OSError:
-            found = None
+        found = first_error(self._log(SEARCHED_LOG_BYTES))  # far back in a long log are errors that it survived
         return f"{f': {found}' if found else ''}; log: {self.spec.log_path}"
 
+    def _give_up(self, failure: str) -> None:
+        self.failure = failure
+        self._show_tail()
+
     def _show_tail(self) -> None:
-        tail = self._tail(TAIL_LINES)
+        tail = self._log(300 * TAIL_LINES).splitlines()[-TAIL_LINES:]
         warn(f"last lines of {self.spec.log_path}:\n  " + "\n  ".join(tail))
 
 
@@ -341,14 +316,8 @@ def own_environment(run_dir: Path) -> dict[str, str]:
 
 
 def server_environment(extra: dict[str, str]) -> dict[str, str]:
-    """This process's environment with `extra` laid over it, without what torchrun and our own venv put there: a
-    server that sees RANK or MASTER_PORT joins the trainer's process group."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _NOT_FOR_SERVERS and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
-    }
-    return {**kept, **extra}
+    """This process's environment, without what is not for servers, and with `extra` laid over it."""
+    return {name: value for name, value in os.environ.items() if not _NOT_FOR_SERVERS.fullmatch(name)} | extra
 
 
 def _status(code: int) -> str:

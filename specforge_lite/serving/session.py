@@ -12,16 +12,14 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
 from specforge_lite.core.http import BadReply, HttpLoop, HttpStatus, ServerGone
 from specforge_lite.core.log import progress
-from specforge_lite.serving.engine import Acceptance, Launch, ServingOptions
-from specforge_lite.serving.environment import SERVING_ENGINES, find_interpreter, has_gpu
+from specforge_lite.serving.engine import Acceptance, ServingOptions
+from specforge_lite.serving.environment import SERVING_ENGINES, find_interpreter
 from specforge_lite.serving.launch import start_server
-from specforge_lite.serving.process import free_port
 
 __all__ = ["Acceptance", "GenerationRun", "ServingOptions", "ServingSession"]
 
@@ -55,31 +53,13 @@ class ServingSession:
             raise ConfigError(f"backend '{options.backend}': cannot serve{suggest(options.backend, SERVING_ENGINES)}")
         self.options = options
         self.engine = SERVING_ENGINES[options.backend]
-        interpreter = find_interpreter(options.backend, options.engine_python)
-        launch = Launch(
-            python=interpreter.python,
-            model_path=options.model_path,
-            host="127.0.0.1",
-            port=options.port or free_port(),
-            gpu=has_gpu(options.engine_devices),
-            context_length=options.max_length,
-            num_requests=options.concurrency,
-            tp_size=options.tp_size,
-            dtype=options.dtype,
-            mem_frac=options.mem_frac,
-            trust_remote_code=options.trust_remote_code,
-            engine_args=options.engine_args,
-            devices=options.engine_devices,
-        )
-        what = f"{options.num_steps} steps, top {options.topk}" if options.speculative else "plain decoding"
         self._server = start_server(
             self.engine,
-            launch,
-            self.engine.serving_command(launch, options),
-            name=f"{options.backend} {interpreter.version} ({what})",
-            log_dir=options.log_dir,
-            log_name=f"{options.backend}-serving.log",
-            startup_minutes=options.startup_minutes,
+            options,
+            find_interpreter(options.backend, options.engine_python),
+            self.engine.serving_command,
+            what=f"{options.num_steps} steps, top {options.topk}" if options.speculative else "plain decoding",
+            log_name="serving.log",
         )
         self._http = HttpLoop(options.concurrency + 1)
         self._seen = self._start = Acceptance()
@@ -130,9 +110,7 @@ class ServingSession:
     def __enter__(self) -> ServingSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

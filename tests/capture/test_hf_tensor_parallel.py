@@ -100,8 +100,4 @@ def test_without_torchrun_it_is_a_clear_line(tiny_target: Path, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="there are 3; start it with"):
         HfEngine(str(tiny_target), tp=2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("specforge_lite.capture.hf_tp.has_accelerate", lambda: False)
-    with pytest.raises(ConfigError, match="needs the package 'accelerate'"):
-        HfEngine(str(tiny_target), tp=2)
     assert HfEngine(str(tiny_target), tp=1).device == torch.device("cuda" if torch.cuda.is_available() else "cpu")

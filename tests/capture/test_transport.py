@@ -73,7 +73,7 @@ def test_decode_returns_what_encode_was_given(length: int, dtype: torch.dtype) -
     assert torch.equal(found.aux_LAH, aux)
     assert found.aux_LAH.dtype == dtype
     assert torch.equal(found.last_LH, last)
-    assert found.layer_ids == (1, 3, 4)
+    assert found.aux_layer_ids == (1, 3, 4)
     assert found.last_is_normed
 
 

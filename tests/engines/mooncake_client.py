@@ -13,9 +13,10 @@ from live_suite import Oracle, sample
 from specforge_lite.capture import transport
 from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.capture.remote import RemoteEngine
-from specforge_lite.capture.transport import Blob, LostSample, MooncakeTransport
+from specforge_lite.capture.transport import LostSample, MooncakeTransport
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.registry import open_engine
+from specforge_lite.types import CapturedStates
 
 
 class Trouble(MooncakeTransport):
@@ -32,7 +33,7 @@ class Trouble(MooncakeTransport):
         Trouble.left = sum(self._store.is_exist(key) == 1 for key in self.keys)
         super().close()
 
-    def _take(self, key: str, timeout_s: float) -> Blob:
+    def _take(self, key: str, timeout_s: float) -> CapturedStates:
         self.keys.append(key)
         trouble = self.plan.pop(0) if self.plan else ""
         if trouble:

@@ -12,6 +12,7 @@ import torch
 
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.evaluation.acceptance import Acceptance, decode_answers, disagreement
 from specforge_lite.evaluation.run import TargetFiles, evaluate_draft, position_rows
@@ -204,7 +205,7 @@ def test_the_script_reports_both(
     from specforge_lite.checkpoints.export import export_draft
 
     draft, engine, head, samples = trained
-    tokenizer = engine.tokenizer
+    tokenizer = load_tokenizer(tiny_target)
     rows = []
     for sample in samples:
         text = tokenizer.decode(sample.input_ids_L.tolist())

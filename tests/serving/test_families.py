@@ -114,7 +114,7 @@ def test_the_registry_is_asked_about_models_that_are_not_listed(
 
 def test_every_family_has_a_line_for_every_engine() -> None:
     for engine in SERVING_ENGINES.values():
-        assert list(engine.support) == list(FAMILIES)
+        assert set(engine.support) == set(FAMILIES)
         assert all(cell.note for cell in engine.support.values() if cell.status == "refused")
     members = [name for names in FAMILIES.values() for name in names]
     assert len(members) == len(set(members))

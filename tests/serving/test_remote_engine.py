@@ -285,7 +285,8 @@ TARGET = TargetInfo("sglang", 8, 128, 4096, 512, (1, 3, 4))
 
 
 def launch(gpu: bool, **values: object) -> Launch:
-    return Launch("py", "M", "127.0.0.1", 30000, gpu, context_length=520, num_requests=32, **values)
+    where = {"python": "py", "host": "127.0.0.1", "port": 30000, "gpu": gpu}
+    return Launch("of a test", "M", max_length=520, concurrency=32, **where, **values)
 
 
 def test_sglang_flags() -> None:

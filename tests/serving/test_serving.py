@@ -22,8 +22,8 @@ def draft(tmp_path: Path) -> str:
 
 
 def words(backend: str, options: ServingOptions, gpu: bool = False) -> str:
-    launch = Launch("py", "M", "127.0.0.1", 30000, gpu, 2048, 16, mem_frac=options.mem_frac)
-    return " ".join(SERVING_ENGINES[backend].serving_command(launch, options))
+    launch = Launch(**{**vars(options), "port": 30000}, python="py", host="127.0.0.1", gpu=gpu)
+    return " ".join(SERVING_ENGINES[backend].serving_command(launch))
 
 
 def test_sglang_names_the_algorithm_and_the_shape(draft: str) -> None:

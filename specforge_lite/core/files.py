@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import psutil
+
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, DataError, first_line
 
@@ -165,11 +167,9 @@ def _temporary(path: Path) -> Path:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names atomically with renameat2(2); False where kernel, libc or file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
     at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
-    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    return bool(renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -193,22 +193,12 @@ def remove_leftovers(directory: Path, name: str | None = None, held: bool = Fals
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.(?:tmp|old|deleted)-(\d+)(?:-[0-9a-f]+)?")
     for left in directory.iterdir() if directory.is_dir() else ():
         match = pattern.fullmatch(left.name)
-        if match is None or (not held and (_is_alive(int(match[1])) or _is_locked(left))):
+        if match is None or (not held and (psutil.pid_exists(int(match[1])) or _is_locked(left))):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # a process of another user
-        return True
-    return True
 
 
 def _is_locked(path: Path) -> bool:

@@ -451,7 +451,7 @@ def test_a_killed_capture_continues_and_damage_is_found(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     broken = OfflinePart(directory)
-    last = next(i for i in range(400) if broken._places[f"s{i}"].shard == 1) - 1
+    last = next(i for i in range(400) if broken._places[f"s{i}"][0] == 1) - 1
     with pytest.raises(DataError, match=rf"states_00000.safetensors: states of sample s{last} changed"):
         broken.read(data[last])
     assert part.holds(data[last])

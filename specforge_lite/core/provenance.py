@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,26 +88,23 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that matter and are installed."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
     """{"commit", "dirty"} of the checkout that holds `directory`; None outside one or without git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        commit = _git(directory, "rev-parse", "HEAD")
-        dirty = bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": dirty}
-
-
-def _git(directory: Path, *words: str) -> str:
-    command = ["git", "-C", str(directory), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def machine() -> dict[str, Any]:

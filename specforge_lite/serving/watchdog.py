@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = "/dev/shm/"
@@ -44,27 +45,23 @@ def start_time(pid: int) -> str | None:
 
 def _stat(pid: int) -> list[str] | None:
     """Fields 3 and later of /proc/PID/stat (state, ppid, pgrp, session, ...), or None if the process has ended."""
+    return _proc(pid, "stat").rpartition(")")[2].split() or None
+
+
+def _proc(pid: int, name: str) -> str:
+    """/proc/PID/NAME; empty if the process has ended."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/{name}", errors="replace") as file:
+            return file.read()
     except OSError:
-        return None
+        return ""
 
 
 def shared_memory_of(pids: list[int]) -> set[str]:
     """Files below /dev/shm that these processes have mapped: killed engines leave them behind."""
-    paths = set()
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/maps") as file:
-                lines = [line for line in file if SHARED_MEMORY in line]
-        except OSError:
-            continue
-        for line in lines:
-            path = line.split(maxsplit=5)[-1].strip()
-            if path.startswith(SHARED_MEMORY) and not path.endswith("(deleted)"):
-                paths.add(path)
-    return paths
+    lines = [line for pid in pids for line in _proc(pid, "maps").splitlines() if SHARED_MEMORY in line]
+    paths = {line.split(maxsplit=5)[-1].strip() for line in lines}
+    return {path for path in paths if path.startswith(SHARED_MEMORY) and not path.endswith("(deleted)")}
 
 
 def end_session(session: int, grace_s: float, shared: set[str] | None = None) -> None:
@@ -100,19 +97,13 @@ def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def _is_tracker(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"multiprocessing.resource_tracker" in file.read()
-    except OSError:
-        return False
+    return "multiprocessing.resource_tracker" in _proc(pid, "cmdline")
 
 
 def _signal_all(pids: list[int], number: int) -> None:
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            continue
 
 
 def _die_with_parent() -> None:

@@ -55,7 +55,9 @@ def _capture(model_worker: Any, batch: Any, result: Any, output: Any) -> None:
     aux = output.hidden_states
     if not aux.shape[0] == last.shape[0] == sum(lengths):
         return _refuse(batch, f"{aux.shape[0]} aux rows, {last.shape[0]} last rows, {sum(lengths)} tokens")
-    writing = _tensor_parallel_rank() == 0
+    from sglang.srt.runtime_context import get_parallel
+
+    writing = get_parallel().attn_tp_rank == 0
     start = 0
     for req, length in zip(batch.reqs, lengths):
         rows = slice(start, start + length)
@@ -109,9 +111,3 @@ def _captured_layer_ids(model: Any) -> list[int]:
         if before:
             return sorted(i - 1 for i in before)
     raise RuntimeError(f"{type(model).__name__} keeps no record of the layers it captures")
-
-
-def _tensor_parallel_rank() -> int:
-    from sglang.srt.runtime_context import get_parallel
-
-    return get_parallel().attn_tp_rank

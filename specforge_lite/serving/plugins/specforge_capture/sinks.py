@@ -201,15 +201,8 @@ def open_mooncake_store(address: str, segment_bytes: int):  # type: ignore[no-un
         probe.connect((parts.hostname, parts.port))  # sends nothing; shows which of our addresses faces the master
         own_address = probe.getsockname()[0]
     store = MooncakeDistributedStore()
-    code = store.setup(
-        own_address,
-        "P2PHANDSHAKE",
-        segment_bytes,
-        64 << 20,
-        parts.scheme,
-        parts.path.strip("/"),
-        f"{parts.hostname}:{parts.port}",
-    )
+    master, device = f"{parts.hostname}:{parts.port}", parts.path.strip("/")
+    code = store.setup(own_address, "P2PHANDSHAKE", segment_bytes, 64 << 20, parts.scheme, device, master)
     if code != 0:
         raise ConnectionError(f"mooncake store at {address}: setup answered {code}")
     return store

@@ -9,7 +9,7 @@ the cache was written and before the step's result is returned, so no block has 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,28 +34,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Save:
-    """A prompt that this step completes: its key, its tokens and the cache blocks that hold its states."""
+    """A prompt to capture: its key, its tokens, the cache blocks that hold its states, and whether a step has completed
+    it."""
 
     key: str
     token_ids: list[int]
     block_ids: list[int]
+    done: bool = False
 
 
 @dataclass
 class CaptureMetadata(KVConnectorMetadata):
-    """From the scheduler's connector to the workers', once a step. prefilled: keys of all captured prompts of which
-    this step runs a part."""
+    """From the scheduler's connector to the workers', once a step. saves: prompts that it completes. prefilled: keys of
+    all captured prompts of which it runs a part."""
 
     saves: list[Save] = field(default_factory=list)
     prefilled: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Prompt:
-    key: str
-    token_ids: list[int]
-    block_ids: list[int]
-    saved: bool = False
 
 
 class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
@@ -78,7 +72,7 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
             raise ValueError("set SPECFORGE_CAPTURE=tmpfs:DIRECTORY or mooncake:tcp://HOST:PORT")
         # The last captured "layer" is the residual stream after all layers, before the final norm.
         self._writer = CaptureWriter(f"vllm {vllm.__version__}", self._layer_ids[:-1], last_is_normed=False)
-        self._prompts: dict[str, _Prompt] = {}  # scheduler side, by request id
+        self._prompts: dict[str, Save] = {}  # scheduler side, by request id
         self._cache: torch.Tensor | None = None  # worker side, [blocks, A + 1, block size, H]
         self._cache_layer = ""
         self._cached_this_step = False
@@ -100,7 +94,7 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
             key = _key(new.sampling_params)
             if key is None or new.prompt_token_ids is None:
                 continue
-            prompt = _Prompt(key, list(new.prompt_token_ids), list(new.block_ids[self._group]))
+            prompt = Save(key, list(new.prompt_token_ids), list(new.block_ids[self._group]))
             self._prompts[new.req_id] = prompt
             self._note(prompt, new.num_computed_tokens + scheduled[new.req_id], metadata)
         cached = scheduler_output.scheduled_cached_reqs
@@ -115,19 +109,19 @@ class SpecforgeConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     @staticmethod
-    def _note(prompt: _Prompt, num_computed: int, metadata: CaptureMetadata) -> None:
-        if prompt.saved:
+    def _note(prompt: Save, num_computed: int, metadata: CaptureMetadata) -> None:
+        if prompt.done:
             return
         metadata.prefilled.append(prompt.key)
         if num_computed >= len(prompt.token_ids):
-            prompt.saved = True
-            metadata.saves.append(Save(prompt.key, prompt.token_ids, list(prompt.block_ids)))
+            prompt.done = True
+            metadata.saves.append(replace(prompt))  # a copy: its block table may change while the worker reads
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         prompt = self._prompts.pop(request.request_id, None)
         if prompt is None:
             return False, None
-        reply = self._writer.reply(prompt.key) if prompt.saved else {"error": "the request was aborted"}
+        reply = self._writer.reply(prompt.key) if prompt.done else {"error": "the request was aborted"}
         return False, {"specforge_capture": reply}
 
     def request_finished_all_groups(

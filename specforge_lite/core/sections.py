@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field
+from pydantic import AfterValidator, Field
 from pydantic.config import JsonDict
 
 from specforge_lite.core.settings import Section
@@ -76,14 +76,12 @@ class TargetSection(TargetPathSection, EngineFlags):
     transport: Literal["tmpfs", "mooncake"] = Field(
         "tmpfs",
         description="how hidden states travel from a server",
-        validation_alias=AliasChoices("transport", "handoff"),
         json_schema_extra={"flags": ["--handoff"]},
     )
     mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--transport mooncake)")
     transport_dir: Path = Field(
         Path("/dev/shm"),
         description="tmpfs directory for --transport tmpfs",
-        validation_alias=AliasChoices("transport_dir", "handoff_dir"),
         json_schema_extra={"flags": ["--handoff-dir"]},
     )
 

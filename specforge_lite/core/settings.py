@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,15 +228,20 @@ class _Parse:
         names = {_bare(word) for word in known}
         if not dashes and bare in self.keys:  # a key in the wrong section
             return f"; did you mean '{'.'.join((*self.leaves[self.keys[bare]][0], self.keys[bare]))}'?"
-        from specforge_lite.core.peer_flags import PEER_FLAGS  # 150 lines that only a mistake needs
-
-        peer = PEER_FLAGS.get(bare.replace("_", "-"), ())
+        peer = peer_flags().get(bare.replace("_", "-"), ())
         if isinstance(peer, str):
-            return f";{peer}"
+            return f"; {peer}"
         found = [word for word in map(_bare, peer) if word in names][:1]
         found = found or difflib.get_close_matches(bare, sorted(names), n=1, cutoff=0.8)
         found = found or sorted((word for word in names if word.startswith(bare + "_")), key=len)[:1]
         return f"; did you mean '{_dashed(dashes + found[0]) if dashes else found[0]}'?" if found else ""
+
+
+def peer_flags() -> dict[str, tuple[str, ...] | str]:
+    """What flags of other projects are called here, or a note where no flag of ours is the same."""
+    tables = yaml.safe_load((resources.files("specforge_lite.assets") / "peer_flags.yaml").read_text("utf-8"))
+    ours = {peer: tuple(names.split()) for names, theirs in tables["flags"].items() for peer in theirs.split()}
+    return ours | {peer: note for note, theirs in tables["notes"].items() for peer in theirs.split()}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -13,9 +13,8 @@ import pytest
 from specforge_lite import __version__
 from specforge_lite.cli import COMMANDS, main
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.peer_flags import PEER_FLAGS
 from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section, build_parser, leaf_fields, parse_config
+from specforge_lite.core.settings import Section, build_parser, leaf_fields, parse_config, peer_flags
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.settings import TrainConfig
 from tests.script_runner import ROOT, load_script
@@ -115,7 +114,7 @@ def test_every_flag_that_is_suggested_exists() -> None:
         for config in (*config_classes(), Eagle1Config)
         for flag in build_parser(config, leaf_fields(config), "")._option_string_actions
     }
-    missing = {name for names in PEER_FLAGS.values() if not isinstance(names, str) for name in names} - known
+    missing = {name for names in peer_flags().values() if not isinstance(names, str) for name in names} - known
     assert missing == set()
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.config import JsonDict
 
-from specforge_lite.core.settings import Section
+from specforge_lite.core.settings import Section, flag
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -24,32 +24,24 @@ class TargetPathSection(Section):
     target_model_path: str = Field(
         description="Hugging Face directory or hub name of the target", json_schema_extra=TARGET_FLAGS
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
 
 class LocalTargetSection(TargetPathSection):
     """A target that runs inside this process, through transformers."""
 
-    target_dtype: Dtype = Field(
-        "auto", description="dtype the target runs in; auto: as stored", json_schema_extra={"flags": ["--dtype"]}
-    )
-    device: str | None = Field(None, description="cpu, cuda:1, auto (all GPUs); default: a GPU if there is one")
+    target_dtype: Dtype = flag("auto", "dtype the target runs in; auto: as stored", "--dtype")
+    device: str | None = flag(None, "cpu, cuda:1, auto (all GPUs); default: a GPU if there is one")
 
 
 class EngineFlags(Section):
     """What a serving engine is started with."""
 
-    tp_size: int = Field(1, ge=1, description="tensor-parallel size of the target")
-    mem_frac: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="share of GPU memory the engine may take",
-        json_schema_extra={"flags": ["--mem-fraction-static"]},
-    )
-    engine_python: str | None = Field(None, description="python interpreter of the engine's environment")
-    engine_arg: tuple[str, ...] = Field((), description="key=value passed to the engine untouched; may repeat")
-    engine_devices: str | None = Field(None, description="CUDA_VISIBLE_DEVICES of a launched server, e.g. 0,1")
+    tp_size: int = flag(1, "tensor-parallel size of the target", ge=1)
+    mem_frac: float | None = flag(None, "share of GPU memory the engine may take", "--mem-fraction-static", gt=0, lt=1)
+    engine_python: str | None = flag(None, "python interpreter of the engine's environment")
+    engine_arg: tuple[str, ...] = flag((), "key=value passed to the engine untouched; may repeat")
+    engine_devices: str | None = flag(None, "CUDA_VISIBLE_DEVICES of a launched server, e.g. 0,1")
 
 
 class DraftPathSection(Section):
@@ -61,29 +53,21 @@ class DraftPathSection(Section):
 class TargetSection(TargetPathSection, EngineFlags):
     """The frozen target model and where it runs."""
 
-    target_backend: Literal["auto", "hf", "sglang", "vllm", "fake"] = Field(
-        "auto", description="engine that runs the target; auto: sglang where installed, else vllm, else hf"
+    target_backend: Literal["auto", "hf", "sglang", "vllm", "fake"] = flag(
+        "auto", "engine that runs the target; auto: sglang where installed, else vllm, else hf"
     )
-    target_url: tuple[str, ...] = Field((), description="attach to running servers instead of launching one")
-    target_dtype: Dtype = Field("auto", description="dtype the target runs in; auto: as stored")
-    aux_layer_ids: tuple[int, ...] | None = Field(
-        None, description="0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
+    target_url: tuple[str, ...] = flag((), "attach to running servers instead of launching one")
+    target_dtype: Dtype = flag("auto", "dtype the target runs in; auto: as stored")
+    aux_layer_ids: tuple[int, ...] | None = flag(
+        None, "0-based layers whose OUTPUT feeds the draft; default: chosen from the depth"
     )
-    requests_in_flight: int = Field(16, ge=1, description="capture requests in flight per rank")
-    verify_capture: bool = Field(
-        True, description="hold a server's hidden states against transformers at start (first layers only, seconds)"
+    requests_in_flight: int = flag(16, "capture requests in flight per rank", ge=1)
+    verify_capture: bool = flag(
+        True, "hold a server's hidden states against transformers at start (first layers only, seconds)"
     )
-    transport: Literal["tmpfs", "mooncake"] = Field(
-        "tmpfs",
-        description="how hidden states travel from a server",
-        json_schema_extra={"flags": ["--handoff"]},
-    )
-    mooncake_address: str | None = Field(None, description="HOST:PORT of the mooncake master (--transport mooncake)")
-    transport_dir: Path = Field(
-        Path("/dev/shm"),
-        description="tmpfs directory for --transport tmpfs",
-        json_schema_extra={"flags": ["--handoff-dir"]},
-    )
+    transport: Literal["tmpfs", "mooncake"] = flag("tmpfs", "how hidden states travel from a server", "--handoff")
+    mooncake_address: str | None = flag(None, "HOST:PORT of the mooncake master (--transport mooncake)")
+    transport_dir: Path = flag(Path("/dev/shm"), "tmpfs directory for --transport tmpfs", "--handoff-dir")
 
 
 def _check_fim_order(value: str) -> str:
@@ -99,44 +83,37 @@ FIM_ORDER_HELP = "order of fill-in-the-middle rows: psm, spm, or a literal text 
 class DataSection(Section):
     """How conversations become tokens; the key of the dataset cache."""
 
-    train_data_path: str | None = Field(
-        None, description="jsonl of conversations", json_schema_extra={"flags": ["--trainpath"]}
-    )
-    eval_data_path: str | None = Field(
-        None, description="jsonl of held-out conversations", json_schema_extra={"flags": ["--testpath"]}
-    )
-    cache_dir: Path = Field(Path("cache"), description="tokenized data and vocabulary maps")
-    chat_template: str = Field("auto", description="auto, or a name from specforge_lite.data.templates")
-    data_format: Literal["auto", "chat", "fim"] = Field("auto", description="chat or fill-in-the-middle rows")
-    fim_order: FimOrder = Field("psm", description=FIM_ORDER_HELP)
-    max_length: int = Field(2048, ge=8, description="longer samples are cut to this many tokens")
-    train_only_last_turn: bool = Field(False, description="supervise the last assistant turn only")
-    system_prompt: str | None = Field(None, description="added to conversations that have none")
-    build_num_proc: int = Field(
-        1,
-        ge=1,
-        description="processes that tokenize",
-        json_schema_extra={"flags": ["--num-proc", "--build-dataset-num-proc", "--num-workers"]},
+    train_data_path: str | None = flag(None, "jsonl of conversations", "--trainpath")
+    eval_data_path: str | None = flag(None, "jsonl of held-out conversations", "--testpath")
+    cache_dir: Path = flag(Path("cache"), "tokenized data and vocabulary maps")
+    chat_template: str = flag("auto", "auto, or a name from specforge_lite.data.templates")
+    data_format: Literal["auto", "chat", "fim"] = flag("auto", "chat or fill-in-the-middle rows")
+    fim_order: FimOrder = flag("psm", FIM_ORDER_HELP)
+    max_length: int = flag(2048, "longer samples are cut to this many tokens", ge=8)
+    train_only_last_turn: bool = flag(False, "supervise the last assistant turn only")
+    system_prompt: str | None = flag(None, "added to conversations that have none")
+    build_num_proc: int = flag(
+        1, "processes that tokenize", "--num-proc", "--build-dataset-num-proc", "--num-workers", ge=1
     )
 
 
 class CaptureSection(Section):
     """Hidden states on disk."""
 
-    offline_dir: Path = Field(description="directory that receives the hidden states")
-    states_dtype: Literal["bf16", "fp32"] = Field(
-        "bf16", description="precision on disk; fp32 for a target that runs in fp32 and exact repeats"
+    offline_dir: Path = flag(..., "directory that receives the hidden states")
+    states_dtype: Literal["bf16", "fp32"] = flag(
+        "bf16", "precision on disk; fp32 for a target that runs in fp32 and exact repeats"
     )
-    shard_mb: int = Field(1024, ge=1, description="size of one file, and of what a killed capture may lose")
-    skip_budget: float = Field(0.001, ge=0, le=1, description="share of samples the engine may refuse")
-    prefetch_depth: int = Field(4, ge=1, description="capture requests under way")
+    shard_mb: int = flag(1024, "size of one file, and of what a killed capture may lose", ge=1)
+    skip_budget: float = flag(0.001, "share of samples the engine may refuse", ge=0, le=1)
+    prefetch_depth: int = flag(4, "capture requests under way", ge=1)
 
 
 class MeasureSection(Section):
     """How drafts are evaluated."""
 
-    ttt_length: int = Field(7, ge=1, le=32, description="K, draft steps to evaluate: positions 0 to K-1 of the table")
-    chain_length: int = Field(5, ge=1, description="drafted tokens per pass in the acceptance lengths")
-    batch_size: int = Field(4, ge=1, description="samples per batch; means and deviations are over batches")
-    eval_max_samples: int | None = Field(None, ge=1, description="evaluate on the first so many samples")
-    device: str | None = Field(None, description="default: CUDA if there is one")
+    ttt_length: int = flag(7, "K, draft steps to evaluate: positions 0 to K-1 of the table", ge=1, le=32)
+    chain_length: int = flag(5, "drafted tokens per pass in the acceptance lengths", ge=1)
+    batch_size: int = flag(4, "samples per batch; means and deviations are over batches", ge=1)
+    eval_max_samples: int | None = flag(None, "evaluate on the first so many samples", ge=1)
+    device: str | None = flag(None, "default: CUDA if there is one")

@@ -217,9 +217,8 @@ class LaunchedServer:
         spec, process = self.spec, self._process
         assert process is not None
         deadline = time.monotonic() + spec.startup_seconds
-        bar_format = "{desc} {elapsed} {postfix}"
-        bar = progress(None, f"waiting for {spec.name}", bar_format=bar_format) if show else None
-        try:
+        shown = {"bar_format": "{desc} {elapsed} {postfix}"} if show else {"disable": True}
+        with progress(None, f"waiting for {spec.name}", **shown) as bar:
             while not is_healthy(spec.url + spec.health_path):
                 if self._stopping.is_set():
                     raise EngineError(f"{spec.name} was stopped while it started")
@@ -230,13 +229,9 @@ class LaunchedServer:
                         f"{spec.name} was not ready after {format_seconds(spec.startup_seconds)} (--dist-timeout);"
                         f" log: {spec.log_path}"
                     )
-                if bar is not None:
-                    bar.set_postfix_str(self._log(300).strip().rpartition("\n")[2][:80], refresh=False)
-                    bar.update(1)
+                bar.set_postfix_str(self._log(300).strip().rpartition("\n")[2][:80], refresh=False)
+                bar.update(1)
                 self._stopping.wait(0.5)
-        finally:
-            if bar is not None:
-                bar.close()
 
     def _watch(self) -> None:
         while True:

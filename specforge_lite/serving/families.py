@@ -1,4 +1,4 @@
-"""Which target families each serving engine captures right; the table of docs/engines.md is rendered from it.
+"""Which target families each serving engine captures right; docs/engines.md shows the same table.
 
 What an engine does with a family stands in the engine's own file (`Engine.support`, by the names used here).
 """
@@ -92,14 +92,3 @@ def _registry_problem(interpreter: Interpreter, architecture: str) -> str | None
     elif not answer["eagle3"]:
         return f"{name} hands out no aux hidden states for it"
     return None
-
-
-def support_table() -> str:
-    """The table of docs/engines.md, as markdown."""
-    engines = list(SERVING_ENGINES.values())
-    rows = [["target family", *(f"{engine.name} {engine.versions[0]}" for engine in engines)], ["---"] * 3]
-    words = {"run": "works (run)", "read": "works (read)", "refused": "refused"}
-    for family in FAMILIES:
-        cells = [engine.support[family] for engine in engines]
-        rows.append([family, *(": ".join(filter(None, (words[cell.status], cell.note))) for cell in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

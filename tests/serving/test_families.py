@@ -15,7 +15,7 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.engine import Engine
 from specforge_lite.serving.environment import PLUGIN_DIR, SERVING_ENGINES, Interpreter
-from specforge_lite.serving.families import FAMILIES, check_target, support_of, support_table
+from specforge_lite.serving.families import FAMILIES, check_target, support_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SGLANG, VLLM = SERVING_ENGINES["sglang"], SERVING_ENGINES["vllm"]
@@ -119,6 +119,17 @@ def test_every_family_has_a_line_for_every_engine() -> None:
     members = [name for names in FAMILIES.values() for name in names]
     assert len(members) == len(set(members))
     assert support_of(SGLANG, "NobodysForCausalLM") is None
+
+
+def support_table() -> str:
+    """The table of docs/engines.md, rendered from the code."""
+    engines = list(SERVING_ENGINES.values())
+    rows = [["target family", *(f"{engine.name} {engine.versions[0]}" for engine in engines)], ["---"] * 3]
+    words = {"run": "works (run)", "read": "works (read)", "refused": "refused"}
+    for family in FAMILIES:
+        cells = [engine.support[family] for engine in engines]
+        rows.append([family, *(": ".join(filter(None, (words[cell.status], cell.note))) for cell in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def test_the_table_of_the_docs_is_the_one_in_the_code() -> None:

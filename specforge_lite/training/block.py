@@ -154,8 +154,9 @@ def spread_aux_layers(num_layers: int, count: int = NUM_AUX_LAYERS) -> tuple[int
 
 
 def unused_token(config: DsparkConfig, target_config: Any) -> int:
-    """A row of the target's embedding that no text has: behind the tokenizer's last id, a reserved token, or padding
-    that ends nothing. Raises ConfigError where there is none."""
+    """A row of the target's embedding that no text has: behind the tokenizer's last id, a reserved token, padding that
+    ends nothing, else the last special token that the chat template does not use (SmolLM2: <empty_output>; answers are
+    searched for it all the same, see `check_dataset`). Raises ConfigError where there is none."""
     text = target_config.get_text_config()
     tokenizer = load_tokenizer(config.target.target_model_path, config.target.trust_remote_code)
     if len(tokenizer) < text.vocab_size:
@@ -170,6 +171,12 @@ def unused_token(config: DsparkConfig, target_config: Any) -> int:
     pad = text.pad_token_id
     if pad is not None and pad not in ends:
         return int(pad)
+    template = str(tokenizer.chat_template or "")
+    special = [
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in template
+    ]
+    if left := set(special) - ends:
+        return int(max(left))
     raise ConfigError(
         "mask_token_id: the target's vocabulary has no unused token; give --mask-token-id with one that never occurs in"
         " your data"

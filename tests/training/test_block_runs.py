@@ -9,7 +9,7 @@ import pytest
 from specforge_lite.cli.train import asked_kind
 from specforge_lite.core.errors import DataError
 from specforge_lite.model.draft import DraftConfig
-from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers
+from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers, unused_token
 from specforge_lite.training.wiring import read_draft_config
 from tests.training.test_training_runs import assert_same_checkpoint, stop_after
 from tests.training_runs import VOCAB_SIZE, Run, make_dataset, run_ranks, train
@@ -97,6 +97,24 @@ def test_the_shape_follows_flags_then_file_then_the_authors(tmp_path: Path, tiny
     assert given.draft_shape(plain, target)["mask_token_id"] == 9
     assert config(tmp_path, DflashConfig).draft_shape(plain, target)["block_size"] == 16
     assert config(tmp_path).with_target_defaults().target.aux_layer_ids == (1, 2, 3, 4, 5)
+
+
+def test_without_an_unused_row_a_special_token_outside_the_template_is_the_mask(
+    tmp_path: Path, tiny_target: Path
+) -> None:
+    """As SmolLM2: the padding ends answers, the tokenizer fills the table, special tokens of its pre-training are left."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<gh_stars>", "<empty_output>", "<|in_template|>"]})
+    tokenizer.chat_template = "<|in_template|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "target")
+    shape = AutoConfig.from_pretrained(tiny_target)
+    shape.vocab_size, shape.pad_token_id = len(tokenizer), shape.eos_token_id
+    shape.save_pretrained(tmp_path / "target")
+    settings = config(tmp_path, target={"target_model_path": str(tmp_path / "target")})
+    assert unused_token(settings, shape) == before + 1
 
 
 def test_a_mask_token_that_answers_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,10 +172,8 @@ def unused_token(config: DsparkConfig, target_config: Any) -> int:
     if pad is not None and pad not in ends:
         return int(pad)
     template = str(tokenizer.chat_template or "")
-    special = [
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in template
-    ]
-    if left := set(special) - ends:
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in template}
+    if left := special - ends:
         return int(max(left))
     raise ConfigError(
         "mask_token_id: the target's vocabulary has no unused token; give --mask-token-id with one that never occurs in"

@@ -102,7 +102,7 @@ def test_the_shape_follows_flags_then_file_then_the_authors(tmp_path: Path, tiny
 def test_without_an_unused_row_a_special_token_outside_the_template_is_the_mask(
     tmp_path: Path, tiny_target: Path
 ) -> None:
-    """As SmolLM2: the padding ends answers, the tokenizer fills the table, special tokens of its pre-training are left."""
+    """As SmolLM2: the padding ends answers, the tokenizer fills the table; special tokens are left."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)

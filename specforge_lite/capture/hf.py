@@ -167,7 +167,7 @@ def load_target_model(
     if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
         weight_files(Path(model_path))
     config = load_config(model_path, trust_remote_code)
-    _check_fp8(config, model_path, device)
+    _check_quantization(config, model_path, device)
     loader = model_class(config).from_pretrained
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with transformers_errors(f"target_model_path {model_path}"):
@@ -193,11 +193,20 @@ def load_target_model(
     return model.eval().requires_grad_(False)
 
 
-def _check_fp8(config: Any, model_path: str, device: torch.device | str) -> None:
-    """Refuse an FP8 checkpoint that would fail in its first forward; on a CPU it is dequantised as it is loaded."""
+def _check_quantization(config: Any, model_path: str, device: torch.device | str) -> None:
+    """Refuse what transformers would load as plain numbers, and an FP8 checkpoint that would fail in its first forward;
+    on a CPU FP8 is dequantised as it is loaded."""
     found = getattr(config, "quantization_config", None) or {}
     values = found if isinstance(found, dict) else found.to_dict()
-    if values.get("quant_method") != "fp8" or values.get("dequantize"):
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = values.get("quant_method")
+    if values and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
+        raise ConfigError(
+            f"target_model_path {model_path}: quantised as {method}, which transformers does not load; use"
+            " --target-backend sglang or vllm"
+        )
+    if method != "fp8" or values.get("dequantize"):
         return
     if torch.device("cuda" if device == "auto" else device).type == "cpu":
         config.quantization_config = {**values, "dequantize": True}

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.quantized import PACKED_ENDINGS, dequantized
 
 WEIGHTS, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -121,20 +122,40 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
-    """One tensor of `files`; fp8 times its scale, in bf16. None for a tensor that is not there, or that is stored in
-    another quantised form, whose numbers mean nothing by themselves."""
-    if name not in files:
-        return None
-    with open_safetensors(files[name]) as handle:
-        tensor: Tensor = handle.get_tensor(name)
-    if tensor.element_size() > 1:
+    """One tensor of `files`, named as in `logical_names`; fp8 times its scale, in bf16; other quantised ones, in fp32.
+    None for a tensor that is not there, or whose numbers mean nothing by themselves. Raises CheckpointError."""
+
+    def read(part: str) -> Tensor | None:
+        if part not in files:
+            return None
+        with open_safetensors(files[part]) as handle:
+            tensor: Tensor = handle.get_tensor(part)
+            return tensor
+
+    tensor = read(name)
+    if tensor is not None and (tensor.element_size() > 1 or not name.endswith("weight")):
         return tensor
+    if tensor is None or not tensor.is_floating_point():
+        return dequantized(name.removesuffix("weight"), read, quantization_of(files)) if files else None
     # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
-    scale_name = next((f"{name}{ending}" for ending in ("_scale_inv", "_scale") if f"{name}{ending}" in files), None)
-    if scale_name is None or not tensor.is_floating_point():
-        return None
-    with open_safetensors(files[scale_name]) as handle:
-        return dequantize(tensor, handle.get_tensor(scale_name))
+    scale = next((s for ending in ("_scale_inv", "_scale") if (s := read(name + ending)) is not None), None)
+    return None if scale is None else dequantize(tensor, scale)
+
+
+def logical_names(files: dict[str, Path]) -> dict[str, None]:
+    """Names of `files`, those of packed weights as `NAME.weight`."""
+    pattern = re.compile(rf"\.({'|'.join(PACKED_ENDINGS)})$")
+    return dict.fromkeys(pattern.sub(".weight", name) for name in files)
+
+
+def quantization_of(files: dict[str, Path]) -> dict[str, Any]:
+    """`quantization_config` of the config.json beside the files; empty where there is none."""
+    place = next(iter(files.values())).parent / "config.json"
+    try:
+        found = json.loads(place.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:

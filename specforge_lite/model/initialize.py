@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.core.weight_files import read_weight, weight_files
+from specforge_lite.core.weight_files import logical_names, read_weight, weight_files
 from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import ONE_PLUS_WEIGHT, TargetHead
 
@@ -116,7 +116,7 @@ def _last_layer(directory: Path, num_layers: int) -> dict[str, Tensor]:
     marker = f"layers.{num_layers - 1}."
     files = weight_files(directory)
     found: dict[str, Tensor] = {}
-    for name in files:
+    for name in logical_names(files):
         inside = name.split(marker, 1)[1] if marker in name and "vision" not in name else ""
         if inside in COPIED and (tensor := read_weight(files, name)) is not None:
             found[inside] = tensor

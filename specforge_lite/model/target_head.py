@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.weight_files import read_weight, weight_files
+from specforge_lite.core.weight_files import logical_names, quantization_of, read_weight, weight_files
 
 EMBED_NAMES = (
     "model.embed_tokens.weight",
@@ -206,11 +206,11 @@ def family_scales(text_config: Any) -> tuple[float, float, float | None]:
 
 def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...] = ()) -> str | None:
     """The first of `names` that the model directory holds, else its only text-model tensor with one of `endings`."""
-    files = weight_files(directory)
-    exact = next((name for name in names if name in files), None)
+    stored = logical_names(weight_files(directory))
+    exact = next((name for name in names if name in stored), None)
     if exact is not None or not endings:
         return exact
-    similar = [n for n in files if n.endswith(endings) and not any(part in n for part in OTHER_TOWERS)]
+    similar = [n for n in stored if n.endswith(endings) and not any(part in n for part in OTHER_TOWERS)]
     return similar[0] if len(similar) == 1 else None
 
 
@@ -220,10 +220,12 @@ def read_tensor(directory: Path, names: tuple[str, ...], what: str, endings: tup
     if name is None:
         wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
         raise CheckpointError(f"{directory}: {what} not found; looked for {wanted}")
-    tensor = read_weight(weight_files(directory), name)
+    files = weight_files(directory)
+    tensor = read_weight(files, name)
     if tensor is None:
+        method = quantization_of(files).get("quant_method") or "a form without a name in config.json"
         raise CheckpointError(
-            f"{directory}: {what} {name} is quantised in a form that is not read; expected 16 or 32 bits, or fp8 with a"
-            " scale"
+            f"{directory}: {what} {name} is quantised as {method}, which is not read; expected 16 or 32 bits, fp8, AWQ,"
+            " GPTQ, NVFP4 or integers of compressed-tensors"
         )
     return tensor

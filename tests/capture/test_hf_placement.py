@@ -91,16 +91,25 @@ def test_fp8_on_a_gpu_needs_a_package(gpus, fp8_target: Path, monkeypatch: pytes
             load_target_model(str(fp8_target), "auto", device, False)
         assert "\n" not in str(e.value)
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: True)
-    hf._check_fp8(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf._check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))  # dequantised there
-    hf._check_fp8(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf._check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+
+
+def test_a_quantisation_that_transformers_would_skip_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(tiny_target, tmp_path / "modelopt"))
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantised as modelopt, which transformers does not load; use"):
+        load_target_model(str(target), "auto", torch.device("cpu"), False)
 
 
 def test_fp8_on_a_cpu_beside_a_gpu_is_dequantised(gpus, fp8_target: Path) -> None:  # type: ignore[no-untyped-def]
     gpus(1)
     config = hf.load_config(fp8_target)
-    hf._check_fp8(config, str(fp8_target), torch.device("cpu"))
+    hf._check_quantization(config, str(fp8_target), torch.device("cpu"))
     assert config.quantization_config["dequantize"]
 
 

@@ -39,8 +39,8 @@ from specforge_lite.inference.tree import TreeShape
 from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.evaluate import answers_of
+from specforge_lite.training.loop import run_training
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import run_training
 from specforge_lite.types import TokenizedSample
 
 SETTINGS: dict[str, type[TrainConfig]] = {

@@ -55,10 +55,10 @@ from specforge_lite.serving.session import ServingOptions, ServingSession
 from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.distributed import open_world
 from specforge_lite.training.eagle1 import Eagle1Config
-from specforge_lite.training.reporting import open_reporter
-from specforge_lite.training.run_dir import catch_signals
+from specforge_lite.training.loop import Trainer
+from specforge_lite.training.reporting import catch_signals, open_reporter
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import RunData, build_trainer, load_models, open_target
+from specforge_lite.training.wiring import RunData, load_data, load_models, open_target
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("answers", "states", "train", "decode", "time", "engines", "report")
@@ -273,11 +273,10 @@ def train_cell(config: RealConfig, out: Path, cell: Cell) -> None:
     settings = train_config(config, out, cell, run)
     started = time.process_time()
     with open_world(settings.distributed) as world, open_reporter(settings, world) as reporter, catch_signals() as stop:
-        data = RunData(samples, None)
-        with open_target(settings, world) as engine:
+        data = RunData(samples, None, load_data(settings).states)
+        with open_target(settings, world, data) as engine:
             models = load_models(settings, engine.info, data, world)
-            trainer = build_trainer(settings, world, data, engine, models, reporter, stop)
-            trainer.train()
+            Trainer(settings, world, data, engine, models, reporter, stop).train()
     if stop:
         raise KeyboardInterrupt
     facts = {

@@ -36,10 +36,10 @@ from specforge_lite.inference.speculative import GenerationSettings, Speculative
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.distributed import open_world
-from specforge_lite.training.reporting import open_reporter
-from specforge_lite.training.run_dir import catch_signals
+from specforge_lite.training.loop import Trainer
+from specforge_lite.training.reporting import catch_signals, open_reporter
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import build_trainer, load_data, load_models, open_dataset, open_target
+from specforge_lite.training.wiring import load_data, load_models, open_dataset, open_target
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
@@ -229,10 +229,9 @@ def run_cell(config: SweepConfig, cell: Cell) -> Result:
     started = time.monotonic()
     with open_world(train.distributed) as world, open_reporter(train, world) as reporter, catch_signals() as stop:
         data = load_data(train)
-        with open_target(train, world) as engine:
+        with open_target(train, world, data) as engine:
             models = load_models(train, engine.info, data, world)
-            trainer = build_trainer(train, world, data, engine, models, reporter, stop)
-            trainer.train()
+            Trainer(train, world, data, engine, models, reporter, stop).train()
     if stop:
         raise KeyboardInterrupt
     seconds = time.monotonic() - started

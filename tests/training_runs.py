@@ -34,10 +34,9 @@ from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
-from specforge_lite.training.reporting import ExitSummary, Reporter, open_reporter
-from specforge_lite.training.run_dir import StopRequest, catch_signals
+from specforge_lite.training.reporting import ExitSummary, Reporter, StopRequest, catch_signals, open_reporter
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import RunData, RunModels, build_trainer
+from specforge_lite.training.wiring import RunData, RunModels
 from tests.fake_engine import FakeEngine, Fault
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
@@ -151,7 +150,7 @@ def open_trainer(run: Run, world: World, reporter: Reporter, stop: StopRequest) 
     try:
         config = run.config()
         models = make_models(data, kind=run.kind)
-        yield build_trainer(config, world, RunData(data, evaluation), engine, models, reporter, stop)
+        yield Trainer(config, world, RunData(data, evaluation), engine, models, reporter, stop)
     finally:
         engine.close()
 

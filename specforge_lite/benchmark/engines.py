@@ -14,9 +14,9 @@ from specforge_lite.benchmark.run import OpenSession
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.session import Session
 from specforge_lite.capture.base import num_positions
-from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG
 from specforge_lite.checkpoints.export import DTYPES, export_checkpoint
 from specforge_lite.checkpoints.loading import find_draft
+from specforge_lite.checkpoints.training_run import TRAINING_CONFIG
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.capture.base import check_sample, target_info
-from specforge_lite.capture.hf_tp import Lockstep, as_world, open_group
 from specforge_lite.core.devices import num_gpus, on_device, pick_device
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, local_directory, model_class, transformers_errors
@@ -59,7 +58,11 @@ class HfEngine:
         wait_minutes: float = 20.0,
     ) -> None:
         place = place_target(model_path, dtype, device)
-        group = open_group(tp, torch.device(place), wait_minutes) if tp is not None and tp > 1 else None
+        group = None
+        if tp is not None and tp > 1:
+            from specforge_lite.capture.hf_tp import Lockstep, open_group
+
+            group = open_group(tp, torch.device(place), wait_minutes)
         self.model = load_target_model(model_path, dtype, place, trust_remote_code, group)
         self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.decoder, layers = find_decoder(self.model)
@@ -173,6 +176,8 @@ def load_target_model(
     with transformers_errors(f"target_model_path {model_path}"):
         if tp_group is not None:
             from transformers.distributed import DistributedConfig
+
+            from specforge_lite.capture.hf_tp import as_world
 
             options["distributed_config"] = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
             with as_world(tp_group):

@@ -61,150 +61,109 @@ def block_exported_config(config: DraftConfig) -> dict[str, Any]:
     return values
 
 
-def block_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the directory."""
-    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (width, config.num_aux_layers * width),
-        "hidden_norm.weight": (width,),
-        "norm.weight": (width,),
-    }
-    for i in range(config.num_hidden_layers):
-        layer = {
-            "input_layernorm": (width,),
-            "post_attention_layernorm": (width,),
-            "self_attn.q_proj": (queries, width),
-            "self_attn.k_proj": (keys, width),
-            "self_attn.v_proj": (keys, width),
-            "self_attn.o_proj": (width, queries),
-            "self_attn.q_norm": (head_dim,),
-            "self_attn.k_norm": (head_dim,),
-            "mlp.gate_proj": (inner, width),
-            "mlp.up_proj": (inner, width),
-            "mlp.down_proj": (width, inner),
-        }
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    if config.markov_rank:
-        shapes |= {f"markov_head.markov_w{i}.weight": (config.vocab_size, config.markov_rank) for i in (1, 2)}
-    if config.confidence_head:
-        shapes |= {
-            "confidence_head.proj.weight": (1, width + config.markov_rank),
-            "confidence_head.proj.bias": (1,),
-        }
-    return shapes
-
-
-Problem = tuple[str, str]  # (level, message)
+class Doubt(str):
+    """What may be meant; every other problem that a check yields is refused by an engine, or served wrong."""
 
 
 def block_problems(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: DraftConfig, target: Any | None
-) -> Iterator[Problem]:
-    """What an engine refuses or, worse, loads without a word. target: transformers text config of the target."""
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shape: DraftConfig,
+    wanted: Mapping[str, tuple[int, ...]],
+    target: Any | None,
+) -> Iterator[str]:
+    """What an engine refuses or, worse, loads without a word. wanted: name -> shape of every tensor;
+    target: transformers text config of the target."""
     yield from _key_problems(config, shape)
-    yield from _tensor_problems(tensors, shape)
+    yield from _tensor_problems(tensors, wanted)
     if target is None:
         return
     for name in ("hidden_size", "vocab_size"):
         if getattr(shape, name) != getattr(target, name):
-            yield "broken", f"{name} {getattr(shape, name)} != the target's {getattr(target, name)}"
+            yield f"{name} {getattr(shape, name)} != the target's {getattr(target, name)}"
     _, scale, cap = family_scales(target)
     if scale != 1 or cap:
         what = f"scaled by {scale:g}" if scale != 1 else f"capped at {cap:g}"
-        yield "warning", f"the target's logits are {what}, and so the draft was trained; engines leave the draft's raw"
+        yield Doubt(f"the target's logits are {what}, and so the draft was trained; engines leave the draft's raw")
     ids = list(shape.aux_layer_ids or ())
     if ids != sorted(set(ids)):
-        yield "broken", f"target_layer_ids {ids}: engines hand the states over by ascending layer"
+        yield f"target_layer_ids {ids}: engines hand the states over by ascending layer"
     num_layers = int(target.num_hidden_layers)
     if shape.aux_layer_ids and max(shape.aux_layer_ids) > num_layers - 2:
-        yield "broken", f"target_layer_ids {list(shape.aux_layer_ids)}; the target has outputs 0..{num_layers - 2}"
+        yield f"target_layer_ids {list(shape.aux_layer_ids)}; the target has outputs 0..{num_layers - 2}"
     limit = getattr(target, "max_position_embeddings", None)
     if limit and shape.max_position_embeddings != limit:
         yield (
-            "broken",
             f"max_position_embeddings {shape.max_position_embeddings} != the target's {limit}: engines size the"
-            " draft's RoPE table by it and do not widen it",
+            " draft's RoPE table by it and do not widen it"
         )
 
 
-def _key_problems(config: Mapping[str, Any], shape: DraftConfig) -> Iterator[Problem]:
+def _key_problems(config: Mapping[str, Any], shape: DraftConfig) -> Iterator[str]:
     kind = shape.algorithm
     if config.get("model_type") is None:
-        yield "broken", "model_type is missing: neither engine can read config.json without it; expected 'qwen3'"
+        yield "model_type is missing: neither engine can read config.json without it; expected 'qwen3'"
     nested = config.get("dflash_config") or {}
     for name in ("mask_token_id", "target_layer_ids"):
         if nested.get(name) is None:
-            yield "broken", f"dflash_config.{name} is missing: vLLM looks there first"
+            yield f"dflash_config.{name} is missing: vLLM looks there first"
         elif config.get(name) is not None and config[name] != nested[name]:
-            yield (
-                "broken",
-                f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read",
-            )
+            yield f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read"
     if kind == "dspark":
         if not config.get("markov_rank"):
-            yield "broken", "markov_rank is missing at the top level: both engines build the Markov head from there"
+            yield "markov_rank is missing at the top level: both engines build the Markov head from there"
         if config.get("sample_from_anchor") is not True:
-            yield "warning", "sample_from_anchor is missing; write true, converters take false for granted"
+            yield Doubt("sample_from_anchor is missing; write true, converters take false for granted")
         if not config.get("enable_confidence_head"):
-            yield "warning", "no confidence head: SGLang builds one in ragged verification mode and refuses to load"
+            yield Doubt("no confidence head: SGLang builds one in ragged verification mode and refuses to load")
     elif config.get("markov_rank"):
-        yield "broken", f"markov_rank {config['markov_rank']} in a dflash draft: SGLang refuses it"
+        yield f"markov_rank {config['markov_rank']} in a dflash draft: SGLang refuses it"
     for name, consequence in FOREIGN_KEYS.items():
         if config.get(name):
-            yield "broken", f"{name}: {config[name]!r} is the target's, not the draft's: {consequence}"
+            yield f"{name}: {config[name]!r} is the target's, not the draft's: {consequence}"
     for name, consequence in FOREIGN_NESTED_KEYS.items():
         if nested.get(name):
-            yield "broken", f"dflash_config.{name}: {nested[name]!r}: {consequence}"
+            yield f"dflash_config.{name}: {nested[name]!r}: {consequence}"
     for name, plain in (("partial_rotary_factor", 1), ("is_neox_style", True), ("rope_is_neox_style", True)):
         if config.get(name, plain) != plain:
-            yield "broken", f"{name}: {config[name]!r}: engines would rotate other parts of the keys than training did"
+            yield f"{name}: {config[name]!r}: engines would rotate other parts of the keys than training did"
     types = config.get("layer_types") or ["full_attention"] * shape.num_hidden_layers
     if any(layer != "full_attention" for layer in types) or config.get("use_sliding_window"):
-        yield "broken", f"layer_types {types}: engines make sliding layers causal; expected full_attention"
+        yield f"layer_types {types}: engines make sliding layers causal; expected full_attention"
     elif len(types) != shape.num_hidden_layers:
-        yield "broken", f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
+        yield f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
     if config.get("tie_word_embeddings"):
-        yield "broken", "tie_word_embeddings is true; expected false: the head is the target's"
+        yield "tie_word_embeddings is true; expected false: the head is the target's"
     if config.get("draft_vocab_size") not in (None, shape.vocab_size):
-        yield "broken", f"draft_vocab_size {config['draft_vocab_size']}: SGLang knows the whole vocabulary only"
+        yield f"draft_vocab_size {config['draft_vocab_size']}: SGLang knows the whole vocabulary only"
     if config.get("eagle_aux_hidden_state_layer_ids") is not None:
-        yield "broken", "eagle_aux_hidden_state_layer_ids: vLLM prefers it to target_layer_ids and does not add 1"
+        yield "eagle_aux_hidden_state_layer_ids: vLLM prefers it to target_layer_ids and does not add 1"
 
 
-def _tensor_problems(tensors: Mapping[str, Tensor], shape: DraftConfig) -> Iterator[Problem]:
-    wanted = block_shapes(shape)
+def _tensor_problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     prefixed = sorted(name for name in tensors if name.startswith("model."))
     if prefixed:
-        yield "broken", f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses them"
+        yield f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses them"
     for name in sorted(wanted.keys() - tensors.keys()):
         if name.startswith("confidence_head."):
-            yield "broken", f"{name} is missing: vLLM drops the head, SGLang refuses in ragged verification mode"
+            yield f"{name} is missing: vLLM drops the head, SGLang refuses in ragged verification mode"
         elif f"model.{name}" not in tensors:
-            yield (
-                "broken",
-                f"{name} is missing: both engines load the rest without an error and keep random values, so almost"
-                " nothing is accepted",
-            )
+            yield f"{name} is missing: both engines load the rest without an error, and almost nothing is accepted"
     for name in sorted(tensors.keys() - wanted.keys()):
         if name in ("embed_tokens.weight", "lm_head.weight"):
-            yield "warning", f"{name}: vLLM uses the draft's where it differs from the target's, SGLang never does"
+            yield Doubt(f"{name}: vLLM uses the draft's where it differs from the target's, SGLang never does")
         elif name in ("d2t", "t2d"):
-            yield "broken", f"{name}: SGLang knows the whole vocabulary only"
+            yield f"{name}: SGLang knows the whole vocabulary only"
         elif not name.startswith("model."):
-            hint = suggest(name, wanted)
-            yield (
-                "broken",
-                f"unknown tensor {name}: vLLM refuses, SGLang drops it silently"
-                + (hint if hint.startswith("; did") else ""),
-            )
+            hint = suggest(name, wanted).partition("; known")[0]
+            yield f"unknown tensor {name}: vLLM refuses, SGLang drops it silently{hint}"
     for name, expected in wanted.items():
         tensor = tensors.get(name)
         if tensor is not None and tuple(tensor.shape) != expected:
-            yield "broken", f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
+            yield f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
 
 
-def check_block_length(num_draft_tokens: int, shape: DraftConfig) -> Problem | None:
+def check_block_length(num_draft_tokens: int, shape: DraftConfig) -> tuple[str, str] | None:
     """A served draft length other than the trained one: the block then has another number of MASK slots."""
     trained = shape.tokens_per_block
     if num_draft_tokens == trained:

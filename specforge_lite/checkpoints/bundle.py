@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_directory, user_errors, write_json
 from specforge_lite.model.block_config import block_kind_of
@@ -92,26 +94,23 @@ def model_card(
     decoding: dict[str, Any] | None,
 ) -> str:
     """The README.md of a draft, in the form that the hub reads."""
-    block = block_kind_of(config)
-    algorithm = block or ("eagle3" if "Eagle3" in config["architectures"][0] else "eagle")
-    kind = {"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "dspark": "DSpark", "dflash": "DFlash"}[algorithm]
+    algorithm = block_kind_of(config) or ("eagle3" if "Eagle3" in config["architectures"][0] else "eagle")
     target = without_paths(facts.target)
-    header = ["---", *([f"license: {facts.license}"] if facts.license else []), f"base_model: {target}"]
-    header += [
-        "pipeline_tag: text-generation",
-        "tags:",
-        f"- {algorithm}",
-        "- speculative-decoding",
-    ]
-    sections = [
-        "\n".join([*header, "---"]),
-        f"# {name}\n\n{kind} draft model for `{target}`, for speculative decoding: answers stay those of the target,"
-        " in fewer passes.",
-        "## Use\n\n" + launch_commands(name, target, algorithm, int(config.get("block_size") or 0)),
-        *([results_section(evaluation, decoding)] if evaluation or decoding else []),
-        training_section(config),
-    ]
-    return "\n\n".join(sections) + "\n"
+    environment = Environment(
+        loader=PackageLoader("specforge_lite", "assets"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("model_card.md.j2").render(
+        name=name,
+        target=target,
+        algorithm=algorithm,
+        kind={"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "dspark": "DSpark", "dflash": "DFlash"}[algorithm],
+        license=facts.license,
+        commands=launch_commands(name, target, algorithm, int(config.get("block_size") or 0)),
+        evaluation=evaluation,
+        decoding=decoding,
+        training=_training_rows(config.get("specforge_lite") or {}),
+    )
 
 
 def launch_commands(draft: str, target: str, algorithm: str, block_size: int = 0) -> str:
@@ -132,37 +131,16 @@ def launch_commands(draft: str, target: str, algorithm: str, block_size: int = 0
     )
 
 
-def results_section(evaluation: dict[str, Any] | None, decoding: dict[str, Any] | None) -> str:
-    """Acceptance as it was measured; nothing is estimated here."""
-    lines = ["## Results", "", "| | |", "|---|---|"]
-    if decoding:
-        lines.append(
-            f"| decoded acceptance length, {decoding['num_prompts']} prompts | {decoding['acceptance_length']:.2f} |"
-        )
-        lines.append(
-            f"| outputs identical to the target's | {decoding['num_identical']} of {decoding['num_prompts']} |"
-        )
-    if evaluation:
-        lines.append(
-            f"| estimated acceptance length, chain of {evaluation['chain_length']},"
-            f" {evaluation['num_samples']} conversations | {evaluation['tau_walk']:.2f} |"
-        )
-        lines += [f"| accuracy, step {k} | {accuracy:.1%} |" for k, accuracy in enumerate(evaluation["accuracy"])]
-    return "\n".join(lines)
-
-
-def training_section(config: dict[str, Any]) -> str:
+def _training_rows(run: dict[str, Any]) -> list[tuple[str, Any]]:
     """How the draft was trained, from the run's own record."""
-    run = config.get("specforge_lite") or {}
     settings, provenance = run.get("config") or {}, run.get("provenance") or {}
     rows = [("steps", run.get("step")), ("data", (settings.get("data") or {}).get("train_data_path"))]
     for section, keys in SETTINGS_ON_THE_CARD:
         rows += [(key.replace("_", " "), (settings.get(section) or {}).get(key)) for key in keys]
-    rows += [(name, version) for name, version in (provenance.get("packages") or {}).items()]
+    rows += (provenance.get("packages") or {}).items()
     commit = (provenance.get("git") or {}).get("commit")
     rows += [("specforge_lite", f"{run.get('version')}{f' ({commit[:12]})' if commit else ''}")]
-    shown = [f"| {key} | {value} |" for key, value in rows if value is not None]
-    return "\n".join(["## Training", "", "| | |", "|---|---|", *shown])
+    return [(key, value) for key, value in rows if value is not None]
 
 
 def _read_results(path: Path | None) -> dict[str, Any] | None:

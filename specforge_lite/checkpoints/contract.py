@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import default_aux_layer_ids
-from specforge_lite.checkpoints.block_files import block_problems, check_block_length
+from specforge_lite.checkpoints.block_files import Doubt, block_problems, check_block_length
 from specforge_lite.checkpoints.draft_files import (
-    TRAINING_CONFIG,
     DraftFiles,
     algorithm_of,
     canonical_name,
@@ -26,10 +25,19 @@ from specforge_lite.checkpoints.draft_files import (
     expected_shapes,
 )
 from specforge_lite.checkpoints.loading import find_draft, read_draft_files
+from specforge_lite.checkpoints.training_run import TRAINING_CONFIG
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.weight_files import unused_weight_files
 from specforge_lite.model.block_config import BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
+
+# What an engine does without a tensor.
+LOADED_SILENTLY = "both engines load the rest without an error and keep what was there, so almost nothing is accepted"
+MISSING = {
+    "fc.bias": "SGLang's EAGLE-1 fc has a bias and would keep random values; write zeros",
+    "lm_head.weight": "both engines keep a random head without an error, and draft noise",
+    "embed_tokens.weight": "the draft's width is not the target's, so it cannot share the target's table",
+}
 
 
 @dataclass(frozen=True)
@@ -54,18 +62,16 @@ class Subject:
     files: DraftFiles
     algorithm: str
     shape: DraftConfig | None
+    wanted: dict[str, tuple[int, ...]]
     tensors: dict[str, Tensor]
-    target: Any | None
+    target: Any
     trained_aux_layer_ids: tuple[int, ...] | None
     num_draft_tokens: int | None = None
 
 
-Problem = tuple[str, str]  # (level, message)
-
-
 def check_draft(
     directory: str | Path,
-    target: Any | None = None,
+    target: Any = None,
     trained_aux_layer_ids: tuple[int, ...] | None = None,
     num_draft_tokens: int | None = None,
 ) -> list[Finding]:
@@ -85,72 +91,57 @@ def check_draft(
         return [Finding("files", "broken", str(error))]
     algorithm = algorithm_of(files.config, list(files.tensors))
     recorded = trained_aux_layer_ids or tuple(files.config.get("aux_layer_ids") or ()) or None
-    shape, problem = None, None
+    shape, wanted, problem = None, {}, None
     try:
         shape = draft_config_of(files)
+        wanted = expected_shapes(shape)
     except (ConfigError, CheckpointError) as error:
         problem = str(error)
     tensors = {canonical_name(name, algorithm): tensor for name, tensor in files.tensors.items()}
-    subject = Subject(files, algorithm, shape, tensors, _text_config(target), recorded, num_draft_tokens)
+    text_config = target.get_text_config() if hasattr(target, "get_text_config") else target
+    subject = Subject(files, algorithm, shape, wanted, tensors, text_config, recorded, num_draft_tokens)
     findings = [Finding("files", "ok", f"config.json, {files.weight_file}")]
     if unused := ", ".join(file.name for file in unused_weight_files(folder)):
         findings = [Finding("files", "broken", f"{unused} beside {files.weight_file}: engines read both; delete it")]
     findings.append(Finding("shape of the draft", "broken" if problem else "ok", problem or _describe(shape)))
     for name, check in (BLOCK_CHECKS if algorithm in BLOCK_KINDS else CHECKS).items():
         problems = list(check(subject))
-        findings += [Finding(name, level, message) for level, message in problems]
+        findings += [Finding(name, "warning" if isinstance(text, Doubt) else "broken", text) for text in problems]
         if not problems:
             findings.append(Finding(name, "ok", ""))
     return findings
 
 
-def check_architecture(subject: Subject) -> Iterator[Problem]:
+def check_architecture(subject: Subject) -> Iterator[str]:
     listed = subject.files.config.get("architectures") or []
     if subject.files.is_speculators:
-        yield "warning", "speculators format: vLLM converts it, SGLang does not read it"
+        yield Doubt("speculators format: vLLM converts it, SGLang does not read it")
         return
     if not listed:
-        yield "broken", f"architectures is missing; expected ['{ARCHITECTURES[subject.algorithm]}']"
+        yield f"architectures is missing; expected ['{ARCHITECTURES[subject.algorithm]}']"
     elif listed[0] not in ARCHITECTURES.values():
         hint = suggest(listed[0], ARCHITECTURES.values())
-        yield "broken", f"architectures {listed}: SGLang knows no such draft{hint}"
+        yield f"architectures {listed}: SGLang knows no such draft{hint}"
     if subject.files.config.get("model_type") is None:
-        yield "broken", "model_type is missing: neither engine can read config.json without it; expected 'llama'"
+        yield "model_type is missing: neither engine can read config.json without it; expected 'llama'"
 
 
-def check_names(subject: Subject) -> Iterator[Problem]:
+def check_names(subject: Subject) -> Iterator[str]:
     if subject.shape is None:
         return
     prefixed = sorted(name for name in subject.files.tensors if name.startswith("model."))
     if prefixed:
-        yield (
-            "broken",
-            f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses, SGLang drops them",
-        )
-    wanted = set(expected_shapes(subject.shape))
+        yield f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses, SGLang drops them"
+    wanted = subject.wanted.keys()
     known = wanted | {"d2t", "t2d", "embed_tokens.weight"} | _variant_names(subject)
     stripped = {name.removeprefix("model.") for name in subject.tensors}
     unknown = sorted(name for name in stripped - known if name != "fc.bias")
     if unknown:
-        hint = suggest(unknown[0], known)
+        hint = suggest(unknown[0], known).partition("; known")[0]
         shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
-        yield (
-            "broken",
-            f"unknown tensors {shown}: vLLM refuses, SGLang drops them silently"
-            + (hint if hint.startswith("; did") else ""),
-        )
+        yield f"unknown tensors {shown}: vLLM refuses, SGLang drops them silently{hint}"
     for name in sorted(wanted - stripped):
-        yield "broken", f"{name} is missing: {_consequence(name)}"
-
-
-def _consequence(name: str) -> str:
-    if name == "fc.bias":
-        return "SGLang's EAGLE-1 fc has a bias and would keep random values; write zeros"
-    if name == "lm_head.weight":
-        return "both engines keep a random head without an error, and draft noise"
-    if name == "embed_tokens.weight":
-        return "the draft's width is not the target's, so it cannot share the target's table"
-    return "both engines load the rest without an error and keep what was there, so almost nothing is accepted"
+        yield f"{name} is missing: {MISSING.get(name, LOADED_SILENTLY)}"
 
 
 def _variant_names(subject: Subject) -> set[str]:
@@ -162,79 +153,71 @@ def _variant_names(subject: Subject) -> set[str]:
     return names
 
 
-def check_shapes(subject: Subject) -> Iterator[Problem]:
-    if subject.shape is None:
-        return
-    for name, wanted in expected_shapes(subject.shape).items():
+def check_shapes(subject: Subject) -> Iterator[str]:
+    for name, wanted in subject.wanted.items():
         tensor = subject.tensors.get(name)
         if tensor is not None and tuple(tensor.shape) != wanted:
-            yield "broken", f"{name} has shape {list(tensor.shape)}, config.json makes it {list(wanted)}"
+            yield f"{name} has shape {list(tensor.shape)}, config.json makes it {list(wanted)}"
 
 
-def check_values(subject: Subject) -> Iterator[Problem]:
+def check_values(subject: Subject) -> Iterator[str]:
     floats = {name: tensor for name, tensor in subject.tensors.items() if tensor.is_floating_point()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in floats.values()}
     if len(dtypes) > 1:
-        yield "warning", f"weights are stored in several dtypes: {', '.join(sorted(dtypes))}"
+        yield Doubt(f"weights are stored in several dtypes: {', '.join(sorted(dtypes))}")
     for name, tensor in floats.items():
         if not torch.isfinite(tensor).all():
-            yield "broken", f"{name} holds NaN or infinity"
+            yield f"{name} holds NaN or infinity"
         elif name.endswith("weight") and not tensor.any():
-            yield "broken", f"{name} is all zeros"
+            yield f"{name} is all zeros"
 
 
-def check_fc_bias(subject: Subject) -> Iterator[Problem]:
+def check_fc_bias(subject: Subject) -> Iterator[str]:
     bias = subject.tensors.get("fc.bias")
     if bias is None:
         return
     if subject.algorithm == "eagle3":
-        yield "broken", "fc.bias: an EAGLE-3 fc has none; SGLang drops it silently, vLLM refuses"
+        yield "fc.bias: an EAGLE-3 fc has none; SGLang drops it silently, vLLM refuses"
     elif bias.any():
-        yield "broken", "fc.bias is not zero: vLLM's EAGLE-1 fc has no bias and skips it silently; train fc without one"
+        yield "fc.bias is not zero: vLLM's EAGLE-1 fc has no bias and skips it silently; train fc without one"
 
 
-def check_vocabulary_map(subject: Subject) -> Iterator[Problem]:
+def check_vocabulary_map(subject: Subject) -> Iterator[str]:
     config, shape = subject.files.config, subject.shape
     d2t, t2d = subject.tensors.get("d2t"), subject.tensors.get("t2d")
     if shape is None or subject.algorithm == "eagle1":
         return
     full = shape.draft_vocab_size == shape.vocab_size
     if config.get("draft_vocab_size") is None:
-        yield "broken", "draft_vocab_size is missing: SGLang takes the target's head instead of lm_head"
+        yield "draft_vocab_size is missing: SGLang takes the target's head instead of lm_head"
     if d2t is None:
         if not full:
             yield (
-                "broken",
                 f"d2t is missing, draft_vocab_size {shape.draft_vocab_size} != vocab_size {shape.vocab_size}:"
-                " both engines take draft ids for target ids, without an error",
+                " both engines take draft ids for target ids, without an error"
             )
         return
     if full:
-        yield "broken", "d2t beside a full draft vocabulary: vLLM refuses it; leave d2t and t2d out"
+        yield "d2t beside a full draft vocabulary: vLLM refuses it; leave d2t and t2d out"
     yield from _check_map(d2t, t2d, shape)
 
 
-def _check_map(d2t: Tensor, t2d: Tensor | None, shape: DraftConfig) -> Iterator[Problem]:
+def _check_map(d2t: Tensor, t2d: Tensor | None, shape: DraftConfig) -> Iterator[str]:
     if d2t.is_floating_point() or d2t.dim() != 1 or len(d2t) != shape.draft_vocab_size:
-        yield (
-            "broken",
-            f"d2t is {d2t.dtype} of shape {list(d2t.shape)}; expected int64 of shape [{shape.draft_vocab_size}]",
-        )
+        yield f"d2t is {d2t.dtype} of shape {list(d2t.shape)}; expected int64 of shape [{shape.draft_vocab_size}]"
         return
     ids = torch.arange(len(d2t)) + d2t
     listed = None if t2d is None or t2d.dim() != 1 else t2d.nonzero().squeeze(1)
     if _looks_absolute(d2t, listed, shape.vocab_size):
-        yield "broken", "d2t holds absolute target ids; expected offsets (target id - draft id)"
+        yield "d2t holds absolute target ids; expected offsets (target id - draft id)"
     elif int(ids.min()) < 0 or int(ids.max()) >= shape.vocab_size:
-        yield "broken", f"d2t names target ids {int(ids.min())}..{int(ids.max())}; vocab_size is {shape.vocab_size}"
+        yield f"d2t names target ids {int(ids.min())}..{int(ids.max())}; vocab_size is {shape.vocab_size}"
     elif len(ids.unique()) != len(ids):
-        yield "broken", f"d2t names {len(ids) - len(ids.unique())} target ids twice"
-    elif t2d is not None and (len(t2d) != shape.vocab_size or not _same(listed, ids.sort().values)):
-        yield "broken", f"t2d marks {int(t2d.sum())} of {len(t2d)} ids, which are not those that d2t names"
-
-
-def _same(first: Tensor | None, second: Tensor) -> bool:
-    return first is not None and torch.equal(first, second)
+        yield f"d2t names {len(ids) - len(ids.unique())} target ids twice"
+    elif t2d is not None and (
+        len(t2d) != shape.vocab_size or listed is None or not torch.equal(listed, ids.sort().values)
+    ):
+        yield f"t2d marks {int(t2d.sum())} of {len(t2d)} ids, which are not those that d2t names"
 
 
 def _looks_absolute(d2t: Tensor, listed: Tensor | None, vocab_size: int) -> bool:
@@ -246,28 +229,25 @@ def _looks_absolute(d2t: Tensor, listed: Tensor | None, vocab_size: int) -> bool
     return len(d2t) > 2 and bool((d2t.diff() > 0).all()) and int(d2t.max()) < vocab_size
 
 
-def check_rope(subject: Subject) -> Iterator[Problem]:
+def check_rope(subject: Subject) -> Iterator[str]:
     config = subject.files.config
     top, nested = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
     if top is None and not subject.files.is_speculators:
         value = f"{nested:g}" if nested else "its value"
-        yield "broken", f"rope_theta is missing at the top level: older servers take 10000; write {value} there too"
+        yield f"rope_theta is missing at the top level: older servers take 10000; write {value} there too"
     if top is not None and nested is not None and float(top) != float(nested):
-        yield (
-            "broken",
-            f"rope_theta {top:g} != rope_parameters.rope_theta {nested:g}: servers differ on which they read",
-        )
+        yield f"rope_theta {top:g} != rope_parameters.rope_theta {nested:g}: servers differ on which they read"
 
 
-def check_ties(subject: Subject) -> Iterator[Problem]:
+def check_ties(subject: Subject) -> Iterator[str]:
     tied = subject.files.config.get("tie_word_embeddings")
     if tied:
-        yield "broken", "tie_word_embeddings is true: SGLang would use the embedding table as the draft's head"
+        yield "tie_word_embeddings is true: SGLang would use the embedding table as the draft's head"
     elif tied is None:
-        yield "warning", "tie_word_embeddings is missing; write false, older servers take true for granted"
+        yield Doubt("tie_word_embeddings is missing; write false, older servers take true for granted")
 
 
-def check_aux_layers(subject: Subject) -> Iterator[Problem]:
+def check_aux_layers(subject: Subject) -> Iterator[str]:
     """Compare the two keys with what the draft was trained on, with each other, and with fc and the target's depth."""
     if subject.algorithm == "eagle1" or subject.shape is None:
         return
@@ -275,46 +255,42 @@ def check_aux_layers(subject: Subject) -> Iterator[Problem]:
     sglang = (config.get("eagle_config") or {}).get(AUX_IDS_KEY)
     vllm = config.get(AUX_IDS_KEY) or sglang
     as_outputs = {"SGLang": sglang, "vLLM": None if vllm is None else [i - 1 for i in vllm]}
-    trained, num_layers = subject.trained_aux_layer_ids, _num_layers(subject.target)
+    trained = subject.trained_aux_layer_ids
+    num_layers = None if subject.target is None else int(subject.target.num_hidden_layers)
     default = default_aux_layer_ids(num_layers)[0] if num_layers else None
     for engine, outputs in as_outputs.items():
         taken = tuple(outputs) if outputs else default
         if outputs is None and taken is None:
-            yield (
-                "warning",
-                f"{engine} finds no aux layer ids and takes its default; give --target-model-path to compare",
-            )
+            yield Doubt(f"{engine} finds no aux layer ids and takes its default; give --target-model-path to compare")
         elif trained is not None and taken is not None and taken != trained:
             yield (
-                "broken",
                 f"{engine} would capture the outputs of layers {list(taken)}, the draft was trained on {list(trained)}:"
-                " it loads without an error and almost nothing is accepted",
+                " it loads without an error and almost nothing is accepted"
             )
         elif outputs and num_layers and not 0 <= min(outputs) <= max(outputs) <= num_layers - 2:
-            yield "broken", f"{engine} would capture layers {outputs}; the target has outputs 0..{num_layers - 2}"
+            yield f"{engine} would capture layers {outputs}; the target has outputs 0..{num_layers - 2}"
         if outputs and list(outputs) != sorted(set(outputs)):
-            yield "broken", f"aux layer ids {outputs} ({engine}): expected distinct ascending ids"
+            yield f"aux layer ids {outputs} ({engine}): expected distinct ascending ids"
         if outputs and len(outputs) != subject.shape.num_aux_layers:
-            yield "broken", f"{len(outputs)} aux layers ({engine}), but fc reads {subject.shape.num_aux_layers}"
+            yield f"{len(outputs)} aux layers ({engine}), but fc reads {subject.shape.num_aux_layers}"
     if sglang and not config.get(AUX_IDS_KEY) and trained is None:
-        yield (
-            "warning",
+        yield Doubt(
             f"eagle_config has {sglang}, which SGLang reads as layer outputs and vLLM as layer inputs: one of them is"
-            f" off by one; add '{AUX_IDS_KEY}' at the top level for vLLM",
+            f" off by one; add '{AUX_IDS_KEY}' at the top level for vLLM"
         )
 
 
-def check_sizes(subject: Subject) -> Iterator[Problem]:
+def check_sizes(subject: Subject) -> Iterator[str]:
     config, shape = subject.files.config, subject.shape
     if shape is None:
         return
     if "target_hidden_size" in config and not config["target_hidden_size"]:
-        yield "broken", "target_hidden_size is null: vLLM multiplies it; leave it out or write the target's width"
+        yield "target_hidden_size is null: vLLM multiplies it; leave it out or write the target's width"
     if shape.target_hidden_size != shape.hidden_size and not config.get("target_hidden_size"):
-        yield "broken", f"target_hidden_size is missing: fc reads {shape.target_hidden_size}-wide states"
+        yield f"target_hidden_size is missing: fc reads {shape.target_hidden_size}-wide states"
 
 
-def check_target(subject: Subject) -> Iterator[Problem]:
+def check_target(subject: Subject) -> Iterator[str]:
     """Only with --target-model-path."""
     target, shape = subject.target, subject.shape
     if target is None or shape is None:
@@ -324,17 +300,34 @@ def check_target(subject: Subject) -> Iterator[Problem]:
         ("vocab_size", shape.vocab_size, target.vocab_size),
     ):
         if found != wanted:
-            yield "broken", f"{name} {found} != the target's {wanted}"
+            yield f"{name} {found} != the target's {wanted}"
     limit = getattr(target, "max_position_embeddings", None)
     if limit and shape.max_position_embeddings < limit:
-        yield (
-            "warning",
+        yield Doubt(
             f"max_position_embeddings {shape.max_position_embeddings} is below the target's {limit}: engines size"
-            " the draft's RoPE table by it, so limit the context length to it or raise it",
+            " the draft's RoPE table by it, so limit the context length to it or raise it"
         )
 
 
-CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
+def check_block(subject: Subject) -> Iterator[str]:
+    """DFlash and DSpark: keys, names, shapes and the target."""
+    files, shape, trained, served = (
+        subject.files,
+        subject.shape,
+        subject.trained_aux_layer_ids,
+        subject.num_draft_tokens,
+    )
+    if shape is None:
+        return
+    yield from block_problems(files.config, files.tensors, shape, subject.wanted, subject.target)
+    if trained is not None and shape.aux_layer_ids != trained:
+        yield f"target_layer_ids {list(shape.aux_layer_ids or ())}: it was trained on {list(trained)}"
+    if served is not None and (problem := check_block_length(served, shape)) is not None:
+        yield problem[1]
+
+
+Checks = dict[str, Callable[[Subject], Iterator[str]]]
+CHECKS: Checks = {
     "architecture": check_architecture,
     "tensor names": check_names,
     "tensor shapes": check_shapes,
@@ -347,25 +340,7 @@ CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
     "sizes": check_sizes,
     "target": check_target,
 }
-
-
-def check_block(subject: Subject) -> Iterator[Problem]:
-    """DFlash and DSpark: keys, names, shapes and the target."""
-    shape, trained, served = subject.shape, subject.trained_aux_layer_ids, subject.num_draft_tokens
-    if shape is None:
-        return
-    yield from block_problems(subject.files.config, subject.files.tensors, shape, subject.target)
-    if trained is not None and shape.aux_layer_ids != trained:
-        yield "broken", f"target_layer_ids {list(shape.aux_layer_ids or ())}: it was trained on {list(trained)}"
-    if served is not None and (problem := check_block_length(served, shape)) is not None:
-        yield problem
-
-
-BLOCK_CHECKS: dict[str, Callable[[Subject], Iterator[Problem]]] = {
-    "block draft": check_block,
-    "values": check_values,
-    "rope": check_rope,
-}
+BLOCK_CHECKS: Checks = {"block draft": check_block, "values": check_values, "rope": check_rope}
 
 
 def _describe(shape: DraftConfig | None) -> str:
@@ -374,12 +349,3 @@ def _describe(shape: DraftConfig | None) -> str:
         f"{shape.algorithm}, {shape.hidden_size} wide, {shape.num_attention_heads}/{shape.num_key_value_heads} heads,"
         f" vocabulary {shape.draft_vocab_size} of {shape.vocab_size}"
     )
-
-
-def _text_config(target: Any | None) -> Any | None:
-    return target.get_text_config() if target is not None and hasattr(target, "get_text_config") else target
-
-
-def _num_layers(target: Any | None) -> int | None:
-    text = _text_config(target)
-    return None if text is None else int(text.num_hidden_layers)

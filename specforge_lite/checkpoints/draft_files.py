@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.checkpoints.block_files import block_shapes
+from specforge_lite.checkpoints.training_run import read_safetensors
 from specforge_lite.core.errors import CheckpointError, first_line
 from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
 from specforge_lite.model.block_config import BLOCK_KINDS, block_kind_of
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
-
-TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
+from specforge_lite.model.registry import build_draft
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,6 @@ class DraftFiles:
     tensors: dict[str, Tensor]
     weight_file: str
     is_speculators: bool
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """A JSON file as a dict."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
@@ -74,20 +59,6 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
             raise CheckpointError(f"{file}: {min(twice)} is in another pytorch_model*.bin as well; which one counts?")
         tensors.update(loaded)
     return tensors, ", ".join(file.name for file in pickled)
-
-
-def read_safetensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-    return tensors
 
 
 def algorithm_of(config: dict[str, Any], names: Sequence[str]) -> str:
@@ -202,47 +173,43 @@ def canonical_weights(files: DraftFiles, config: DraftConfig) -> dict[str, Tenso
     zero bias that SGLang wants beside EAGLE-1's fc, and without RoPE tables."""
     weights = {canonical_name(name, config.algorithm): tensor for name, tensor in files.tensors.items()}
     unused = {"d2t", "t2d"}
-    if "embed_tokens.weight" not in expected_shapes(config):
-        unused.add("embed_tokens.weight")
     if config.algorithm != "eagle3":
-        unused.add("lm_head.weight")
+        unused |= {"embed_tokens.weight", "lm_head.weight"}
+    elif config.hidden_size == config.target_hidden_size:
+        unused.add("embed_tokens.weight")
     if "fc.bias" in weights and not weights["fc.bias"].any():
         unused.add("fc.bias")
     unused |= {name for name in weights if name.endswith("rotary_emb.inv_freq")}
     return {name: weight for name, weight in weights.items() if name not in unused}
 
 
+def check_weights(
+    files: DraftFiles, weights: dict[str, Tensor], wanted: dict[str, Tensor], algorithm: str, whose: str, hint: str = ""
+) -> None:
+    """Raise CheckpointError unless the weights are exactly the `wanted` parameters, shapes included."""
+    place = f"{files.directory}: {files.weight_file}"
+    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing:
+        raise CheckpointError(f"{place}: missing {', '.join(missing)}")
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        names = f"{', '.join(unknown[:5])}{more}"
+        raise CheckpointError(f"{place}: no place for {names} in a draft of algorithm {algorithm}")
+    for name, parameter in wanted.items():
+        found, expected = tuple(weights[name].shape), tuple(parameter.shape)
+        if found != expected:
+            raise CheckpointError(f"{files.directory}: {name} has shape {found}, {whose} {expected}{hint}")
+
+
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that an exported draft of this config must hold (d2t and t2d apart)."""
-    if config.algorithm in BLOCK_KINDS:
-        return block_shapes(config)
-    width, inner, target = config.hidden_size, config.intermediate_size, config.target_hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    eagle3 = config.algorithm == "eagle3"
-    layer = "midlayer" if eagle3 else "layers.0"
-    in_width = 2 * width if eagle3 else width
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (width, config.num_aux_layers * target if eagle3 else width + target),
-        f"{layer}.self_attn.q_proj.weight": (queries, in_width),
-        f"{layer}.self_attn.k_proj.weight": (keys, in_width),
-        f"{layer}.self_attn.v_proj.weight": (keys, in_width),
-        f"{layer}.self_attn.o_proj.weight": (width, queries),
-        f"{layer}.mlp.gate_proj.weight": (inner, width),
-        f"{layer}.mlp.up_proj.weight": (inner, width),
-        f"{layer}.mlp.down_proj.weight": (width, inner),
-        f"{layer}.post_attention_layernorm.weight": (width,),
-    }
-    if not eagle3:
-        return {**shapes, "fc.bias": (width,)}
-    shapes["midlayer.hidden_norm.weight"] = shapes["midlayer.input_layernorm.weight"] = (width,)
-    shapes["norm.weight"] = (width,)
-    shapes["lm_head.weight"] = (config.draft_vocab_size, width)
-    if config.fc_norm:
-        shapes.update({f"fc_norm.{i}.weight": (target,) for i in range(config.num_aux_layers)})
-    if width != target:
-        shapes["embed_tokens.weight"] = (config.vocab_size, width)
-    return shapes
+    """Name -> shape of every tensor that an exported draft of this config must hold (d2t and t2d apart): those of our
+    module, and the bias that SGLang's EAGLE-1 fc has. Raises ConfigError for a shape that cannot be built."""
+    d2t = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+    t2d = torch.arange(config.vocab_size) < config.draft_vocab_size
+    with torch.device("meta"):
+        draft = build_draft(config, d2t, t2d)
+    shapes = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
+    return shapes if config.algorithm != "eagle1" else shapes | {"fc.bias": (config.hidden_size,)}
 
 
 def vocabulary_of(files: DraftFiles, config: DraftConfig) -> tuple[Tensor, Tensor]:

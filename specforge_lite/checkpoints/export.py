@@ -16,9 +16,8 @@ from torch import Tensor
 from specforge_lite import __version__
 from specforge_lite.checkpoints.block_files import block_exported_config
 from specforge_lite.checkpoints.contract import check_draft
-from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, expected_shapes
 from specforge_lite.checkpoints.loading import load_draft
-from specforge_lite.checkpoints.training_run import newest_complete, read_state, verify_checkpoint
+from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, newest_complete, read_state, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.files import atomic_directory, save_tensors, user_errors, write_json
 from specforge_lite.model.block_config import BLOCK_KINDS
@@ -93,33 +92,25 @@ def training_facts(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
+# Fields of DraftConfig that config.json has under the same name.
+SAME_NAMES = (
+    "hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "vocab_size",
+    "draft_vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
 def exported_config(config: DraftConfig, dtype: str, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
     """config.json of an exported draft. Keys that only newer or older servers read are both there."""
-    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.algorithm]],
         "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "target_hidden_size": config.target_hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": rope,
+        **{name: getattr(config, name) for name in SAME_NAMES},
+        "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
         "attention_bias": False,
         "mlp_bias": False,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
         "use_cache": True,
         "specforge_lite": {"version": __version__, **(provenance or {})},
@@ -143,15 +134,9 @@ def exported_config(config: DraftConfig, dtype: str, provenance: dict[str, Any] 
 def exported_tensors(draft: Draft, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name -> tensor as the engines expect it. A draft with the whole vocabulary has no d2t: vLLM refuses one."""
     config = draft.config
-    state = draft.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for name, shape in expected_shapes(config).items():
-        if name == "fc.bias" and name not in state:
-            tensors[name] = torch.zeros(shape, dtype=dtype)  # SGLang's EAGLE-1 fc has a bias; ours has none
-            continue
-        if name not in state:
-            raise CheckpointError(f"the draft module has no parameter {name}")
-        tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in draft.named_parameters()}
+    if config.algorithm == "eagle1":
+        tensors.setdefault("fc.bias", torch.zeros(config.hidden_size, dtype=dtype))  # SGLang's fc has one, ours none
     if config.algorithm == "eagle3" and config.draft_vocab_size < config.vocab_size:
         tensors["d2t"] = draft.d2t.cpu().to(torch.int64)
         tensors["t2d"] = draft.t2d.cpu()

@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.checkpoints.draft_files import (
-    TRAINING_CONFIG,
-    TRAINING_WEIGHTS,
     DraftFiles,
     canonical_weights,
+    check_weights,
     draft_config_of,
-    read_config,
-    read_safetensors,
     read_tensors,
     vocabulary_of,
 )
-from specforge_lite.checkpoints.training_run import checkpoints, newest_complete
+from specforge_lite.checkpoints.training_run import (
+    TRAINING_CONFIG,
+    TRAINING_WEIGHTS,
+    checkpoints,
+    newest_complete,
+    read_config,
+    read_safetensors,
+)
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.core.hub import local_directory
 from specforge_lite.core.log import info
@@ -100,7 +104,7 @@ def load_draft(
     d2t, t2d = vocabulary_of(files, config)
     draft = _build(config, files, d2t, t2d, set(weights))
     _add_biases(draft, weights)
-    _check_weights(files, config, draft, weights)
+    check_weights(files, weights, dict(draft.named_parameters()), config.algorithm, "config.json makes it")
     draft.load_state_dict(weights, strict=False, assign=True)
     stored = next(weight.dtype for weight in weights.values())
     return draft.to(device=device, dtype=dtype or stored).eval().requires_grad_(False)
@@ -123,23 +127,3 @@ def _add_biases(draft: Draft, weights: dict[str, Tensor]) -> None:
         layer = modules.get(name.removesuffix(".bias"))
         if name.endswith(".bias") and isinstance(layer, nn.Linear) and layer.bias is None:
             layer.bias = nn.Parameter(torch.empty(layer.out_features))
-
-
-def _check_weights(files: DraftFiles, config: DraftConfig, draft: Draft, weights: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless the weights are exactly the draft's parameters, shapes included."""
-    wanted = {name: tuple(p.shape) for name, p in draft.named_parameters()}
-    missing = sorted(wanted.keys() - weights.keys())
-    if missing:
-        raise CheckpointError(f"{files.directory}: {files.weight_file}: missing {', '.join(missing)}")
-    unknown = sorted(weights.keys() - wanted.keys())
-    if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise CheckpointError(
-            f"{files.directory}: {files.weight_file}: no place for {', '.join(unknown[:5])}{more} in a draft of"
-            f" algorithm {config.algorithm}"
-        )
-    for name, shape in wanted.items():
-        if tuple(weights[name].shape) != shape:
-            raise CheckpointError(
-                f"{files.directory}: {name} has shape {tuple(weights[name].shape)}, config.json makes it {shape}"
-            )

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, TRAINING_WEIGHTS, read_config, read_safetensors
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.core.files import sha256_of
 from specforge_lite.core.log import warn
-from specforge_lite.model.draft import DraftConfig
 
 FORMAT_VERSION = 1
+TRAINING_CONFIG, TRAINING_WEIGHTS = "draft_config.json", "draft.safetensors"
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step_(\d+)")
 
@@ -94,12 +93,6 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def load_draft_tensors(path: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
-    """Draft config and all tensors (weights, d2t, t2d) of a checkpoint directory, on the CPU."""
-    config = DraftConfig.from_dict(read_config(path / TRAINING_CONFIG), source=str(path / TRAINING_CONFIG))
-    return config, read_safetensors([path / TRAINING_WEIGHTS])
-
-
 def read_state(path: Path) -> SavedState:
     """The JSON state of a checkpoint."""
     values = read_config(path / "state.json")
@@ -110,3 +103,30 @@ def read_state(path: Path) -> SavedState:
         if not isinstance(values[name], kind):
             raise CheckpointError(f"{path / 'state.json'}: {name}: expected {kind.__name__}, found {values[name]!r}")
     return SavedState(values["step"], values["data"], values["counters"], values["world_size"])
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON file as a dict."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_safetensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of some safetensors files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    return tensors

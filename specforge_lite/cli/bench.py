@@ -167,7 +167,7 @@ def _template_kwargs(text: str | None) -> dict[str, Any]:
 def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, Any]:
     """What rows of one file must share."""
     from specforge_lite.benchmark.rows import fingerprint
-    from specforge_lite.checkpoints.draft_files import read_config
+    from specforge_lite.checkpoints.training_run import read_config
     from specforge_lite.model.block_config import block_kind_of
 
     engine, work = config.engine, config.work

@@ -26,7 +26,7 @@ def main() -> int:
     from specforge_lite.capture.offline import capture_offline, check_room
     from specforge_lite.core.files import lock_directory
     from specforge_lite.serving.registry import open_engine
-    from specforge_lite.training.run_dir import catch_signals
+    from specforge_lite.training.reporting import catch_signals
     from specforge_lite.training.wiring import open_dataset
 
     capture = config.capture

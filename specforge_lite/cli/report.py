@@ -74,7 +74,7 @@ class PlotConfig(Section):
 def curves() -> None:
     config = parse_config(PlotConfig, description=CURVES_HELP, positional="--input")
     from specforge_lite.report.training_curves import curves_of, plot_curves, read_rows
-    from specforge_lite.training.run_dir import METRICS_FILE
+    from specforge_lite.training.reporting import METRICS_FILE
 
     found = curves_of(read_rows(config.input), str(config.input))
     directory = config.input if config.input.is_dir() else config.input.parent

@@ -84,6 +84,6 @@ def eagle1() -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from specforge_lite.training.wiring import run_training
+    from specforge_lite.training.loop import run_training
 
     return run_training(config)

@@ -21,9 +21,8 @@ from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors, write_json
 from specforge_lite.core.sections import DataSection
-from specforge_lite.data.conversations import RowRejected, ignored_fields
+from specforge_lite.data.conversations import RowRejected, ignored_fields, is_fim_row
 from specforge_lite.data.encoding import TokenizerSpec
-from specforge_lite.data.fim import is_fim_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
 from specforge_lite.data.templates.auto import template_warning

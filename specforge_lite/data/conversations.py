@@ -77,6 +77,11 @@ def to_row(conversation: Conversation) -> dict[str, Any]:
     return {**row, "tools": conversation.tools} if conversation.tools else row
 
 
+def is_fim_row(row: Any) -> bool:
+    """True for `{prefix, middle, suffix}` and for HumanEval-Infilling's `{prompt, suffix, canonical_solution}`."""
+    return isinstance(row, dict) and "suffix" in row and ("prefix" in row or "canonical_solution" in row)
+
+
 def ignored_fields(row: Any) -> set[str]:
     """Fields of a row that look as if they decided what is trained, and have no effect here."""
     if not isinstance(row, dict):

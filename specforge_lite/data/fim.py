@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data.conversations import CUT_OFF, ID_KEYS, RowRejected, clean_text
+from specforge_lite.data.conversations import CUT_OFF, ID_KEYS, RowRejected, clean_text, is_fim_row
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec
 
 
@@ -87,11 +87,6 @@ def recognise_family(vocabulary: Mapping[str, int]) -> FimFamily:
         if all(token in vocabulary for token in needed) and any(token in vocabulary for token in family.end):
             return family
     raise DataError(f"the tokenizer has no fill-in-the-middle tokens; known families: {', '.join(FAMILIES)}")
-
-
-def is_fim_row(row: Any) -> bool:
-    """True for `{prefix, middle, suffix}` and for HumanEval-Infilling's `{prompt, suffix, canonical_solution}`."""
-    return isinstance(row, dict) and "suffix" in row and ("prefix" in row or "canonical_solution" in row)
 
 
 def to_fim_row(row: Any) -> FimRow:

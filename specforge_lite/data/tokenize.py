@@ -9,9 +9,8 @@ import numpy as np
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
-from specforge_lite.data.conversations import RowRejected, to_conversation
+from specforge_lite.data.conversations import RowRejected, is_fim_row, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
-from specforge_lite.data.fim import FimTokenizer, is_fim_row, to_fim_row
 from specforge_lite.data.templates import ChatTemplate
 from specforge_lite.data.templates.auto import choose_template, own_template
 from specforge_lite.types import Conversation, TokenizedSample
@@ -95,7 +94,11 @@ class RowTokenizer:
 
     def __init__(self, spec: TokenizerSpec, options: TokenizeOptions, data_format: str) -> None:
         self._arguments = (spec, options, data_format)
-        self._fim = FimTokenizer(spec, options.fim_order, options.max_length) if data_format == "fim" else None
+        self._fim = None
+        if data_format == "fim":
+            from specforge_lite.data.fim import FimTokenizer
+
+            self._fim = FimTokenizer(spec, options.fim_order, options.max_length)
         self._chat = ConversationTokenizer(spec, options) if self._fim is None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,6 +126,8 @@ class RowTokenizer:
             found, expected = ("fill-in-the-middle", "conversations") if self._fim is None else ("chat", "FIM rows")
             raise RowRejected("mixed-formats", f"a {found} row in a file of {expected}; expected one format per file")
         if self._fim is not None:
+            from specforge_lite.data.fim import to_fim_row
+
             row = to_fim_row(value)
             return TokenRow(row.id, *self._fim(row))
         assert self._chat is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.checkpoints.draft_files import TRAINING_CONFIG, read_config
+from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.evaluation.acceptance import decode_answers

@@ -18,7 +18,7 @@ from typing import Any
 from specforge_lite.core.errors import DataError
 from specforge_lite.report.figures import Curve, draw_curves, legend_below, new_figure, save_figure
 from specforge_lite.report.sources import read_jsonl
-from specforge_lite.training.run_dir import METRICS_FILE
+from specforge_lite.training.reporting import METRICS_FILE
 
 PANELS = {
     "step_loss": "loss by position",

@@ -103,7 +103,7 @@ class DsparkConfig(TrainConfig):
         if ids is None:
             target = load_config(self.target.target_model_path, self.target.trust_remote_code)
             ids = spread_aux_layers(int(target.get_text_config().num_hidden_layers))
-        return self.model_copy(update={"target": self.target.model_copy(update={"aux_layer_ids": ids})})
+        return self.with_values(target={"aux_layer_ids": ids})
 
     def draft_shape(self, draft: DraftConfig, target_config: Any) -> dict[str, Any]:
         """What the target's config does not have: flags first, then the draft's config.json, then DeepSpec's sizes."""

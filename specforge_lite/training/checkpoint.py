@@ -15,24 +15,23 @@ Whole tensors, whatever the sharding was, so any world size can continue. Nothin
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specforge_lite.checkpoints.draft_files import read_config, read_safetensors
 from specforge_lite.checkpoints.training_run import (
     FORMAT_VERSION,
     MANIFEST,
     SavedState,
     checkpoints,
     is_complete,
-    load_draft_tensors,
     newest_complete,
+    read_config,
+    read_safetensors,
     read_state,
 )
 from specforge_lite.core.errors import CheckpointError
@@ -54,6 +53,18 @@ from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_
 from specforge_lite.training.settings import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what a checkpoint keeps besides tensors. `data`: state of the sampler."""
+
+    step: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    skipped_before: int = 0
+    nonfinite_steps: int = 0
+    seconds_before: float = 0.0
+    last_checkpoint: Path | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- save
@@ -86,25 +97,23 @@ def save_checkpoint(
         for kind in MOMENTS:
             optimizer_tensors[f"{kind}.{name}"] = parallel.full(name, moments[kind])
         optimizer_tensors[f"step.{name}"] = moments["step"].detach().cpu().clone()
-    rng = _gather_rng(world)
+    tensors = {
+        "draft.safetensors": draft_tensors,
+        "optimizer.safetensors": optimizer_tensors,
+        "rng.safetensors": _gather_rng(world),
+    }
     final = output_dir / f"step_{state.step}"
-    problem = ""
-    if world.is_main:
-        tensors = {
-            "draft.safetensors": draft_tensors,
-            "optimizer.safetensors": optimizer_tensors,
-            "rng.safetensors": rng,
-        }
+
+    def write() -> None:
         try:
             _write_directory(final, tensors, documents | {"state.json": asdict(state)})
             _delete_oldest(output_dir, keep)
         except OSError as error:
             needed, free = sum(map(tensor_bytes, tensors.values())), shutil.disk_usage(output_dir).free
             room = f"a checkpoint takes {format_bytes(needed)}, {format_bytes(free)} are free"
-            problem = f"{final}: not saved: {error.strerror or error}; {room}"
-    problem = world.broadcast_text(problem)
-    if problem:
-        raise CheckpointError(problem)
+            raise CheckpointError(f"{final}: not saved: {error.strerror or error}; {room}") from None
+
+    world.on_main(write)
     return final
 
 
@@ -134,52 +143,6 @@ def prune_checkpoints(output_dir: Path, keep: int | None) -> None:
         _delete_oldest(output_dir, keep)
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
-
-
-def _restore_tensors(path: Path, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
-    """Load weights and optimizer state; rank 0 reads the files, the others receive them over gloo.
-
-    The RNG state is restored only on the world size that saved it (a new rank has none); see `_restore_rng`.
-    """
-    problem, tensors, moments = "", {}, {}
-    if world.is_main:
-        try:
-            tensors = read_safetensors([path / "draft.safetensors"])
-            moments = read_safetensors([path / "optimizer.safetensors"])
-            wanted = [f"{kind}.{name}" for name in parallel.parameters for kind in (*MOMENTS, "step")]
-            missing = [name for name in [*parallel.parameters, *wanted] if name not in tensors and name not in moments]
-            if missing:
-                raise CheckpointError(f"{path}: {len(missing)} tensor(s) missing, first {missing[0]}")
-        except CheckpointError as error:
-            problem = str(error)
-    problem = world.broadcast_text(problem)
-    if problem:
-        raise CheckpointError(problem)
-    states = optimizer.state_tensors()
-    steps = {name: float(moments[f"step.{name}"]) for name in states} if world.is_main else {}
-    steps = json.loads(world.broadcast_text(json.dumps(steps)))
-    for name, parameter in parallel.parameters.items():
-        parallel.load(name, parameter.data, _share(world, tensors.get(name)))
-        for kind in MOMENTS:
-            parallel.load(name, states[name][kind], _share(world, moments.get(f"{kind}.{name}")))
-    optimizer.load_steps(steps)
-
-
-def _share(world: World, tensor: Tensor | None) -> Tensor:
-    """A tensor of rank 0 on every rank (shape first, then content)."""
-    if not world.distributed:
-        assert tensor is not None
-        return tensor
-    shape = json.loads(world.broadcast_text(json.dumps(list(tensor.shape) if tensor is not None else [])))
-    if tensor is None:
-        tensor = torch.empty(shape, dtype=torch.float32)
-    return world.broadcast_(tensor.float().contiguous())
-
-
-# ----------------------------------------------------------------------------------------------------------------- rng
-
-
 def _gather_rng(world: World) -> dict[str, Tensor]:
     """RNG states of all ranks: cpu [ranks, bytes], cuda [ranks, bytes] where there is a GPU."""
     states = {"cpu": torch.stack(world.gather_bytes(bytes(torch.get_rng_state().numpy())))}
@@ -189,66 +152,97 @@ def _gather_rng(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _restore_rng(path: Path, state: SavedState, world: World) -> None:
-    """Give every rank its RNG state back, or log that the world size changed and the seeds are new."""
-    if state.world_size != world.world_size:
-        info(f"resumed on {world.world_size} rank(s), saved by {state.world_size}: random numbers start anew")
-        return
-    text = ""
-    if world.is_main:
-        saved = read_safetensors([path / "rng.safetensors"])
-        text = json.dumps({kind: [bytes(row.numpy()).hex() for row in rows] for kind, rows in saved.items()})
-    states = json.loads(world.broadcast_text(text))
-    own = {
-        kind: torch.frombuffer(bytearray.fromhex(rows[world.rank]), dtype=torch.uint8) for kind, rows in states.items()
-    }
-    expected = torch.get_rng_state().shape
-    if own["cpu"].shape != expected:
-        raise CheckpointError(
-            f"{path / 'rng.safetensors'}: a state of {len(own['cpu'])} bytes, this torch has {expected[0]}"
-        )
-    torch.set_rng_state(own["cpu"])
-    if world.device.type == "cuda" and "cuda" in own:
-        torch.cuda.set_rng_state(own["cuda"], world.device)
-
-
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
+@dataclass
+class Resume:
+    """What a run goes on from, found before the draft is spread over the ranks.
+
+    state.data is empty where the position in the data means nothing, because they are others. tensors, on rank 0 only:
+    weights, exp_avg.NAME, exp_avg_sq.NAME. steps: AdamW's counters by parameter; empty: the optimizer starts fresh.
+    from_eagle: `state_N` of EAGLE's own trainer, which keeps no random numbers that could be read.
+    """
+
+    path: Path
+    state: SavedState
+    steps: dict[str, float]
+    from_eagle: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
 def find_resume(
-    config: TrainConfig, draft: Draft, identity: dict[str, Any], world: World
-) -> tuple[Path, SavedState] | None:
-    """The newest complete checkpoint of the output directory; rank 0 looks and checks, all ranks know.
+    config: TrainConfig, draft: Draft, identity: dict[str, Any], plan: BatchPlan, world: World
+) -> Resume | None:
+    """The newest complete checkpoint of the output directory, else EAGLE's newest `state_N`; rank 0 looks, all know.
 
     The draft takes over what is saved and not trained: its vocabulary map (another one only with
-    `--allow-vocab-mismatch`) and, where it has one, its own embedding table. `data` is empty where the position in the
-    data means nothing, because they are others.
+    `--allow-vocab-mismatch`) and, where it has one, its own embedding table. Raises CheckpointError for a checkpoint of
+    another run, and for a tensor that does not fit.
     """
-    answer: dict[str, Any] = {}
-    if world.is_main:
-        try:
-            path = newest_complete(config.checkpoint.output_dir)
-            if path is not None:
-                _check_identity(path, identity, config)
-                state = read_state(path)
-                if read_config(path / "identity.json")["data"] != identity["data"]:
-                    state = replace(state, data={})
-                answer = {"path": str(path), "state": asdict(state)}
-        except CheckpointError as error:
-            answer = {"problem": str(error)}
-    answer = json.loads(world.broadcast_text(json.dumps(answer)))
-    if "problem" in answer:
-        raise CheckpointError(answer["problem"])
-    if not answer:
+    tensors: dict[str, Tensor] = {}
+    frozen = frozen_tensors(draft)
+
+    def look() -> dict[str, Any] | None:
+        found = _read_own(config, draft, identity, tensors) or _read_eagle(config, draft, plan, tensors)
+        for name, tensor in frozen.items():
+            check_shape(name, tensor.shape, tensors.get(name, tensor))
+        return found
+
+    found = world.on_main(look)
+    if found is None:
         return None
-    path = Path(answer["path"])
-    saved = load_draft_tensors(path)[1] if world.is_main else {}
-    for name, tensor in frozen_tensors(draft).items():
-        value = saved.get(name, tensor).detach()
-        check_shape(name, tensor.shape, value)
-        with torch.no_grad():  # bool and small: gloo has no bool
-            tensor.copy_(world.broadcast_(value.to(torch.uint8) if value.dtype == torch.bool else value.clone()))
-    return path, SavedState(**answer["state"])
+    with torch.no_grad():
+        for name, tensor in frozen.items():
+            tensor.copy_(world.from_main(tensors.get(name, tensor), tensor.shape, tensor.dtype))
+    state = SavedState(**found["state"])
+    return Resume(Path(found["path"]), state, found["steps"], found["from_eagle"], tensors)
+
+
+def _read_own(
+    config: TrainConfig, draft: Draft, identity: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Any] | None:
+    """`Resume` as JSON, its tensors in `tensors`; None without a checkpoint."""
+    path = newest_complete(config.checkpoint.output_dir)
+    if path is None:
+        return None
+    _check_identity(path, identity, config)
+    state = read_state(path)
+    if read_config(path / "identity.json")["data"] != identity["data"]:
+        state = replace(state, data={})
+    tensors |= read_safetensors([path / "draft.safetensors", path / "optimizer.safetensors"])
+    trained = {name: p.shape for name, p in draft.named_parameters() if p.requires_grad}
+    wanted = [f"{kind}{name}" for name in trained for kind in ("", "exp_avg.", "exp_avg_sq.", "step.")]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} tensor(s) missing, first {missing[0]}")
+    for name, shape in trained.items():
+        for key in (name, *(f"{kind}.{name}" for kind in MOMENTS)):
+            check_shape(key, shape, tensors[key])
+    steps = {name: float(tensors[f"step.{name}"]) for name in trained}
+    return {"path": str(path), "state": asdict(state), "steps": steps, "from_eagle": False}
+
+
+def _read_eagle(
+    config: TrainConfig, draft: Draft, plan: BatchPlan, tensors: dict[str, Tensor]
+) -> dict[str, Any] | None:
+    """The same from EAGLE's newest `state_N`, written at the end of epoch N: training goes on with epoch N + 1, as
+    EAGLE's own trainer does. The learning-rate schedule follows from the step; EAGLE's scheduler is not read."""
+    directory = config.checkpoint.output_dir
+    if not config.checkpoint.resume or config.checkpoint.overwrite or not any(directory.glob("state_*")):
+        return None
+    from specforge_lite.checkpoints.compat.eagle_state import epoch_of, read_start, state_directories
+
+    states = state_directories(directory)
+    if not states:
+        return None
+    read, steps = read_start(states[0], config.draft.draft_model_config, draft)
+    tensors |= read
+    epoch = epoch_of(states[0]) + 1
+    counters = {"skipped_samples": 0.0, "nonfinite_steps": 0.0, "seconds": 0.0}
+    data = {**plan.state_dict(), "epoch": epoch, "consumed": 0}
+    state = SavedState(plan.total_steps(epoch), data, counters, 0)
+    return {"path": str(states[0]), "state": asdict(state), "steps": steps, "from_eagle": True}
 
 
 def _check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -> None:
@@ -271,15 +265,57 @@ def _check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -
 
 
 def restore_run(
-    path: Path, state: SavedState, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
-) -> None:
-    """Weights, optimizer, random numbers and the position in the data of a checkpoint."""
-    _restore_tensors(path, parallel, optimizer, world)
+    resume: Resume, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
+) -> Progress:
+    """Weights, optimizer, random numbers and the position in the data; every rank calls it."""
+    load_tensors(resume, parallel, optimizer, world)
+    state = resume.state
     if optimizer.scaler is not None:
         optimizer.scaler.load_state(state.counters)
-    _restore_rng(path, state, world)
+    if not resume.from_eagle:
+        _restore_rng(resume.path / "rng.safetensors", state, world)
     if state.data:
         plan.load_state_dict(state.data)
     else:
         info("the data are others than those of the checkpoint: their first epoch begins")
-    info(f"resumed from {path}")
+    begins = f": epoch {state.data['epoch']} begins" if resume.from_eagle else ""
+    info(f"resumed from {resume.path}{begins}{'' if resume.steps else ', optimizer fresh'}")
+    return Progress(
+        step=state.step,
+        data=plan.state_dict(),
+        skipped_before=int(state.counters["skipped_samples"]),
+        nonfinite_steps=int(state.counters["nonfinite_steps"]),
+        seconds_before=state.counters["seconds"],
+        last_checkpoint=None if resume.from_eagle else resume.path,
+    )
+
+
+def load_tensors(resume: Resume, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
+    """Weights and optimizer state; rank 0 has them, the others receive them over gloo."""
+    states, shapes = optimizer.state_tensors(), {name: p.shape for name, p in parallel.draft.named_parameters()}
+    for name, parameter in parallel.parameters.items():
+        places = {name: parameter.data}
+        if resume.steps:
+            places |= {f"{kind}.{name}": states[name][kind] for kind in MOMENTS}
+        for key, place in places.items():
+            parallel.load(name, place, world.from_main(resume.tensors.get(key), shapes[name]))
+    if resume.steps:
+        optimizer.load_steps(resume.steps)
+
+
+def _restore_rng(file: Path, state: SavedState, world: World) -> None:
+    """Give every rank its RNG state back, or log that the world size changed and the seeds are new."""
+    if state.world_size != world.world_size:
+        info(f"resumed on {world.world_size} rank(s), saved by {state.world_size}: random numbers start anew")
+        return
+    read = lambda: {kind: [bytes(row.numpy()).hex() for row in rows] for kind, rows in read_safetensors([file]).items()}  # noqa: E731
+    own = {
+        kind: torch.frombuffer(bytearray.fromhex(rows[world.rank]), dtype=torch.uint8)
+        for kind, rows in world.on_main(read).items()
+    }
+    expected = torch.get_rng_state().shape
+    if own["cpu"].shape != expected:
+        raise CheckpointError(f"{file}: a state of {len(own['cpu'])} bytes, this torch has {expected[0]}")
+    torch.set_rng_state(own["cpu"])
+    if world.device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], world.device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +22,6 @@ from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.training.distributed import World
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
-
-
-class Dataset(Protocol):
-    """What training needs of `data.store.TokenizedDataset`."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> TokenizedSample: ...
 
 
 @dataclass
@@ -52,7 +41,7 @@ class Dataloader:
     def __init__(
         self,
         steps: Iterator[PlannedStep],
-        dataset: Dataset,
+        dataset: Sequence[TokenizedSample],
         engine: TargetEngine,
         to_batch: Callable[[Sequence[TokenizedSample], Sequence[CapturedStates]], DraftBatch],
         skips: SkipBudget,
@@ -179,42 +168,38 @@ class FollowerDataloader(Dataloader):
 
     def __next__(self) -> StepBatches:
         step = next(self._steps)
-        return StepBatches((receive_batch(self._world, self._dtype) for _ in step.micro_batches), step)
+        return StepBatches((share_batch(None, self._world, self._dtype) for _ in step.micro_batches), step)
 
     def close(self, timeout_s: float = 0.0) -> None:
         """Nothing runs ahead."""
 
 
-def share_batch(batch: DraftBatch, world: World) -> DraftBatch:
-    """Send a batch to the other ranks of the group; they call `receive_batch`."""
-    ids = "\n".join(batch.sample_ids).encode()
-    offsets = torch.tensor(batch.doc_offsets)
-    sizes = [len(ids), len(offsets), batch.aux_NG.shape[1], batch.last_NH.shape[1]]
-    mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
-    world.share_in_group_(torch.tensor(sizes))
-    world.share_in_group_(torch.frombuffer(bytearray(ids or b"-"), dtype=torch.uint8))
-    for tensor in (offsets, batch.input_ids_N, mask_N.byte(), batch.aux_NG, batch.last_NH):
-        world.share_in_group_(tensor)
-    return batch
-
-
-def receive_batch(world: World, dtype: torch.dtype) -> DraftBatch:
-    """The batch that the group's first rank shares, on this rank's device. dtype: of its hidden states."""
-    num_bytes, num_offsets, aux_width, width = world.share_in_group_(torch.zeros(4, dtype=torch.int64)).tolist()
-    ids = world.share_in_group_(torch.zeros(max(1, num_bytes), dtype=torch.uint8))
-    offsets = world.share_in_group_(torch.zeros(num_offsets, dtype=torch.int64)).tolist()
-    num_tokens, device = offsets[-1], world.device
-    input_ids_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.int64, device=device))
+def share_batch(batch: DraftBatch | None, world: World, dtype: torch.dtype) -> DraftBatch:
+    """The batch of the group's first rank on every rank of it; the others pass None. dtype: of its hidden states."""
+    if batch is not None:
+        names = torch.frombuffer(bytearray("\n".join(["-", *batch.sample_ids]).encode()), dtype=torch.uint8)
+        mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
+        offsets = torch.tensor(batch.doc_offsets)
+        parts = [names, offsets, batch.input_ids_N, mask_N.byte(), batch.aux_NG, batch.last_NH]
+        sizes = [len(names), len(offsets), len(batch), batch.aux_NG.shape[1], batch.last_NH.shape[1]]
+        for part in (torch.tensor(sizes), *parts):
+            world.share_in_group_(part)
+        return batch
+    num_bytes, num_offsets, num_tokens, aux_width, width = world.share_in_group_(torch.zeros(5).long()).tolist()
+    names = world.share_in_group_(torch.zeros(num_bytes, dtype=torch.uint8))
+    offsets = world.share_in_group_(torch.zeros(num_offsets, dtype=torch.int64))
+    input_ids_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.int64, device=world.device))
     mask_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.uint8)).bool()
-    aux_NG = world.share_in_group_(torch.empty(num_tokens, aux_width, dtype=dtype, device=device))
-    last_NH = world.share_in_group_(torch.empty(num_tokens, width, dtype=dtype, device=device))
-    names = bytes(ids.numpy())[:num_bytes].decode()
+    aux_NG, last_NH = (
+        world.share_in_group_(torch.empty(num_tokens, columns, dtype=dtype, device=world.device))
+        for columns in (aux_width, width)
+    )
     return DraftBatch(
         input_ids_N=input_ids_N,
-        loss_mask_N=mask_N.to(device, non_blocking=True),
-        doc_offsets=offsets,
+        loss_mask_N=mask_N.to(world.device, non_blocking=True),
+        doc_offsets=offsets.tolist(),
         aux_NG=aux_NG,
         last_NH=last_NH,
-        sample_ids=names.split("\n") if names else [],
+        sample_ids=bytes(names.numpy()).decode().split("\n")[1:],
         host_mask_N=mask_N,
     )

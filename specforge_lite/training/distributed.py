@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,15 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from specforge_lite.core.devices import num_gpus
-from specforge_lite.core.errors import ConfigError, SpecforgeError
+from specforge_lite.core.errors import CheckpointError, ConfigError, SpecforgeError
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE
 from specforge_lite.model.sequence import SequenceGroup
-from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE, FailureBoard
 from specforge_lite.training.settings import DistributedSection
+
+if TYPE_CHECKING:
+    from specforge_lite.training.failures import FailureBoard
+
+PEER_FAILED_EXIT_CODE = 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,6 @@ class World:
     timeout_s: float
     board: FailureBoard | None = None
     sequence: SequenceGroup | None = None
-    _buffer: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64), repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -79,13 +84,10 @@ class World:
 
     def agree(self, step: int, stopping: bool, out_of_data: bool, num_skipped: int) -> Verdict:
         """Meet before `step`. Host only. Raises RuntimeError when another rank is dead or does not come in time."""
-        if not self.distributed:
-            return Verdict(int(stopping), int(out_of_data), num_skipped)
         self.place(f"waiting for the other ranks before step {step}", step)
-        self._buffer[0], self._buffer[1], self._buffer[2] = int(stopping), int(out_of_data), num_skipped
-        dist.all_reduce(self._buffer)
+        counts = self.sum_(torch.tensor([int(stopping), int(out_of_data), num_skipped]))
         self.place(f"in step {step}", step)
-        return Verdict(*(int(x) for x in self._buffer.tolist()))
+        return Verdict(*counts.tolist())
 
     def place(self, where: str, step: int) -> None:
         """Publish where this rank is, for the message of the others should it hang."""
@@ -98,10 +100,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Wait for all ranks, on the host."""
-        self.sum_(torch.zeros(1, dtype=torch.int64))
-
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor of rank 0 to all ranks, in place."""
         if self.distributed:
@@ -113,6 +111,28 @@ class World:
         if self.sequence is not None:
             dist.broadcast(tensor, src=self.rank - self.sp_rank, group=self.sequence.group)
         return tensor
+
+    def from_main(self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rank 0's `value`, as `dtype`, on the CPU of every rank; the others' are ignored."""
+        kind = torch.uint8 if dtype == torch.bool else dtype  # gloo has no bool
+        if value is None or not self.is_main:
+            return self.broadcast_(torch.empty(shape, dtype=kind))
+        return self.broadcast_(value.detach().to("cpu", kind).contiguous())
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on rank 0 (JSON-ready), on every rank; its user error is a CheckpointError on every
+        rank."""
+        answer: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                answer["value"] = function()
+            except SpecforgeError as error:
+                answer["problem"] = str(error)
+        if self.distributed:
+            answer = json.loads(self.broadcast_text(json.dumps(answer)))
+        if "problem" in answer:
+            raise CheckpointError(answer["problem"])
+        return answer["value"]
 
     def broadcast_text(self, text: str) -> str:
         """The text of rank 0, on every rank (bytes over gloo, nothing is pickled)."""
@@ -216,6 +236,8 @@ def _init_process_group(world: World) -> FailureBoard | None:
     if not world.distributed:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return None
+    from specforge_lite.training.failures import FailureBoard
+
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     board = FailureBoard(store, world.rank, world.world_size)
     group_store = dist.PrefixStore("group", store)

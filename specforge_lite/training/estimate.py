@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from specforge_lite.checkpoints.block_files import block_shapes
+from specforge_lite.checkpoints.draft_files import expected_shapes
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.block_loss import CPU_CHUNK_BYTES, GPU_CHUNK_SHARE
 from specforge_lite.model.block_plan import BLOCKS_PER_CALL
@@ -108,7 +108,7 @@ class MemoryPlan:
 def num_parameters(draft: DraftConfig) -> int:
     """P of an EAGLE-3 or block draft."""
     if draft.tokens_per_block:
-        return sum(math.prod(shape) for shape in block_shapes(draft).values())
+        return sum(math.prod(shape) for shape in expected_shapes(draft).values())
     return sum(_parts(draft).values())
 
 
@@ -302,7 +302,7 @@ def _block_activations(load: Workload) -> dict[str, float]:
     attention = 4 if load.device == "cpu" else size
     width, inner, layers = draft.hidden_size, draft.intermediate_size, draft.num_hidden_layers
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    matrices = sum(math.prod(s) for name, s in block_shapes(draft).items() if "_proj" in name or name == "fc.weight")
+    matrices = sum(math.prod(s) for name, s in expected_shapes(draft).items() if "_proj" in name or name == "fc.weight")
     masks = 0.0
     if not load.flex:  # a mask for every query head of a group, as booleans and as numbers
         group = draft.num_attention_heads / draft.num_key_value_heads

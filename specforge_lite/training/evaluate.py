@@ -10,12 +10,11 @@ The chain figure is biased: decoding starts more often right after a failure tha
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.sampler import PlannedStep
-from specforge_lite.training.dataloader import BatchMaker, Dataloader, Dataset
+from specforge_lite.training.dataloader import BatchMaker, Dataloader
 from specforge_lite.training.distributed import World
-from specforge_lite.types import DraftBatch, StepOutput
+from specforge_lite.types import DraftBatch, StepOutput, TokenizedSample
 
 Forward = Callable[[DraftBatch], StepOutput]
 
@@ -104,10 +103,8 @@ def walk_document(
 
 def answers_of(loss_mask_L: Sequence[bool]) -> list[tuple[int, int]]:
     """(first, end) of every run of supervised tokens, end exclusive."""
-    edges = [0, *(int(flag) for flag in loss_mask_L), 0]
-    starts = [i for i in range(len(edges) - 1) if edges[i] < edges[i + 1]]
-    ends = [i for i in range(len(edges) - 1) if edges[i] > edges[i + 1]]
-    return list(zip(starts, ends))
+    edges = np.diff([0, *(int(flag) for flag in loss_mask_L), 0])
+    return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -146,43 +143,45 @@ NUM_ROW_SCALARS = 5
 
 def result_of(rows: list[list[float]], num_steps: int, chain_length: int, num_skipped: int = 0) -> EvalResult:
     """Combine the rows of all batches. Raises DataError when nothing was supervised."""
-    rows = [row for row in rows if row[0] > 0]
-    total = [sum(column) for column in zip(*rows)]
-    if not rows or total[NUM_ROW_SCALARS + 2 * num_steps] == 0:
+    table = np.array([row for row in rows if row[0] > 0])
+    if not len(table) or not table[:, NUM_ROW_SCALARS + 2 * num_steps].any():
         raise DataError("evaluation data has no supervised token; is the chat template the right one?")
-    loss_sum, counted, supervised, correct, alpha, accepted = _vectors(total, num_steps)
+    num_samples, run_sum, run_rows, tokens, passes = table[:, :NUM_ROW_SCALARS].sum(0).tolist()
+    vectors_B6K = table[:, NUM_ROW_SCALARS:].reshape(len(table), 6, num_steps)
+    loss_BK, counted_BK, supervised_BK, correct_BK, alpha_BK, accepted_BK = vectors_B6K.swapaxes(0, 1)
     chain_length = min(chain_length, num_steps)
-    per_batch = [_vectors(row, num_steps) for row in rows]
-    accuracies = [[_ratio(v[3][k], v[2][k]) for v in per_batch if v[2][k]] for k in range(num_steps)]
-    losses = [[_ratio(v[0][k], v[1][k]) for v in per_batch if v[1][k]] for k in range(num_steps)]
-    alphas = [_ratio(a, s) for a, s in zip(alpha, supervised)][:chain_length]
+    accuracy = _Ratios(correct_BK, supervised_BK)
+    loss = _Ratios(loss_BK, counted_BK)
     return EvalResult(
-        num_batches=len(rows),
-        num_samples=int(total[0]),
+        num_batches=len(table),
+        num_samples=int(num_samples),
         num_skipped=num_skipped,
-        num_supervised=int(supervised[0]),
+        num_supervised=int(supervised_BK[:, 0].sum()),
         chain_length=chain_length,
-        num_passes=int(total[4]),
-        num_tokens=int(total[3]),
-        accepted_at=[int(count) for count in accepted[:chain_length]],
-        accuracy=[_ratio(c, s) for c, s in zip(correct, supervised)],
-        loss=[_ratio(x, c) for x, c in zip(loss_sum, counted)],
-        accuracy_mean=[statistics.fmean(x) if x else 0.0 for x in accuracies],
-        accuracy_std=[statistics.stdev(x) if len(x) > 1 else 0.0 for x in accuracies],
-        loss_mean=[statistics.fmean(x) if x else 0.0 for x in losses],
-        loss_std=[statistics.stdev(x) if len(x) > 1 else 0.0 for x in losses],
-        tau_chain=1 + _ratio(total[1], total[2]),
-        tau_walk=_ratio(total[3], total[4]) or 1.0,
-        tau_sampling=1 + sum(math.prod(alphas[: k + 1]) for k in range(len(alphas))),
+        num_passes=int(passes),
+        num_tokens=int(tokens),
+        accepted_at=accepted_BK.sum(0)[:chain_length].astype(int).tolist(),
+        accuracy=accuracy.overall,
+        loss=loss.overall,
+        accuracy_mean=accuracy.mean,
+        accuracy_std=accuracy.std,
+        loss_mean=loss.mean,
+        loss_std=loss.std,
+        tau_chain=1 + run_sum / max(run_rows, 1),
+        tau_walk=tokens / passes if passes else 1.0,
+        tau_sampling=1 + float(np.cumprod(_Ratios(alpha_BK, supervised_BK).overall[:chain_length]).sum()),
     )
 
 
-def _vectors(row: Sequence[float], num_steps: int) -> list[Sequence[float]]:
-    return [row[NUM_ROW_SCALARS + i * num_steps : NUM_ROW_SCALARS + (i + 1) * num_steps] for i in range(6)]
+class _Ratios:
+    """numerators / denominators [B, K]: over everything, and their mean and deviation (n - 1) over the batches that
+    have a denominator; lists [K]."""
 
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
+    def __init__(self, over_BK: np.ndarray, under_BK: np.ndarray) -> None:
+        self.overall: list[float] = (over_BK.sum(0) / np.maximum(under_BK.sum(0), 1)).tolist()
+        ratios_K = [over[under > 0] / under[under > 0] for over, under in zip(over_BK.T, under_BK.T)]
+        self.mean = [float(ratios.mean()) if len(ratios) else 0.0 for ratios in ratios_K]
+        self.std = [float(ratios.std(ddof=1)) if len(ratios) > 1 else 0.0 for ratios in ratios_K]
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
@@ -198,7 +197,7 @@ def evaluation_batches(num_samples: int, batch_size: int, rank: int = 0, world_s
 
 def evaluate(
     forward: Forward,
-    dataset: Dataset,
+    dataset: Sequence[TokenizedSample],
     engine: TargetEngine,
     to_batch: BatchMaker,
     num_steps: int,
@@ -218,33 +217,20 @@ def evaluate(
     count = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     plan = evaluation_batches(count, batch_size, world.rank, world.world_size)
     skips = skips or SkipBudget(num_samples=count)
-    steps = (PlannedStep([indices], {}) for indices in plan)
-    loader = Dataloader(steps, dataset, engine, to_batch, skips, batch_size)
+    loader = Dataloader((PlannedStep([indices], {}) for indices in plan), dataset, engine, to_batch, skips, batch_size)
+    rows = []
     try:
-        rows = list(_rows(forward, (batch for step in loader for batch in step.batches), chain_length, on_batch))
+        for batch in (batch for step in loader for batch in step.batches):
+            with torch.no_grad():
+                rows.append(batch_row(forward(batch), batch, chain_length))
+            if on_batch is not None:
+                on_batch(len(batch.sample_ids))
     finally:
         loader.close()
-    rows_of_ranks, num_skipped = _gather_rows(rows, loader.num_skipped, world)
-    return result_of(rows_of_ranks, num_steps, chain_length, num_skipped)
-
-
-def _rows(
-    forward: Forward, batches: Iterable[DraftBatch], chain_length: int, on_batch: Callable[[int], None] | None
-) -> Iterator[list[float]]:
-    for batch in batches:
-        with torch.no_grad():
-            output = forward(batch)
-        yield batch_row(output, batch, chain_length)
-        if on_batch is not None:
-            on_batch(len(batch.sample_ids))
-
-
-def _gather_rows(rows: list[list[float]], num_skipped: int, world: World) -> tuple[list[list[float]], int]:
-    """Rows of all ranks, in the order of a single process, so that sums do not depend on the world size."""
-    if not world.distributed:
-        return rows, num_skipped
-    own = torch.tensor(rows, dtype=torch.float64)
-    parts = world.gather_bytes(own.numpy().tobytes())
-    by_rank = [torch.frombuffer(bytearray(p.numpy()), dtype=torch.float64).view(len(rows), -1).tolist() for p in parts]
-    skipped = int(world.sum_(torch.tensor(num_skipped)))
-    return [row for turn in zip(*by_rank) for row in turn], skipped
+    num_skipped = loader.num_skipped
+    if world.distributed:  # rows in the order of a single process, so that sums do not depend on the world size
+        parts = world.gather_bytes(np.array(rows).tobytes())
+        by_rank = [np.frombuffer(bytes(part.numpy())).reshape(len(rows), -1).tolist() for part in parts]
+        rows = [row for turn in zip(*by_rank) for row in turn]
+        num_skipped = int(world.sum_(torch.tensor(num_skipped)))
+    return result_of(rows, num_steps, chain_length, num_skipped)

@@ -9,76 +9,116 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.core.errors import CaptureError, EngineError, TrainingError
 from specforge_lite.core.log import info, progress
-from specforge_lite.model.draft import TTTSettings
-from specforge_lite.model.target_head import TargetHead
+from specforge_lite.core.provenance import collect_provenance, redact
 from specforge_lite.training.checkpoint import save_checkpoint
-from specforge_lite.training.dataloader import Dataloader, StepBatches, bad_documents
-from specforge_lite.training.distributed import World
-from specforge_lite.training.evaluate import EvalResult
+from specforge_lite.training.dataloader import BatchMaker, StepBatches, bad_documents
+from specforge_lite.training.distributed import World, open_world, report_failure
+from specforge_lite.training.evaluate import evaluate
+from specforge_lite.training.machine import fit_to_device, use_deterministic_kernels
 from specforge_lite.training.metrics import (
+    TOKENS_AT,
     WEIGHT_AT,
     Clock,
-    MeanOver,
-    MetricBuffer,
+    PendingStep,
     SpikeDetector,
     StepRecord,
     empty_row,
+    fetch,
+    interval_metrics,
     memory_bytes,
     output_row,
     step_line,
     summarize_sums,
 )
-from specforge_lite.training.optimizer import DraftOptimizer
-from specforge_lite.training.parallel import ParallelDraft
-from specforge_lite.training.reporting import ExitSummary, Reporter
-from specforge_lite.training.run_dir import StopRequest
+from specforge_lite.training.reporting import ExitSummary, Reporter, StopRequest, catch_signals, open_reporter
 from specforge_lite.training.settings import TrainConfig
+from specforge_lite.training.wiring import (
+    RunData,
+    RunModels,
+    check_lengths,
+    compute_dtype,
+    load_data,
+    load_models,
+    open_dataloader,
+    open_target,
+    plan_batches,
+    restore_or_start,
+    ttt_settings,
+)
 
 
-@dataclass
-class Progress:
-    """Where the run stands; what a checkpoint keeps besides tensors. `data`: state of the sampler."""
+def run_training(config: TrainConfig) -> int:
+    """Train as the command line asks; the exit code."""
+    if config.training.deterministic:
+        use_deterministic_kernels()
+    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
+        config = fit_to_device(config, world.device).with_target_defaults()
+        data = load_data(config)
+        with open_target(config, world, data) as engine, report_failure(world):
+            models = load_models(config, engine.info, data, world)
+            Trainer(config, world, data, engine, models, reporter, stop).train()
+    return stop.exit_code
 
-    step: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-    skipped_before: int = 0
-    nonfinite_steps: int = 0
-    seconds_before: float = 0.0
-    last_checkpoint: Path | None = None
 
-
-@dataclass
 class Trainer:
-    """One run. All parts are made by `training.wiring`; `train` is the whole story."""
+    """One run: its parts put together, on every rank; `train` is the whole story.
 
-    config: TrainConfig
-    world: World
-    parallel: ParallelDraft
-    optimizer: DraftOptimizer
-    target_head: TargetHead
-    ttt: TTTSettings
-    dataloader: Dataloader
-    reporter: Reporter
-    stop: StopRequest
-    progress: Progress
-    total_steps: int
-    documents: dict[str, Any]
-    evaluator: Callable[[], EvalResult] | None = None
-    engine_health: Callable[[], str] = str  # what is out of order with the engine, for the step line
+    engine_health: what is out of order with the engine, for the step line; served engines report restarts.
+    """
 
-    def __post_init__(self) -> None:
-        self._buffer = MetricBuffer(self.ttt.num_steps)
-        self._interval, self._epoch_mean = MeanOver(self.ttt.num_steps), MeanOver(self.ttt.num_steps)
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        data: RunData,
+        engine: TargetEngine,
+        models: RunModels,
+        reporter: Reporter,
+        stop: StopRequest,
+    ) -> None:
+        """Raises CheckpointError for a checkpoint of another run."""
+        self.config, self.world, self.reporter, self.stop = config, world, reporter, stop
+        self.engine, self.eval_data, self.target_head = engine, data.eval, models.target_head
+        self.engine_health: Callable[[], str] = getattr(engine, "health", str)
+        dtype = compute_dtype(config, world)
+        torch.manual_seed(config.training.seed + world.rank)
+        skips = check_lengths(config, data, engine, models.draft.config)
+        plan = plan_batches(config, data.train, world)
+        self.parallel, self.optimizer, self.progress, self.total_steps = restore_or_start(
+            config, world, models, plan, dtype
+        )
+        self.ttt = ttt_settings(config, dtype, world, models.draft)
+        self.to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
+        self.dataloader = open_dataloader(config, world, plan, data, engine, self.to_batch, skips)
+        trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
+        info(
+            f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {self.total_steps} steps,"
+            f" {plan.steps_per_epoch} per epoch, {world.world_size} rank(s)"
+            + (f" ({world.sp_size} per batch)" if world.sp_size > 1 else "")
+            + f", {config.distributed.sharding}, "
+            + (f"resumed after step {self.progress.step}" if self.progress.step else "from the start")
+        )
+        values = config.model_dump(mode="json")
+        self.documents = {
+            "config.json": redact(values),
+            "provenance.json": collect_provenance(values),
+            "draft_config.json": models.draft.config.to_dict(),
+            "identity.json": models.identity,
+        }
+        self._pending: list[PendingStep] = []
+        self._interval: list[StepRecord] = []
+        self._epoch_sums: list[float] = []
         self._spikes, self._clock = SpikeDetector(), Clock()
         self._started = time.perf_counter()
         self._first_step = self._saved_step = self.progress.step
@@ -86,7 +126,8 @@ class Trainer:
         self._epoch_ended = False
         self._num_skipped = self.progress.skipped_before
         self._latest: dict[str, Any] = {}
-        self.reporter.summarize = self.summary
+        reporter.start(self.progress.step)
+        reporter.summarize = self.summary
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -108,8 +149,9 @@ class Trainer:
 
     def _run_steps(self) -> str:
         """Steps until the last one, a signal, or the end of the data; -> which of them it was."""
-        bar = progress(self.total_steps, "training", "step", initial=self.progress.step, disable=not _on_terminal())
-        with bar, _step_profiler(self.config, self.world, self.progress.step) as profiler:
+        done, hidden = self.progress.step, not sys.stderr.isatty()
+        bar = progress(self.total_steps, "training", "step", initial=done, disable=hidden)
+        with bar, _step_profiler(self.config, self.world, done) as profiler:
             while self.progress.step < self.total_steps:
                 with self._naming_the_checkpoint():
                     batches = None if self.stop else next(self.dataloader, None)
@@ -167,7 +209,7 @@ class Trainer:
         self.progress.data = planned.state_after
         self._packed_tokens += planned.num_tokens
         self._packed_slots += planned.num_slots
-        self._buffer.add(self.progress.step, row, local_row, update, flags, sample_ids)
+        self._pending.append(PendingStep.of(self.progress.step, row, local_row, update, flags, sample_ids))
 
     def _after_step(self) -> None:
         training, checkpoint = self.config.training, self.config.checkpoint
@@ -181,7 +223,7 @@ class Trainer:
         if self._epoch_ended:
             self._report_epoch(epoch - 1)
         self.reporter.beat(step, self.total_steps, "training")
-        if self.evaluator is not None and (last or due(training.eval_interval, training.eval_epochs)):
+        if self.eval_data is not None and (last or due(training.eval_interval, training.eval_epochs)):
             self.evaluate()
         if not last and due(checkpoint.save_interval, checkpoint.save_epochs):
             self.save()
@@ -190,14 +232,16 @@ class Trainer:
 
     def _drain(self) -> None:
         """Fetch the sums of the steps since the last time (waits for the device), judge losses, count bad steps."""
-        for record in self._buffer.fetch():
-            self._interval.add(record)
-            self._epoch_mean.add(record, keep=False)
+        pending, self._pending = self._pending, []
+        for record in fetch(pending):
+            self._interval.append(record)
+            if not record.skipped:
+                self._epoch_sums = [a + b for a, b in zip(self._epoch_sums, record.row)] or record.row
             if record.overflow:
                 info(f"step {record.step}: gradient overflow in fp16, step skipped while the loss scale is searched")
             elif record.skipped:
                 self.progress.nonfinite_steps += 1
-                self._note("nonfinite_step", record, "loss or gradient not finite; step skipped", record.blame())
+                self._note("nonfinite_step", record, "loss or gradient not finite; step skipped", record.blamed)
             elif self._spikes.is_spike(record.loss):
                 own = record.local_loss >= record.loss or not self.world.distributed
                 self._note("loss_spike", record, f"loss spike {record.loss:.4g}", record.sample_ids if own else [])
@@ -218,19 +262,19 @@ class Trainer:
     def _report(self) -> None:
         """The step line and its metrics; nothing when no step was done since the last one."""
         self._drain()
-        interval, self._interval = self._interval, MeanOver(self.ttt.num_steps)
-        step = self.progress.step
-        if not interval.good:
-            if interval.num_steps:
+        interval, self._interval = self._interval, []
+        step, good = self.progress.step, [record for record in interval if not record.skipped]
+        if not good:
+            if interval:
                 info(f"step {step}/{self.total_steps}: every step since the last line was skipped")
             return
         seconds, wait_share = self._clock.interval(self.dataloader.wait_seconds)
         per_step = (time.perf_counter() - self._started) / max(1, step - self._first_step)
         metrics = {
-            **interval.metrics(),
+            **interval_metrics(good, self.ttt.num_steps),
             "learning_rate": self.optimizer.learning_rate(step - 1),
             "epoch": self.progress.data["epoch"] + self.progress.data["consumed"] / self.progress.data["num_samples"],
-            "tokens_per_second": interval.tokens / max(seconds, 1e-9),
+            "tokens_per_second": sum(record.row[TOKENS_AT] for record in interval) / max(seconds, 1e-9),
             "wait_share": wait_share,
             "memory_bytes": memory_bytes(self.world.device),
             "eta_seconds": per_step * (self.total_steps - step),
@@ -248,8 +292,8 @@ class Trainer:
     def _report_epoch(self, epoch: int) -> None:
         """Accuracy and loss by position, averaged over the epoch (over the part of it since a resume)."""
         self._drain()
-        mean, self._epoch_mean = self._epoch_mean, MeanOver(self.ttt.num_steps)
-        summary = summarize_sums(mean.sums, self.ttt.num_steps)
+        sums, self._epoch_sums = self._epoch_sums or empty_row(self.ttt.num_steps, "cpu").tolist(), []
+        summary = summarize_sums(sums, self.ttt.num_steps)
         accuracies, losses = summary["accuracies"], summary["step_losses"]
         shown = " ".join(f"{value:.3f}" for value in accuracies), " ".join(f"{value:.3f}" for value in losses)
         info(f"epoch {epoch + 1} ended at step {self.progress.step}: acc {shown[0]} | loss {shown[1]}")
@@ -260,12 +304,27 @@ class Trainer:
         self.reporter.metrics(self.progress.step, metrics)
 
     def evaluate(self) -> None:
-        """Evaluate on the held-out samples; all ranks share the work."""
-        assert self.evaluator is not None
+        """Evaluate the draft as it is now on the held-out samples; all ranks share the work."""
+        assert self.eval_data is not None
         self.world.place("evaluating", self.progress.step)
         self.reporter.beat(self.progress.step, self.total_steps, "evaluating")
-        start = time.perf_counter()
-        result = self.evaluator()
+        start, training = time.perf_counter(), self.config.training
+        # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
+        num_steps = max(self.ttt.num_steps, training.eval_chain_length if self.config.algorithm == "eagle1" else 1)
+        # Every rank evaluates samples of its own: without gradients a long one fits as well.
+        settings = replace(self.ttt, collect_rows=True, sequence=None, num_steps=num_steps)
+        result = evaluate(
+            lambda batch: self.parallel.forward(batch, self.target_head, settings),
+            self.eval_data,
+            self.engine,
+            self.to_batch,
+            num_steps=num_steps,
+            chain_length=training.eval_chain_length,
+            batch_size=training.batch_size,
+            max_samples=training.eval_max_samples,
+            world=self.world,
+            skips=SkipBudget(training.skip_budget, len(self.eval_data)),
+        )
         info(f"step {self.progress.step}/{self.total_steps} {result.line()}")
         self._send({**result.metrics(), "eval/seconds": time.perf_counter() - start})
         self._clock.interval(self.dataloader.wait_seconds)  # evaluation is not training time
@@ -308,10 +367,6 @@ class Trainer:
             restarts=self.reporter.restarts,
             seconds=round(self._seconds, 1),
         )
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
 
 
 @contextmanager

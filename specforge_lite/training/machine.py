@@ -38,8 +38,7 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
         file = config.draft.draft_model_config
         head_dim = None if file is None else DraftConfig.from_json(file).head_dim
         backend = choose_attention(config.training.draft_attention_backend, "cuda", dtype, head_dim)
-        changed = config.training.model_copy(update={"draft_attention_backend": backend})
-        return config.model_copy(update={"training": changed})
+        return config.with_values(training={"draft_attention_backend": backend})
     training: dict[str, Any] = {}
     if config.training.draft_attention_backend == "flex_attention":
         info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
@@ -50,10 +49,10 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.training.precision == "bf16" and usable_dtype(torch.bfloat16, device.type) != torch.bfloat16:
         info("--precision bf16: this CPU has no AVX-512 (thirty times slower than fp32); training in fp32")
         training["precision"] = "fp32"
-    sections: dict[str, Any] = {"training": config.training.model_copy(update=training)}
+    sections: dict[str, dict[str, Any]] = {"training": training}
     if config.distributed.cpu_offload:
         info("--cpu-offload: there is no GPU here, everything lies in CPU memory already; without it")
-        sections["distributed"] = config.distributed.model_copy(update={"cpu_offload": False})
+        sections["distributed"] = {"cpu_offload": False}
     if config.target.tp_size > 1 and _backend(config) == "hf":
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks % config.target.tp_size:
@@ -61,8 +60,8 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
                 f"--tp-size {config.target.tp_size}: the hf engine splits a target over torchrun ranks, here"
                 f" {ranks}; the whole target runs in each"
             )
-            sections["target"] = config.target.model_copy(update={"tp_size": 1})
-    return config.model_copy(update=sections)
+            sections["target"] = {"tp_size": 1}
+    return config.with_values(**sections)
 
 
 def _physical(device: torch.device) -> str:
@@ -114,4 +113,4 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
         f"mem_frac {fraction}: the target's server shares this GPU of {format_bytes(total)} with the trainer, whose"
         f" peak is {format_bytes(plan.peak)} by the memory plan"
     )
-    return config.model_copy(update={"target": target.model_copy(update={"mem_frac": fraction})})
+    return config.with_values(target={"mem_frac": fraction})

@@ -9,6 +9,7 @@ weight divides loss and gradients: the counted positions of step 0, or what the 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -22,8 +23,7 @@ from specforge_lite.core.log import format_bytes, format_seconds
 from specforge_lite.training.optimizer import OVERFLOW, UpdateResult
 from specforge_lite.types import DraftBatch, StepOutput
 
-NUM_SCALARS = 5
-WEIGHT_AT = 4
+NUM_SCALARS, TOKENS_AT, WEIGHT_AT = 5, 1, 4
 
 # A step's loss is a spike when it lies this many median absolute deviations, and this factor, above the median.
 SPIKE_HISTORY = 200
@@ -46,17 +46,38 @@ def output_row(output: StepOutput, batch: DraftBatch) -> Tensor:
     return torch.cat([*scalars, *(vector.double() for vector in vectors)])
 
 
-def empty_row(num_steps: int, device: torch.device) -> Tensor:
+def empty_row(num_steps: int, device: torch.device | str) -> Tensor:
     """The row of a rank that had no sample."""
     return torch.zeros(NUM_SCALARS + 4 * num_steps, dtype=torch.float64, device=device)
 
 
 @dataclass
-class StepRecord:
-    """One optimizer step after it was fetched: its row, the same on every rank, and this rank's own part of it.
+class PendingStep:
+    """One optimizer step whose numbers are still on the device: its row over all ranks, this rank's loss and weight,
+    the gradient norm and `UpdateResult.skipped`, one after the other in `values`.
 
-    loss: mean over counted positions; NaN where skipped. verdict: `UpdateResult.skipped`.
-    bad_docs: one flag per sample, True where its hidden states were not finite.
+    bad_docs: flags of this rank's samples, True where their hidden states were not finite.
+    """
+
+    step: int
+    values: Tensor
+    bad_docs: list[Tensor]
+    sample_ids: list[str]
+
+    @classmethod
+    def of(
+        cls, step: int, row: Tensor, local_row: Tensor, update: UpdateResult, bad_docs: list[Tensor], ids: list[str]
+    ) -> PendingStep:
+        tail = [local_row[0], local_row[WEIGHT_AT], update.grad_norm.to(row), update.skipped.to(row)]
+        return cls(step, torch.cat([row, torch.stack(tail)]), bad_docs, ids)
+
+
+@dataclass
+class StepRecord:
+    """One optimizer step on the host: its row, the same on every rank, and this rank's own part of it.
+
+    loss: mean over counted positions; NaN where skipped. verdict: `UpdateResult.skipped`. blamed: this rank's samples
+    behind a bad step: those whose hidden states were not finite, else, if this rank's own loss was not, all of them.
     """
 
     step: int
@@ -66,7 +87,7 @@ class StepRecord:
     verdict: float
     local_loss: float
     sample_ids: list[str]
-    bad_docs: list[bool]
+    blamed: list[str]
 
     @property
     def skipped(self) -> bool:
@@ -77,77 +98,38 @@ class StepRecord:
         """Skipped while the fp16 loss scale is searched."""
         return self.verdict == OVERFLOW
 
-    def blame(self) -> list[str]:
-        """This rank's samples behind a bad step: those whose hidden states were not finite, else, if this rank's own
-        loss was not finite, all of its samples; else none."""
-        broken = [sample_id for sample_id, bad in zip(self.sample_ids, self.bad_docs) if bad]
-        return broken or ([] if self.local_loss - self.local_loss == 0 else self.sample_ids)
+
+def fetch(pending: list[PendingStep]) -> list[StepRecord]:
+    """Copy steps to the host; this waits for the device."""
+    if not pending:
+        return []
+    rows = torch.stack([step.values for step in pending]).tolist()
+    flags = [flag for step in pending for flag in step.bad_docs]
+    bad = iter(torch.cat(flags).tolist() if flags else [])
+    records = []
+    for step, (*row, local_loss, local_weight, grad_norm, verdict) in zip(pending, rows):
+        loss = math.nan if verdict else row[0] / max(1.0, row[WEIGHT_AT])
+        broken = [sample_id for sample_id in step.sample_ids if next(bad)]
+        blamed = broken or ([] if math.isfinite(local_loss) else step.sample_ids)
+        own_loss = local_loss / max(1.0, local_weight)
+        records.append(StepRecord(step.step, row, loss, grad_norm, verdict, own_loss, step.sample_ids, blamed))
+    return records
 
 
-class MetricBuffer:
-    """Rows of the steps since the last fetch, on the device, and the sample ids they were made from, on the host."""
-
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
-        self._pending: list[tuple[int, Tensor, list[Tensor], list[str]]] = []
-
-    def add(
-        self, step: int, row: Tensor, local_row: Tensor, update: UpdateResult, bad_docs: list[Tensor], ids: list[str]
-    ) -> None:
-        """Remember one step. `row`: over all ranks; `local_row`: of this rank; `bad_docs`: a flag per sample."""
-        device = row.device
-        local = torch.stack([local_row[0], local_row[WEIGHT_AT]])
-        tail = torch.stack([update.grad_norm.to(device).double(), update.skipped.to(device).double()])
-        self._pending.append((step, torch.cat([row, local, tail]), bad_docs, ids))
-
-    def fetch(self) -> list[StepRecord]:
-        """Copy everything to the host (this waits for the device) and start anew."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return []
-        rows = torch.stack([row for _, row, _, _ in pending]).cpu()
-        flags = [flag for _, _, bad_docs, _ in pending for flag in bad_docs]
-        bad = iter(torch.cat(flags).tolist() if flags else [])
-        records = []
-        for (step, _, _, ids), values in zip(pending, rows):
-            *row, local_loss, local_count, grad_norm, verdict = values.tolist()
-            loss = float("nan") if verdict else row[0] / max(1.0, row[WEIGHT_AT])
-            own_loss = local_loss / max(1.0, local_count)
-            records.append(StepRecord(step, row, loss, grad_norm, verdict, own_loss, ids, [next(bad) for _ in ids]))
-        return records
-
-
-class MeanOver:
-    """Host sums over the steps of a log interval or an epoch, without skipped ones."""
-
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
-        self.good: list[StepRecord] = []
-        self.sums = [0.0] * (NUM_SCALARS + 4 * num_steps)
-        self.tokens, self.num_steps = 0.0, 0
-
-    def add(self, record: StepRecord, keep: bool = True) -> None:
-        """keep: remember its loss and gradient norm as well (an epoch is too long for that)."""
-        self.num_steps += 1
-        self.tokens += record.row[1]
-        if not record.skipped:
-            self.sums = [a + b for a, b in zip(self.sums, record.row)]
-            if keep:
-                self.good.append(record)
-
-    def metrics(self) -> dict[str, Any]:
-        """Mean loss and gradient norm of the steps, and `summarize_sums` of their rows."""
-        return {
-            "loss": statistics.fmean(record.loss for record in self.good),
-            **summarize_sums(self.sums, self._num_steps),
-            "grad_norm": statistics.fmean(record.grad_norm for record in self.good),
-        }
+def interval_metrics(records: list[StepRecord], num_steps: int) -> dict[str, Any]:
+    """Mean loss and gradient norm of steps that were not skipped, and `summarize_sums` of their rows."""
+    return {
+        "loss": statistics.fmean(record.loss for record in records),
+        **summarize_sums([sum(column) for column in zip(*(record.row for record in records))], num_steps),
+        "grad_norm": statistics.fmean(record.grad_norm for record in records),
+    }
 
 
 def summarize_sums(values: list[float], num_steps: int) -> dict[str, Any]:
     """Means from sums: per-step loss and accuracy lists, `acc0`, `tau` (1 + mean run of correct steps from step 0)."""
-    vectors = [values[NUM_SCALARS + i * num_steps : NUM_SCALARS + (i + 1) * num_steps] for i in range(4)]
-    loss_sum, counted, supervised, correct = vectors
+    loss_sum, counted, supervised, correct = (
+        values[i : i + num_steps] for i in range(NUM_SCALARS, len(values), num_steps)
+    )
     accuracy = [c / max(s, 1) for c, s in zip(correct, supervised)]
     return {
         "step_losses": [total / max(count, 1) for total, count in zip(loss_sum, counted)],

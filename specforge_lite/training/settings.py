@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -279,6 +279,11 @@ class TrainConfig(Section):
         if steps is None or cls.algorithm != "eagle3":
             return values
         return merge_deepspeed(values, {"training": {"ttt_length": steps}})
+
+    def with_values(self, **sections: dict[str, Any]) -> Self:
+        """A copy with other values: `with_values(training={"precision": "fp32"})`. They are not validated."""
+        changed = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=changed)
 
     def with_target_defaults(self) -> TrainConfig:
         """What is left open and depends on the target, or on the draft that the run starts from."""

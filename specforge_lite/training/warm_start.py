@@ -27,7 +27,7 @@ def with_source_layers(config: TrainConfig) -> TrainConfig:
     ids = source_of(config).config.aux_layer_ids
     if ids is None or config.target.aux_layer_ids is not None or config.training.offline_dir is not None:
         return config
-    return config.model_copy(update={"target": config.target.model_copy(update={"aux_layer_ids": ids})})
+    return config.with_values(target={"aux_layer_ids": ids})
 
 
 def source_of(config: TrainConfig) -> Draft:

@@ -1,12 +1,11 @@
-"""A run from its config: data, engine, target head, a fresh draft; restored from the newest checkpoint; and the order
-in which all of that is opened and closed (`run_training`)."""
+"""The parts of a run from its config: data, engine, target head, a draft that is fresh or restored from the newest
+checkpoint. `loop.Trainer` puts them together."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo, num_positions
 from specforge_lite.capture.prefetch import SkipBudget
-from specforge_lite.checkpoints.draft_files import fill_from_target, read_config
+from specforge_lite.checkpoints.training_run import read_config
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
-from specforge_lite.core.log import info, warn
-from specforge_lite.core.provenance import collect_provenance, redact
+from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.sampler import BatchPlan
@@ -30,41 +28,24 @@ from specforge_lite.model.initialize import fit_own_embeddings, init_from_target
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
-from specforge_lite.training.checkpoint import find_resume, restore_run
+from specforge_lite.training.checkpoint import Progress, find_resume, restore_run
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, FollowerDataloader, share_batch
-from specforge_lite.training.distributed import World, open_world, report_failure
-from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.loop import Progress, Trainer
-from specforge_lite.training.machine import fit_to_device, share_of_gpu, use_deterministic_kernels
+from specforge_lite.training.distributed import World
+from specforge_lite.training.machine import share_of_gpu
 from specforge_lite.training.optimizer import DraftOptimizer, LossScaler
 from specforge_lite.training.parallel import ParallelDraft, spread_draft
-from specforge_lite.training.reporting import Reporter, open_reporter
-from specforge_lite.training.run_dir import StopRequest, catch_signals
 from specforge_lite.training.settings import TrainConfig, run_length
 
-
-def run_training(config: TrainConfig) -> int:
-    """Train as the command line asks; the exit code."""
-    if config.training.deterministic:
-        use_deterministic_kernels()
-    with catch_signals() as stop, open_world(config.distributed) as world, open_reporter(config, world) as reporter:
-        config = fit_to_device(config, world.device).with_target_defaults()
-        data = load_data(config)
-        with open_target(config, world) as engine, report_failure(world):
-            models = load_models(config, engine.info, data, world)
-            build_trainer(config, world, data, engine, models, reporter, stop).train()
-    return stop.exit_code
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------- data and target
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Datasets of a run. `eval` may be missing."""
+    """Datasets of a run, `eval` where there is one; with `--offline-dir` also what reads the states beside them."""
 
     train: TokenizedDataset
     eval: TokenizedDataset | None
+    states: TargetEngine | None = None
 
 
 def load_data(config: TrainConfig) -> RunData:
@@ -72,10 +53,9 @@ def load_data(config: TrainConfig) -> RunData:
 
     Raises ConfigError first of all for a `--max-length` that the target has no positions for.
     """
-    check_max_length(config)
     if config.training.offline_dir is not None:
-        datasets, _ = _open_offline(config)
-        return RunData(datasets[0], datasets[1] if len(datasets) > 1 else None)
+        return _open_offline(config, config.training.offline_dir)
+    _check_max_length(config)
     train = open_dataset(config.data.train_data_path, config.target, config.data)
     evaluation = config.data.eval_data_path
     return RunData(train, open_dataset(evaluation, config.target, config.data) if evaluation is not None else None)
@@ -88,54 +68,29 @@ def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> 
     return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
 
 
-def _open_offline(config: TrainConfig) -> tuple[list[TokenizedDataset], TargetEngine]:
-    """The `train` and, where it was captured, `eval` dataset of an offline directory, and a reader of its states."""
-    directory = config.training.offline_dir
-    assert directory is not None
+def _open_offline(config: TrainConfig, directory: Path) -> RunData:
     if config.algorithm == "eagle1" and not (directory / "train").exists():
         from specforge_lite.checkpoints.compat.eagle_samples import EagleSamples, sample_files
 
         if sample_files(directory):
             target = load_config(config.target.target_model_path, config.target.trust_remote_code).get_text_config()
             samples = EagleSamples(directory, config.data.cache_dir, config.data.max_length, target.vocab_size)
-            return samples.datasets, samples
+            train, *rest = samples.datasets
+            return RunData(train, rest[0] if rest else None, samples)
     from specforge_lite.capture.offline import OfflineEngine, OfflinePart
 
     parts = [OfflinePart(directory / "train")]
     if (directory / "eval").exists():
         parts.append(OfflinePart(directory / "eval"))
-    wanted = None if config.algorithm == "eagle1" else config.target.aux_layer_ids  # EAGLE-1 reads none
-    return [part.dataset for part in parts], OfflineEngine(parts, wanted)
+    return RunData(parts[0].dataset, parts[1].dataset if parts[1:] else None, OfflineEngine(parts))
 
 
-# -------------------------------------------------------------------------------------------------------------- target
-
-
-@contextmanager
-def open_target(config: TrainConfig, world: World) -> Iterator[TargetEngine]:
-    """The engine of the run, closed at the end; with `--offline-dir` a reader of captured states."""
-    if config.training.offline_dir is not None:
-        engine = _open_offline(config)[1]
-    else:
-        engine = open_engine(
-            share_of_gpu(config, world.device).target,
-            max_length=config.data.max_length,
-            log_dir=config.checkpoint.output_dir / "engine",
-            wait_minutes=config.distributed.dist_timeout,
-            device=str(world.device),
-        )
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def check_max_length(config: TrainConfig) -> None:
+def _check_max_length(config: TrainConfig) -> None:
     """Raise ConfigError if the `--max-length` that was given is beyond the target's positions.
 
     A default is not refused, and neither is a server that was started with less: there the samples' lengths count.
     """
-    if config.training.offline_dir is not None or "max_length" not in config.data.model_fields_set:
+    if "max_length" not in config.data.model_fields_set:
         return
     longest = num_positions(load_config(config.target.target_model_path, config.target.trust_remote_code))
     if longest is not None and config.data.max_length > longest:
@@ -143,6 +98,20 @@ def check_max_length(config: TrainConfig) -> None:
             f"max_length {config.data.max_length}: target {config.target.target_model_path} has positions for {longest}"
             f" tokens; use --max-length {longest} or less, or give its config.json rope scaling"
         )
+
+
+def open_target(config: TrainConfig, world: World, data: RunData) -> AbstractContextManager[TargetEngine]:
+    """The engine of the run, closed at the end; with `--offline-dir` the reader of captured states."""
+    return closing(
+        data.states
+        or open_engine(
+            share_of_gpu(config, world.device).target,
+            max_length=config.data.max_length,
+            log_dir=config.checkpoint.output_dir / "engine",
+            wait_minutes=config.distributed.dist_timeout,
+            device=str(world.device),
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- draft
@@ -201,6 +170,8 @@ def _warm_start(config: TrainConfig) -> Draft | None:
 def read_draft_config(path: Path, algorithm: str | None, target_config: Any | None = None) -> DraftConfig:
     """A draft's config.json for `algorithm` (None: its own), completed from the target's; a plain Llama config, as
     EAGLE's are, fits all."""
+    from specforge_lite.checkpoints.draft_files import fill_from_target
+
     file = path / "config.json" if path.is_dir() else path
     values = read_config(file)
     known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
@@ -229,7 +200,6 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
     draft_config = make_draft_config(config, target, target_config)
     for dataset in filter(None, (data.train, data.eval)):
-        dataset.warn_beyond(draft_config.max_position_embeddings)
         config.check_dataset(draft_config, dataset)
     vocab_map = open_or_build_vocab_map(
         data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
@@ -262,22 +232,12 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
-def build_trainer(
-    config: TrainConfig,
-    world: World,
-    data: RunData,
-    engine: TargetEngine,
-    models: RunModels,
-    reporter: Reporter,
-    stop: StopRequest,
-) -> Trainer:
-    """Put the parts together; every rank calls it. Raises CheckpointError for a checkpoint of another run."""
+def plan_batches(config: TrainConfig, dataset: TokenizedDataset, world: World) -> BatchPlan:
+    """Which samples form a batch in which step."""
     training = config.training
-    torch.manual_seed(training.seed + world.rank)
-    skips = _check_lengths(config, data, engine, models.draft.config)
-    plan = BatchPlan(
-        data.train.lengths,
-        data.train.supervised_counts,
+    return BatchPlan(
+        dataset.lengths,
+        dataset.supervised_counts,
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
         rank=world.dp_rank,
@@ -285,87 +245,47 @@ def build_trainer(
         seed=training.seed,
         max_tokens_per_batch=training.max_tokens_per_batch,
     )
+
+
+def open_dataloader(
+    config: TrainConfig,
+    world: World,
+    plan: BatchPlan,
+    data: RunData,
+    engine: TargetEngine,
+    to_batch: BatchMaker,
+    skips: SkipBudget,
+) -> Dataloader:
+    """This rank's batches, captured ahead; ranks that share batches receive those of the first one."""
     dtype = compute_dtype(config, world)
-    parallel, optimizer, progress, total_steps = _restore_or_start(config, world, models, plan, dtype)
-    ttt = _ttt_settings(config, dtype, world, models.draft)
-    to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
     if world.sp_rank:
-        dataloader: Dataloader = FollowerDataloader(plan.steps(), world, dtype)
-    else:
-        shared = to_batch if world.sequence is None else lambda *parts: share_batch(to_batch(*parts), world)
-        budget = training.max_tokens_per_batch
-        per_batch = training.batch_size if budget is None else budget / data.train.lengths.mean()
-        dataloader = Dataloader(plan.steps(), data.train, engine, shared, skips, per_batch)
-    trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
-    info(
-        f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {total_steps} steps,"
-        f" {plan.steps_per_epoch} per epoch, {world.world_size} rank(s)"
-        + (f" ({world.sp_size} per batch)" if world.sp_size > 1 else "")
-        + f", {config.distributed.sharding}, "
-        + (f"resumed after step {progress.step}" if progress.step else "from the start")
-    )
-    reporter.start(progress.step)
-    values = config.model_dump(mode="json")
-    return Trainer(
-        config=config,
-        world=world,
-        parallel=parallel,
-        optimizer=optimizer,
-        target_head=models.target_head,
-        ttt=ttt,
-        dataloader=dataloader,
-        reporter=reporter,
-        stop=stop,
-        progress=progress,
-        total_steps=total_steps,
-        documents={
-            "config.json": redact(values),
-            "provenance.json": collect_provenance(values),
-            "draft_config.json": models.draft.config.to_dict(),
-            "identity.json": models.identity,
-        },
-        evaluator=_make_evaluator(config, data, engine, models, parallel, to_batch, ttt, world),
-        engine_health=getattr(engine, "health", str),  # served engines report restarts
-    )
+        return FollowerDataloader(plan.steps(), world, dtype)
+    shared = to_batch if world.sequence is None else lambda *parts: share_batch(to_batch(*parts), world, dtype)
+    budget = config.training.max_tokens_per_batch
+    per_batch = config.training.batch_size if budget is None else budget / data.train.lengths.mean()
+    return Dataloader(plan.steps(), data.train, engine, shared, skips, per_batch)
 
 
-def _restore_or_start(
+def restore_or_start(
     config: TrainConfig, world: World, models: RunModels, plan: BatchPlan, dtype: torch.dtype
 ) -> tuple[ParallelDraft, DraftOptimizer, Progress, int]:
     """(draft on its device, optimizer, position, total steps), from the newest checkpoint where there is one."""
-    resume = find_resume(config, models.draft, models.identity, world)
-    eagle_state = None
-    if resume is None and world.broadcast_text("yes" * any(config.checkpoint.output_dir.glob("state_*"))):
-        from specforge_lite.training.eagle_resume import find_eagle_state, resume_from_state
-
-        eagle_state = find_eagle_state(config, models, world)
+    resume = find_resume(config, models.draft, models.identity, plan, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
     scaler = LossScaler(config.optimizer, world.device) if dtype == torch.float16 else None
     optimizer = DraftOptimizer(parallel.parameters, config.optimizer, 1, scaler)
     progress = Progress(data=plan.state_dict())
     if resume is not None:
-        path, state = resume
-        restore_run(path, state, parallel, optimizer, plan, world)
-        counters = state.counters
-        progress = Progress(
-            step=state.step,
-            data=plan.state_dict(),
-            skipped_before=int(counters["skipped_samples"]),
-            nonfinite_steps=int(counters["nonfinite_steps"]),
-            seconds_before=counters["seconds"],
-            last_checkpoint=path,
-        )
-    elif eagle_state is not None:
-        progress = resume_from_state(eagle_state, parallel, optimizer, plan, world)
+        progress = restore_run(resume, parallel, optimizer, plan, world)
     training = config.training
     # Epochs are counted in samples: what is left of them takes more or fewer steps in other batch sizes.
     total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
     optimizer.total_steps = training.total_steps or total
-    if eagle_state is not None and progress.step >= total:
-        end = run_length(training, plan.total_steps)
+    if resume is not None and resume.from_eagle and progress.step >= total:
+        epochs, end = plan.epoch, run_length(training, plan.total_steps)
         raise ConfigError(
-            f"{eagle_state.path}: {eagle_state.epoch + 1} epochs are done ({progress.step} steps), the run ends after"
-            f" {end} steps; give --num-epochs above {eagle_state.epoch + 1}, or another --output-dir to start anew"
+            f"{resume.path}: {epochs} epochs are done ({progress.step} steps), the run ends after {end} steps; give"
+            f" --num-epochs above {epochs}, or another --output-dir to start anew"
         )
     if training.total_steps is not None and total < training.total_steps:
         info(
@@ -375,27 +295,22 @@ def _restore_or_start(
     return parallel, optimizer, progress, total
 
 
-def _check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draft: DraftConfig) -> SkipBudget:
+def check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draft: DraftConfig) -> SkipBudget:
     """The budget of samples that a rank may leave out. Raises ConfigError if more are too long for the target; warns
     of samples that are too long for the draft's positions."""
-    budget, longest = config.training.skip_budget, engine.info.max_length
-    skips = SkipBudget(budget, len(data.train))
-    skips.check_lengths(data.train.lengths.tolist(), longest, "training data")
+    lengths = data.train.lengths.tolist()
+    skips = SkipBudget(config.training.skip_budget, len(lengths))
+    skips.check_lengths(lengths, engine.info.max_length, "training data")
+    data.train.warn_beyond(draft.max_position_embeddings)
     if data.eval is not None:
         lengths = data.eval.lengths.tolist()[: config.training.eval_max_samples]
-        SkipBudget(budget, len(lengths)).check_lengths(lengths, longest, "evaluation data")
-    positions = draft.max_position_embeddings
-    num_beyond = int((data.train.lengths > positions).sum())
-    if num_beyond:
-        warn(
-            f"{num_beyond} of {len(data.train)} samples are longer than the draft's {positions} positions"
-            f" (max_position_embeddings of its config; the longest has {int(data.train.lengths.max())} tokens): serving"
-            f" engines stop there; raise it in --draft-model-config, or give --max-length {positions}"
-        )
+        budget = SkipBudget(config.training.skip_budget, len(lengths))
+        budget.check_lengths(lengths, engine.info.max_length, "evaluation data")
+        data.eval.warn_beyond(draft.max_position_embeddings)
     return skips
 
 
-def _ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World, draft: Draft) -> TTTSettings:
+def ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World, draft: Draft) -> TTTSettings:
     """The draft's own view of the settings."""
     training = config.training
     return TTTSettings(
@@ -410,39 +325,3 @@ def _ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World, draft: 
         sequence=world.sequence,
         **training.loss_settings(),
     )
-
-
-def _make_evaluator(
-    config: TrainConfig,
-    data: RunData,
-    engine: TargetEngine,
-    models: RunModels,
-    parallel: ParallelDraft,
-    to_batch: BatchMaker,
-    ttt: TTTSettings,
-    world: World,
-) -> Callable[[], EvalResult] | None:
-    """A function that evaluates the draft as it is now; None without evaluation data."""
-    dataset = data.eval
-    if dataset is None:
-        return None
-    # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
-    chain = config.training.eval_chain_length if config.algorithm == "eagle1" else 1
-    # Every rank evaluates samples of its own: without gradients a long one fits as well.
-    settings = replace(ttt, collect_rows=True, sequence=None, num_steps=max(ttt.num_steps, chain))
-
-    def run() -> EvalResult:
-        return evaluate(
-            lambda batch: parallel.forward(batch, models.target_head, settings),
-            dataset,
-            engine,
-            to_batch,
-            num_steps=settings.num_steps,
-            chain_length=config.training.eval_chain_length,
-            batch_size=config.training.batch_size,
-            max_samples=config.training.eval_max_samples,
-            world=world,
-            skips=SkipBudget(config.training.skip_budget, len(dataset)),
-        )
-
-    return run

@@ -16,7 +16,7 @@ import pytest
 
 from specforge_lite.core import log, provenance
 from specforge_lite.core.errors import TrainingError
-from specforge_lite.training import run_dir
+from specforge_lite.training import reporting
 from specforge_lite.training.loop import Trainer
 from tests.fake_engine import FakeEngine, Fault
 from tests.training_runs import Run, start_ranks, train, wait
@@ -45,7 +45,7 @@ def test_an_error_ends_with_a_summary_that_says_what_is_left(tmp_path: Path) -> 
         summary = summary_of(run)
         assert summary["reason"].startswith("TrainingError: ")
         assert Path(summary["last_checkpoint"]).is_dir()
-        assert summary["last_checkpoint"] == str(run_dir.checkpoints(run.output_dir)[0])
+        assert summary["last_checkpoint"] == str(reporting.checkpoints(run.output_dir)[0])
         assert (summary["nonfinite_steps"], summary["restarts"], summary["total_steps"]) == (3, restarts, 12)
         assert summary["seconds"] > 0
     end = [event for event in events_of(tmp_path / "log.jsonl") if event["event"] == "end"]
@@ -177,7 +177,7 @@ def test_clock_jumps_change_nothing(tmp_path: Path) -> None:
 
 def test_wall_time_is_read_in_three_places_only() -> None:
     """Dates for people, and a server's Retry-After; everything that is measured uses a clock that cannot jump."""
-    package = Path(run_dir.__file__).resolve().parents[1]
+    package = Path(reporting.__file__).resolve().parents[1]
     users = set()
     for path in package.rglob("*.py"):
         if re.search(r"\btime\.time\(|datetime\.now\(|datetime\.utcnow\(", path.read_text()):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from specforge_lite.checkpoints.training_run import SavedState
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
-from specforge_lite.training.checkpoint import _restore_tensors, save_checkpoint
+from specforge_lite.training.checkpoint import Resume, load_tensors, save_checkpoint
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft
@@ -96,7 +97,9 @@ def test_checkpoints_move_between_both(tmp_path: Path, other: str) -> None:
     documents = {"draft_config.json": parallel.draft.config.to_dict()}
     path = save_checkpoint(tmp_path, state, parallel, optimizer, ONE, documents, None)
     loaded, reader = make_training(other)
-    _restore_tensors(path, loaded, reader, ONE)
+    tensors = load_file(path / "draft.safetensors") | load_file(path / "optimizer.safetensors")
+    steps = {name: float(tensors[f"step.{name}"]) for name in loaded.parameters}
+    load_tensors(Resume(path, state, steps, tensors=tensors), loaded, reader, ONE)
     saved, found = optimizer.saved_tensors(), reader.saved_tensors()
     for name, moments in saved.items():
         assert torch.equal(loaded.parameters[name], parallel.parameters[name])

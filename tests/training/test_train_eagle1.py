@@ -15,7 +15,6 @@ from specforge_lite.capture.hf import HfEngine
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.export import export_checkpoint
 from specforge_lite.checkpoints.loading import load_draft, read_draft_files
-from specforge_lite.checkpoints.training_run import load_draft_tensors
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.inference.speculative import SpeculativeModel
@@ -25,6 +24,7 @@ from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
 from specforge_lite.training.settings import OptimizerSection
 from specforge_lite.training.wiring import read_draft_config
+from tests.training_runs import weights
 
 NUM_STEPS = 6
 
@@ -99,7 +99,7 @@ def test_from_disk_equals_online(
     run(capture_hidden_states, [*common, *data, *offline, "--states-dtype", "fp32"], monkeypatch)
     arguments = [*flags(workshop, tiny_target, "disk"), *offline, "--num-epochs", "1"]
     run(train_eagle1, arguments, monkeypatch)
-    online, disk = (load_draft_tensors(workshop / name / f"step_{NUM_STEPS}")[1] for name in ("run", "disk"))
+    online, disk = (weights(workshop / name / f"step_{NUM_STEPS}") for name in ("run", "disk"))
     for name, tensor in online.items():
         torch.testing.assert_close(disk[name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_resume_repeats_the_noise(
     run(train_eagle1, [*whole, "--total-steps", "4"], monkeypatch)
     run(train_eagle1, [*arguments, "--total-steps", "2"], monkeypatch)
     run(train_eagle1, [*arguments, "--total-steps", "4"], monkeypatch)
-    first, second = (load_draft_tensors(workshop / name / "step_4")[1] for name in ("whole", "halves"))
+    first, second = (weights(workshop / name / "step_4") for name in ("whole", "halves"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

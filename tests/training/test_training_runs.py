@@ -24,7 +24,7 @@ from specforge_lite.training.distributed import World
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.metrics import WEIGHT_AT, empty_row, output_row
 from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
-from specforge_lite.training.run_dir import RunDirectory
+from specforge_lite.training.reporting import RunDirectory
 from specforge_lite.training.settings import DistributedSection
 from tests.fake_engine import FakeEngine, Fault
 from tests.training_runs import INFO, Run, capture, make_dataset, make_head, make_models, run_ranks, train, weights

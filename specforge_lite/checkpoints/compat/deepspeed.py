@@ -6,14 +6,12 @@ ZeRO stages 1 to 3 all become fsdp2, which shards parameters, gradients and opti
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, suggest
 
 Settings = dict[str, dict[str, Any]]  # section -> leaf -> value
-ADAM_TYPES = ("Adam", "AdamW")
 SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "WarmupLR": "constant"}
 
 # DeepSpeed key -> (section, leaf) for those that carry over as they are.
@@ -33,6 +31,19 @@ PLAIN_KEYS: dict[str, tuple[str, str]] = {
     "fp16.min_loss_scale": ("optimizer", "min_loss_scale"),
     "scheduler.params.warmup_max_lr": ("optimizer", "learning_rate"),  # after optimizer.params.lr, as in DeepSpeed
 }
+BETAS = "optimizer.params.betas"
+# DeepSpeed key -> (section, leaf, its values and what they become, what is said of others). None: our default.
+OFFLOAD = ("distributed", "cpu_offload", {"cpu": True, "none": None}, "expected cpu or none, found {value!r}")
+STAGES = {0: "ddp", 1: "fsdp2", 2: "fsdp2", 3: "fsdp2"}
+CHOICES: dict[str, tuple[str, str, dict[Any, Any], str]] = {
+    "optimizer.type": ("", "", {"Adam": None, "AdamW": None}, "'{value}': the draft is trained with AdamW{hint}"),
+    "scheduler.type": ("optimizer", "lr_schedule", SCHEDULES, "unknown scheduler '{value}'{hint}"),
+    "zero_optimization.stage": ("distributed", "sharding", STAGES, "expected a ZeRO stage 0..3, found {value!r}"),
+    "zero_optimization.offload_optimizer.device": OFFLOAD,
+    "zero_optimization.offload_param.device": OFFLOAD,
+    "fp16.enabled": ("training", "precision", {True: "fp16", False: None}, "expected true or false, found {value!r}"),
+    "bf16.enabled": ("training", "precision", {True: "bf16", False: None}, "expected true or false, found {value!r}"),
+}
 
 
 def read_deepspeed_config(path: Path) -> tuple[Settings, list[str]]:
@@ -50,19 +61,27 @@ def translate(values: dict[str, Any], source: str = "deepspeed_config") -> tuple
     """The same for a parsed config. Keys whose value is "auto" are left to our defaults, and named."""
     leaves = _flatten(values)
     settings: Settings = {}
-    used = {key for key, value in leaves.items() if value != "auto" and key in PLAIN_KEYS}
+    used = {key for key, value in leaves.items() if value != "auto" and key in (*PLAIN_KEYS, *CHOICES, BETAS)}
     if leaves.get("fp16.enabled") is not True:  # "auto" is decided by flags of a trainer that is not ours
-        used = {key for key in used if not key.startswith("fp16.")}
-    for key, (section, leaf) in PLAIN_KEYS.items():
-        if key in used:
-            settings.setdefault(section, {})[leaf] = leaves[key]
-    for key, translator in TRANSLATORS.items():
-        if key in leaves and leaves[key] != "auto":
-            try:
-                translator(leaves[key], settings)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{source}: {key}: {error}") from None
-            used.add(key)
+        used -= {key for key in PLAIN_KEYS if key.startswith("fp16.")}
+    found = [(*place, leaves[key]) for key, place in PLAIN_KEYS.items() if key in used]
+    for key, (section, leaf, choices, mistake) in CHOICES.items():
+        if key not in used:
+            continue
+        value = leaves[key]
+        if not isinstance(value, (str, int)) or value not in choices:
+            hint = suggest(str(value), map(str, choices))
+            raise ConfigError(f"{source}: {key}: {mistake.format(value=value, hint=hint)}")
+        if choices[value] is not None:
+            found.append((section, leaf, choices[value]))
+    if BETAS in used:
+        try:
+            beta1, beta2 = leaves[BETAS]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{source}: {BETAS}: {error}") from None
+        found += [("optimizer", "adam_beta1", beta1), ("optimizer", "adam_beta2", beta2)]
+    for section, leaf, value in found:
+        settings.setdefault(section, {})[leaf] = value
     if settings.get("distributed", {}).get("sharding") == "ddp":
         settings["distributed"].pop("cpu_offload", None)
     return settings, sorted(leaves.keys() - used - _switched_off(leaves))
@@ -97,57 +116,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
-
-
-def _set_betas(value: Any, settings: Settings) -> None:
-    beta1, beta2 = value
-    settings.setdefault("optimizer", {}).update(adam_beta1=beta1, adam_beta2=beta2)
-
-
-def _check_optimizer(value: Any, settings: Settings) -> None:
-    if value not in ADAM_TYPES:
-        raise ValueError(f"'{value}': the draft is trained with AdamW{suggest(str(value), ADAM_TYPES)}")
-
-
-def _set_schedule(value: Any, settings: Settings) -> None:
-    if value not in SCHEDULES:
-        raise ValueError(f"unknown scheduler '{value}'{suggest(str(value), SCHEDULES)}")
-    settings.setdefault("optimizer", {})["lr_schedule"] = SCHEDULES[value]
-
-
-def _set_sharding(value: Any, settings: Settings) -> None:
-    if value not in (0, 1, 2, 3):
-        raise ValueError(f"expected a ZeRO stage 0..3, found {value!r}")
-    settings.setdefault("distributed", {})["sharding"] = "fsdp2" if value else "ddp"
-
-
-def _set_offload(value: Any, settings: Settings) -> None:
-    if value not in ("cpu", "none"):
-        raise ValueError(f"expected cpu or none, found {value!r}")
-    if value == "cpu":
-        settings.setdefault("distributed", {})["cpu_offload"] = True
-
-
-def _set_fp16(value: Any, settings: Settings) -> None:
-    if value:
-        settings.setdefault("training", {})["precision"] = "fp16"
-
-
-def _set_bf16(value: Any, settings: Settings) -> None:
-    if value:
-        settings.setdefault("training", {})["precision"] = "bf16"
-
-
-TRANSLATORS: dict[str, Callable[[Any, Settings], None]] = {
-    "optimizer.type": _check_optimizer,
-    "optimizer.params.betas": _set_betas,
-    "scheduler.type": _set_schedule,
-    "zero_optimization.stage": _set_sharding,
-    "zero_optimization.offload_optimizer.device": _set_offload,
-    "zero_optimization.offload_param.device": _set_offload,
-    "fp16.enabled": _set_fp16,
-    "bf16.enabled": _set_bf16,
-}
 
 
 def _switched_off(leaves: dict[str, Any]) -> set[str]:

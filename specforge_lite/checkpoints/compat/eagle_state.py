@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from specforge_lite.checkpoints.draft_files import (
     algorithm_of,
     canonical_name,
     canonical_weights,
-    read_config,
+    check_weights,
     read_tensors,
     vocabulary_of,
 )
+from specforge_lite.checkpoints.training_run import read_config
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.core.log import info
 from specforge_lite.model.draft import Draft
@@ -80,53 +80,28 @@ def read_state_files(state: Path, config_file: Path | None = None) -> DraftFiles
     return DraftFiles(state, config, tensors, weight_file, False)
 
 
-@dataclass
-class EagleStart:
-    """What is left to restore once the weights are in the draft. Moments are on rank 0 only."""
-
-    path: str
-    epoch: int
-    names: list[str]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
-def read_start(state: Path, config_file: Path | None, draft: Draft) -> tuple[EagleStart, dict[str, Tensor]]:
-    """(start, tensors to copy into the draft: trained weights, d2t, t2d) of one `state_N`.
-
-    Raises CheckpointError naming the tensor that does not fit.
-    """
+def read_start(state: Path, config_file: Path | None, draft: Draft) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(tensors for the draft, AdamW's steps by parameter) of one `state_N`: trained weights, d2t, t2d, and, unless the
+    optimizer starts fresh, exp_avg.NAME and exp_avg_sq.NAME. Raises CheckpointError naming the tensor that does not
+    fit."""
     files = read_state_files(state, config_file)
     weights = {name: tensor.float() for name, tensor in canonical_weights(files, draft.config).items()}
-    if "fc.bias" in weights:
-        weights.pop("fc.bias")
+    if weights.pop("fc.bias", None) is not None:
         info(f"{state}: fc.bias is left out: vLLM's EAGLE-1 has none, so a draft of ours must learn without it")
-    trained: dict[str, Tensor] = {
-        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
-    }
-    _check_names(state, files, weights, trained)
+    trained: dict[str, Tensor] = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+    hint, head = "; give EAGLE's config.json as --draft-model-config", weights.get("lm_head.weight")
+    if head is not None and len(head) != draft.config.draft_vocab_size:
+        hint += f", or --draft-vocab-size {len(head)}"
+    check_weights(files, weights, trained, draft.config.algorithm, "this run's draft", hint)
     moments, reason = optimizer_moments(state, files, draft.config.algorithm)
-    moments = {name: values for name, values in moments.items() if name in trained}
-    if set(moments) != set(trained):
+    if not trained.keys() <= moments.keys():
         info(f"{state}: the optimizer starts fresh: {reason or 'optimizer.bin lacks some parameters'}")
         moments = {}
+    moments = {name: values for name, values in moments.items() if name in trained}
     d2t, t2d = vocabulary_of(files, draft.config)
-    return EagleStart(str(state), epoch_of(state), sorted(moments), moments), {**weights, "d2t": d2t, "t2d": t2d}
-
-
-def _check_names(state: Path, files: DraftFiles, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
-    for words, names in (("missing", trained.keys() - weights.keys()), ("no place for", weights.keys() - trained)):
-        if names:
-            raise CheckpointError(f"{state}: {files.weight_file}: {words} {', '.join(sorted(names)[:5])}")
-    for name, parameter in trained.items():
-        if weights[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{state}: {name} has shape {list(weights[name].shape)}, this run's draft {list(parameter.shape)}; give"
-                " EAGLE's config.json as --draft-model-config" + _vocabulary_hint(name, weights[name])
-            )
-
-
-def _vocabulary_hint(name: str, weight: Tensor) -> str:
-    return f", or --draft-vocab-size {len(weight)}" if name == "lm_head.weight" else ""
+    tensors = {**weights, "d2t": d2t, "t2d": t2d}
+    tensors |= {f"{kind}.{name}": v[kind] for name, v in moments.items() for kind in ("exp_avg", "exp_avg_sq")}
+    return tensors, {name: float(values["step"]) for name, values in moments.items()}
 
 
 def optimizer_moments(state: Path, files: DraftFiles, algorithm: str) -> tuple[dict[str, dict[str, Tensor]], str]:

@@ -311,15 +311,13 @@ def check_target(subject: Subject) -> Iterator[str]:
 
 def check_block(subject: Subject) -> Iterator[str]:
     """DFlash and DSpark: keys, names, shapes and the target."""
-    files, shape, trained, served = (
-        subject.files,
-        subject.shape,
-        subject.trained_aux_layer_ids,
-        subject.num_draft_tokens,
-    )
+    files, shape = subject.files, subject.shape
+    trained, served = subject.trained_aux_layer_ids, subject.num_draft_tokens
     if shape is None:
         return
     yield from block_problems(files.config, files.tensors, shape, subject.wanted, subject.target)
+    if (files.directory / "mask_embedding.pt").exists():
+        yield "mask_embedding.pt: vLLM takes it for the target's row of a dflash draft, SGLang does not"
     if trained is not None and shape.aux_layer_ids != trained:
         yield f"target_layer_ids {list(shape.aux_layer_ids or ())}: it was trained on {list(trained)}"
     if served is not None and (problem := check_block_length(served, shape)) is not None:

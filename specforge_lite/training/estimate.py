@@ -133,9 +133,8 @@ def plan_memory(load: Workload) -> MemoryPlan:
     _batches(plan, load)
     if load.draft.tokens_per_block:
         plan.allocator_share = BLOCK_ALLOCATOR_SHARE
-        saved, gradients = _block_activations(load), _block_backward(load)
-        plan.moments["loss"] = {**saved, **_block_loss(load)}
-        plan.moments["backward"] = {**saved, **gradients}
+        saved = _block_activations(load)
+        plan.moments = {"loss": {**saved, **_block_loss(load)}, "backward": {**saved, **_block_backward(load)}}
         return plan
     saved = _activations(load)
     plan.moments["teacher"] = _teacher(load, asking=True)
@@ -303,18 +302,11 @@ def _block_activations(load: Workload) -> dict[str, float]:
     width, inner, layers = draft.hidden_size, draft.intermediate_size, draft.num_hidden_layers
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     matrices = sum(math.prod(s) for name, s in expected_shapes(draft).items() if "_proj" in name or name == "fc.weight")
-    masks = 0.0
+    one = rows.context * 2 * keys * size + rows.keys * 2 * keys * attention
+    one += rows.slots * ((5 * width + 3 * keys + 3 * inner + 2 * queries) * size + 2 * queries * attention)
     if not load.flex:  # a mask for every query head of a group, as booleans and as numbers
         group = draft.num_attention_heads / draft.num_key_value_heads
-        masks = group * rows.slots / max(rows.calls, 1) * rows.keys * (1 + attention)
-    layer = {
-        "context": rows.context * 2 * keys * size,  # keys before and after norm and RoPE; values
-        "keys": rows.keys * 2 * keys * attention,
-        "slots": rows.slots * (3 * width + 3 * keys) * size,
-        "queries": rows.slots * (2 * width + 3 * inner + 2 * queries) * size + rows.slots * 2 * queries * attention,
-        "masks": masks,
-    }
-    one = sum(layer.values())
+        one += group * rows.slots / max(rows.calls, 1) * rows.keys * (1 + attention)
     terms = {
         "weights in the compute dtype": float(size * matrices if size != 4 else 0),
         "embeddings and fc": rows.context * size * (draft.num_aux_layers + 2) * width + rows.slots * width * size,
@@ -411,10 +403,10 @@ def step_time(load: Workload, peak_tflops: float | None = None) -> StepTime:
     peak = (peak_tflops or peak) * 1e12
     operations, parameters = operations_per_step(load), num_parameters(load.draft)
     products = operations / (peak * share)
-    is_block = load.draft.tokens_per_block > 0
-    terms = _block_activations(load) if is_block else _activations(load)
+    terms, rows = _activations(load), _rows(load)[2] * load.num_steps
+    if load.draft.tokens_per_block:
+        terms, rows = _block_activations(load), _block_rows(load).counted
     activations = sum(size for name, size in terms.items() if "step" in name or "layer" in name)
-    rows = _block_rows(load).counted if is_block else _rows(load)[2] * load.num_steps
     logits = rows * load.draft.draft_vocab_size
     passes = (6 * activations + 4 * 4 * logits) / (memory * 1e9)
     sharded = load.world_size if load.sharding == "fsdp2" else 1

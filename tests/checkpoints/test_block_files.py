@@ -149,5 +149,7 @@ def test_what_lies_outside_the_directory_is_checked_where_it_is_known(tmp_path: 
     found = [f.message for f in check_draft(folder, TARGET, (0, 1), 3) if f.is_broken]
     assert found[0] == "target_layer_ids [0, 2]: it was trained on [0, 1]"
     assert found[1].startswith("3 draft tokens, the block was trained with 4: fewer MASK slots")
+    (folder / "mask_embedding.pt").touch()
+    assert [message[:18] for message in broken(folder)] == ["mask_embedding.pt:"]
     capped = Qwen3Config(**{**TARGET.to_dict(), "final_logit_softcapping": 30.0})
     assert any("logits are capped at 30" in f.message for f in check_draft(folder, capped) if f.level == "warning")

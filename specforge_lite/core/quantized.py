@@ -25,8 +25,6 @@ from specforge_lite.core.errors import CheckpointError
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an int32 holds the output of this number
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Endings under which `NAME.weight` is stored in the layouts that have no tensor of that name.
-PACKED_ENDINGS = ("qweight", "weight_packed")
 
 
 def dequantized(stem: str, read: Callable[[str], Tensor | None], config: dict[str, Any]) -> Tensor | None:

@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.quantized import PACKED_ENDINGS, dequantized
 
 WEIGHTS, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Endings under which `NAME.weight` is stored in the layouts that have no tensor of that name.
+PACKED_ENDINGS = ("qweight", "weight_packed")
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
 
 
@@ -136,7 +137,12 @@ def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
     if tensor is not None and (tensor.element_size() > 1 or not name.endswith("weight")):
         return tensor
     if tensor is None or not tensor.is_floating_point():
-        return dequantized(name.removesuffix("weight"), read, quantization_of(files)) if files else None
+        stem = name.removesuffix("weight")
+        if tensor is None and not any(stem + ending in files for ending in PACKED_ENDINGS):
+            return None
+        from specforge_lite.core.quantized import dequantized
+
+        return dequantized(stem, read, quantization_of(files))
     # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
     scale = next((s for ending in ("_scale_inv", "_scale") if (s := read(name + ending)) is not None), None)
     return None if scale is None else dequantize(tensor, scale)

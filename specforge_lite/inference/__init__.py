@@ -1,10 +1,11 @@
-"""Speculative decoding in this process, and the reading of draft directories.
+"""Speculative decoding in this process.
 
-`SpeculativeModel` is imported on first use: reading a draft directory should not load transformers.
+Names are imported on first use: reading a draft directory should not load transformers.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,16 +17,7 @@ __all__ = ["EaModel", "GenerationSettings", "SpeculativeModel", "TreeShape"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GenerationSettings", "SpeculativeModel"):
-        from specforge_lite.inference import speculative
-
-        return getattr(speculative, name)
-    if name == "EaModel":
-        from specforge_lite.inference.ea_model import EaModel
-
-        return EaModel
-    if name == "TreeShape":
-        from specforge_lite.inference.tree import TreeShape
-
-        return TreeShape
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = {"EaModel": "ea_model", "TreeShape": "tree"}.get(name, "speculative")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

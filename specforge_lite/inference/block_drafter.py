@@ -12,7 +12,6 @@ Letters: B rows, M new context tokens, S slots of a block, P predictions, D widt
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -20,49 +19,33 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.inference.attention import grouped_attention
-from specforge_lite.inference.drafter import Head
-from specforge_lite.inference.kv_cache import SlotCache, slot_mask
+from specforge_lite.inference.drafter import CachedDraft, Head
+from specforge_lite.inference.kv_cache import grouped_attention
 from specforge_lite.inference.tree import TokenTree, TreeShape, chain_tree
 from specforge_lite.inference.verify import Sampling
 from specforge_lite.model.block import BlockDraft
 
 
-class BlockDrafter:
-    """A block draft with its context cache for one batch of texts; the counterpart of `Drafter`.
+class BlockDrafter(CachedDraft):
+    """A block draft. table_VD, head: the target's embeddings and output head. threshold (set before a call): least
+    chance (0..1) of a token to be kept in the chain; 0 keeps all, and in a batch the longest chain decides."""
 
-    table_VD, head: the target's embeddings and output head. threshold (set before a call): least chance (0..1) of a
-    token to be kept in the chain; 0 keeps all, and in a batch the longest chain decides.
-    """
+    draft: BlockDraft
 
     def __init__(self, draft: BlockDraft, table_VD: Tensor, head: Head) -> None:
-        self.draft = draft
-        self.table_VD, self.head, self.threshold = table_VD, head, 0.0
-        self.device = table_VD.device
-        self.dtype = next(draft.parameters()).dtype
-        self.layers = draft.block_layers
-        self.num_forwards = self.num_true_rows = self.num_speculative_rows = 0
-        self.seconds, self.clock = 0.0, time.perf_counter
-        self.cache = SlotCache(len(self.layers), 0, 0, self.device)
+        super().__init__(draft, table_VD, len(draft.layers))
+        self.head = head
 
     def start(self, batch_size: int, capacity: int) -> None:
-        """Forget everything; expect `batch_size` texts."""
-        self.cache = SlotCache(len(self.layers), batch_size, capacity + self.draft.config.block_size, self.device)
+        super().start(batch_size, capacity + self.draft.config.block_size)
 
     def read_prompt(self, row: int, features_TG: Tensor, next_tokens_T: Tensor) -> None:
-        """Features of one text's prompt tokens."""
         self._append(features_TG[None], [len(features_TG)], row)
 
     def read_accepted(
         self, features_BMG: Tensor, next_tokens_BM: Tensor, counts: Sequence[int], counts_B: Tensor
     ) -> None:
-        """Features of the tokens just accepted; row b has `counts[b]` of them, the rest is padding. counts_B: the same
-        on the device."""
         self._append(features_BMG, counts, None, counts_B)
-
-    def select_rows(self, rows: Sequence[int], index_R: Tensor) -> None:
-        """Drop all texts but these. index_R: the same on the device."""
-        self.cache.select_rows(rows, index_R)
 
     def propose(
         self,
@@ -71,15 +54,15 @@ class BlockDrafter:
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
     ) -> TokenTree:
-        """A chain of at most `shape.longest_path` tokens behind every text; root_B [B]: its last token.
-
-        sampling: draw the tokens from the draft's own distribution, which the tree then carries; None: its argmax.
-        """
         if not shape.is_chain:
             raise ConfigError(f"top_k {shape.top_k}: a {self.draft.config.algorithm} draft proposes chains (top_k 1)")
-        start = self.clock()
-        count = min(shape.longest_path, self.draft.num_predictions)
-        first = self.draft.first_slot
+        with self.measured():
+            return self._propose_chain(root_B, shape.longest_path, sampling, generator)
+
+    def _propose_chain(
+        self, root_B: Tensor, longest: int, sampling: Sampling | None, generator: torch.Generator | None
+    ) -> TokenTree:
+        count, first = min(longest, self.draft.num_predictions), self.draft.first_slot
         state_BPD = self._block(root_B)[:, first : first + count]
         base_BPV = self.head(state_BPD).float()
         drafted: list[Tensor] = []
@@ -94,32 +77,28 @@ class BlockDrafter:
                     break
             bias_BV = self.draft.markov_bias(previous_B)
             logits_BV = base_BPV[:, k] if bias_BV is None else base_BPV[:, k] + bias_BV.float()
-            if sampling is None or sampling.is_greedy:
+            if sampling is None:
                 previous_B = logits_BV.argmax(-1)
             else:
                 probabilities.append(sampling.probabilities(logits_BV))
                 previous_B = torch.multinomial(probabilities[-1], 1, generator=generator)[:, 0]
             drafted.append(previous_B)
-        tree = chain_tree(root_B, drafted)
-        tree.draft_probs_BKV = torch.stack(probabilities, 1) if probabilities else None
-        self.seconds += self.clock() - start
-        return tree
+        return chain_tree(root_B, drafted, probabilities)
 
     def _append(
         self, features_BMG: Tensor, counts: Sequence[int], row: int | None, counts_B: Tensor | None = None
     ) -> None:
         """Keys and values of new context tokens, behind those that are there."""
-        start = self.clock()
-        num_new = features_BMG.shape[1]
-        self.cache.begin(num_new, row=row)
-        c_BMD = self.draft.first_state(features_BMG.to(self.dtype))
-        cos, sin = self.draft.rope(self._positions(num_new, row))
-        for layer, stored in zip(self.layers, self.cache.slot_layers):
-            keys, values = layer.keys_values(c_BMD, cos, sin)
-            stored.update(keys.transpose(1, 2), values.transpose(1, 2))
-        self.cache.advance(counts, row=row, counts_B=counts_B)
-        self.num_true_rows += sum(counts)
-        self.seconds += self.clock() - start
+        with self.measured():
+            num_new = features_BMG.shape[1]
+            self.cache.begin(num_new, row=row)
+            c_BMD = self.draft.first_state(features_BMG.to(self.dtype))
+            cos, sin = self.draft.rope(self.positions(num_new))
+            for layer, stored in zip(self.draft.block_layers, self.cache.slot_layers):
+                keys, values = layer.keys_values(c_BMD, cos, sin)
+                stored.update(keys.transpose(1, 2), values.transpose(1, 2))
+            self.cache.advance(counts, row=row, counts_B=counts_B)
+            self.num_true_rows += sum(counts)
 
     def _block(self, root_B: Tensor) -> Tensor:
         """Normed states [B, S, D] of the block behind every text."""
@@ -128,22 +107,15 @@ class BlockDrafter:
         mask = None
         if self.cache.plan.start is None:
             seen = torch.ones(len(root_B), size, size, dtype=torch.bool, device=self.device)
-            mask = slot_mask(self.cache.lengths, seen, self.cache.plan.end, self.dtype, self.cache.plan.lengths_B)
+            mask = self.cache.mask(seen, self.dtype)
         state = embedding(self.draft.block_input(root_B), self.table_VD).to(self.dtype)
-        cos, sin = self.draft.rope(self._positions(size, None))
-        for layer, stored in zip(self.layers, self.cache.slot_layers):
+        cos, sin = self.draft.rope(self.positions(size))
+        for layer, stored in zip(self.draft.block_layers, self.cache.slot_layers):
             x = layer.input_layernorm(state)
             keys, values = layer.keys_values(x, cos, sin)
             keys, values = stored.update(keys.transpose(1, 2), values.transpose(1, 2))
             queries = layer.queries(x, cos, sin).transpose(1, 2)
-            out = grouped_attention(queries, keys, values, mask, causal=False)
-            state = layer.finish(state, out.transpose(1, 2))
+            state = layer.finish(state, grouped_attention(queries, keys, values, mask, False).transpose(1, 2))
         self.num_forwards += 1
         self.num_speculative_rows += state.shape[0] * size
         return self.draft.norm(state)  # type: ignore[no-any-return]
-
-    def _positions(self, width: int, row: int | None) -> Tensor:
-        if row is not None:
-            first = self.cache.lengths[row]
-            return torch.arange(first, first + width, device=self.device)[None]
-        return self.cache.lengths_B[:, None] + torch.arange(width, device=self.device)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.inference.block_drafter import BlockDrafter
-from specforge_lite.inference.drafter import Drafter
+from specforge_lite.inference.drafter import CachedDraft
 from specforge_lite.inference.kv_cache import filled_paths, upload
 from specforge_lite.inference.logit_rules import LogitRules
 from specforge_lite.inference.output import Answer, Chunk, DecodeStats, StopRules
 from specforge_lite.inference.target import ExactReplay, Target
-from specforge_lite.inference.tree import TreeShape
+from specforge_lite.inference.tree import TreeShape, chain_tree
 from specforge_lite.inference.verify import Sampling, Verdict, accept_greedy, accept_sampled
 
 
@@ -50,7 +49,10 @@ class Decoding:
         self.logit_rules = LogitRules(target.model, prompts, sorted(rules.eos_token_ids), sampling)
         if self.logit_rules.replaces_sampling:
             self.sampling = Sampling(1.0)  # temperature, top_k and top_p are among the rules then
-        self.answers = [Answer(prompt, _within(rules, limit - len(prompt)), tokenizer) for prompt in prompts]
+        self.answers = [
+            Answer(prompt, replace(rules, max_new_tokens=min(rules.max_new_tokens, limit - len(prompt))), tokenizer)
+            for prompt in prompts
+        ]
         self.active = list(range(len(prompts)))
         self.generator: torch.Generator | None = None
         if seed is not None and not sampling.is_greedy:
@@ -62,57 +64,40 @@ class Decoding:
         self.capacity = longest + min(rules.max_new_tokens, 512) + 64
         self.cache = target.new_cache(len(prompts), self.capacity)
 
-    # ------------------------------------------------------------------------------------------------------------ loops
+    def steps(self, drafter: CachedDraft | None, shape: TreeShape, draw: bool = False) -> Iterator[list[Chunk]]:
+        """Decode, yielding what each step added: propose, verify, accept; without a drafter one token per pass.
 
-    def plain(self) -> Iterator[list[Chunk]]:
-        """Decode without a draft; yields what each step added."""
-        yield [self._read_prompt(row, None) for row in range(len(self.active))]
-        self._drop_finished(None)
-        last_B = self._last_tokens()
-        while self.active:
-            logits_BV = self.target.next_token(self.cache, last_B)
-            if self.logit_rules:
-                texts = [self.answers[i].all_tokens for i in self.active]
-                ruled = [self.logit_rules.apply(i, t, x) for i, t, x in zip(self.active, texts, logits_BV)]
-                logits_BV = torch.stack(ruled)
-            last_B = self.sampling.draw(logits_BV, self.generator)
-            yield [self._add(row, [token], [False]) for row, token in enumerate(last_B.tolist())]
-            if self._drop_finished(None):
-                last_B = self._last_tokens()
-
-    def speculative(
-        self, drafter: Drafter | BlockDrafter, shape: TreeShape, draw: bool = False
-    ) -> Iterator[list[Chunk]]:
-        """Decode with a draft; yields what each step added. draw: chains are drawn from the draft's own distribution,
-        where the text is sampled, and accepted by the rule for that; else they are its most probable tokens."""
-        sampling = self.sampling if draw and shape.is_chain and not self.sampling.is_greedy else None
-        drafter.start(len(self.active), self.capacity)
+        draw: chains are drawn from the draft's own distribution, where the text is sampled, and accepted by the rule
+        for that; else they are its most probable tokens.
+        """
+        draft_sampling = self.sampling if draw and shape.is_chain and not self.sampling.is_greedy else None
+        if drafter is not None:
+            drafter.start(len(self.active), self.capacity)
         yield [self._read_prompt(row, drafter) for row in range(len(self.active))]
-        if left := self._drop_finished(None):
-            drafter.select_rows(left, upload(left, self.target.device))
-        root_B = self._last_tokens()
+        left = self._unfinished()
+        self._select(left, upload(left, self.target.device), drafter)
+        root_B = upload([self.answers[i].tokens[-1] for i in self.active], self.target.device)
         while self.active:
-            tree = drafter.propose(root_B, shape, sampling, self.generator)
+            tree = chain_tree(root_B, [])
+            if drafter is not None:
+                tree = drafter.propose(root_B, shape, draft_sampling, self.generator)
             logits_BQV, features_BQG = self.target.verify(self.cache, tree)
             if self.logit_rules:
                 texts = [self.answers[i].all_tokens for i in self.active]
                 logits_BQV = self.logit_rules.apply_to_tree(self.active, texts, tree, logits_BQV)
             if self.sampling.is_greedy:
-                verdict = accept_greedy(tree, logits_BQV, self.tie_units)
+                verdict = accept_greedy(tree, logits_BQV, 0.0 if drafter is None else self.tie_units)
                 self._settle_near_ties(verdict)
             else:
                 verdict = accept_sampled(tree, logits_BQV, self.sampling, self.generator)
-            chunks = [self._take(row, verdict, shape) for row in range(len(self.active))]
-            left = [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
-            if left:
+            chunks = [self._take(row, verdict, shape, drafter is not None) for row in range(len(self.active))]
+            if left := self._unfinished():
                 root_B = self._go_on(drafter, verdict, features_BQG, left)
             else:
                 self.active = []
             yield chunks
 
-    # ------------------------------------------------------------------------------------------------------------ parts
-
-    def _read_prompt(self, row: int, drafter: Drafter | BlockDrafter | None) -> Chunk:
+    def _read_prompt(self, row: int, drafter: CachedDraft | None) -> Chunk:
         answer = self.answers[self.active[row]]
         prompt_T = upload(answer.prompt, self.target.device)
         logits_V, features_TG = self.target.prefill(self.cache, row, prompt_T)
@@ -131,47 +116,43 @@ class Decoding:
         self.stats.num_tokens += taken
         return Chunk(index, tokens[:taken], drafted[:taken], answer.finish_reason)
 
-    def _take(self, row: int, verdict: Verdict, shape: TreeShape) -> Chunk:
+    def _take(self, row: int, verdict: Verdict, shape: TreeShape, with_draft: bool) -> Chunk:
         """Append a row's accepted tokens (the root is in the text already) and the bonus token."""
         accepted = verdict.tokens[row][1:]
         chunk = self._add(row, [*accepted, verdict.bonus[row]], [True] * len(accepted) + [False])
-        self.stats.count_pass(sum(chunk.drafted), shape.longest_path)
+        if with_draft:
+            self.stats.count_pass(sum(chunk.drafted), shape.longest_path)
         return chunk
 
-    def _last_tokens(self) -> Tensor:
-        """Last token of every active answer, [B]."""
-        return upload([self.answers[i].tokens[-1] for i in self.active], self.target.device)
+    def _unfinished(self) -> list[int]:
+        """The rows whose answers go on."""
+        return [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
 
-    def _drop_finished(self, index_R: Tensor | None) -> list[int]:
-        """Forget the rows of finished answers; -> the rows left, empty where none was dropped."""
-        left = [row for row, i in enumerate(self.active) if self.answers[i].finish_reason is None]
+    def _select(self, left: list[int], left_R: Tensor, drafter: CachedDraft | None) -> None:
+        """Forget all rows but `left`; left_R: the same on the device."""
         if len(left) == len(self.active):
-            return []
+            return
         self.active = [self.active[row] for row in left]
-        if left:
-            self.cache.select_rows(left, index_R)
-        return left
+        for cache in (self.cache, drafter):
+            if left and cache is not None:
+                cache.select_rows(left, left_R)
 
-    def _go_on(
-        self, drafter: Drafter | BlockDrafter, verdict: Verdict, features_BQG: Tensor, left: list[int]
-    ) -> Tensor:
+    def _go_on(self, drafter: CachedDraft | None, verdict: Verdict, features_BQG: Tensor, left: list[int]) -> Tensor:
         """Keep the accepted nodes of the rows left, and give the draft their true features, each with the token that
         follows it; -> the next roots [R]. All that the device must know goes there in one tensor."""
         paths = [verdict.paths[row] for row in left]
-        counts = [len(path) for path in paths]
-        filled = filled_paths(paths)
-        width = len(filled[0])
-        following = [
-            [*verdict.tokens[row][1:], verdict.bonus[row], *[0] * (width - count)] for row, count in zip(left, counts)
-        ]
-        columns = [[row, count, verdict.bonus[row]] for row, count in zip(left, counts)]
-        packed = upload([[*c, *path, *f] for c, path, f in zip(columns, filled, following)], features_BQG.device)
-        rows_R, counts_R, roots_R = packed[:, 0], packed[:, 1], packed[:, 2]
-        paths_RP, following_RP = packed[:, 3 : 3 + width], packed[:, 3 + width :]
-        if self._drop_finished(rows_R):
-            drafter.select_rows(left, rows_R)
+        counts, width = [len(path) for path in paths], max(len(path) for path in paths)
+        packed = []
+        for row, count, path in zip(left, counts, filled_paths(paths)):
+            bonus, following = verdict.bonus[row], verdict.tokens[row][1:]
+            packed.append([row, count, bonus, *path, *following, bonus, *[0] * (width - count)])
+        packed_RX = upload(packed, features_BQG.device)
+        (rows_R, counts_R, roots_R), paths_RP = packed_RX[:, :3].unbind(1), packed_RX[:, 3 : 3 + width]
+        self._select(left, rows_R, drafter)
         self.cache.keep(paths, paths_RP, counts_R)
-        drafter.read_accepted(features_BQG[rows_R[:, None], paths_RP], following_RP, counts, counts_R)
+        if drafter is not None:
+            features_RPG = features_BQG[rows_R[:, None], paths_RP]
+            drafter.read_accepted(features_RPG, packed_RX[:, 3 + width :], counts, counts_R)
         return roots_R
 
     def _settle_near_ties(self, verdict: Verdict) -> None:
@@ -203,30 +184,18 @@ class Decoding:
         return True
 
 
-def _within(rules: StopRules, room: int) -> StopRules:
-    """The same rules, ending where the target's context does."""
-    return rules if rules.max_new_tokens <= room else replace(rules, max_new_tokens=room)
-
-
-class Meter:
-    """Adds what the networks counted since it was made to a call's statistics."""
-
-    def __init__(self, target: Target, drafter: Drafter | BlockDrafter | None) -> None:
-        self.target, self.drafter = target, drafter
-        self.began = self.target.clock()
-        self.before = self._read()
-
-    def _read(self) -> list[float]:
-        draft = self.drafter
-        counts = [self.target.num_forwards, self.target.seconds]
-        if draft is not None:
-            counts += [draft.num_forwards, draft.num_true_rows, draft.num_speculative_rows, draft.seconds]
-        return counts
-
-    def write(self, stats: DecodeStats) -> None:
-        spent = [now - before for now, before in zip(self._read(), self.before)]
-        stats.target_forwards, stats.target_seconds = int(spent[0]), spent[1]
-        if self.drafter is not None:
-            stats.draft_forwards, stats.draft_true_rows, stats.draft_speculative_rows = (int(x) for x in spent[2:5])
-            stats.draft_seconds = spent[5]
-        stats.seconds = self.target.clock() - self.began
+def counters(target: Target, drafter: CachedDraft | None) -> dict[str, float]:
+    """What the networks have counted so far, by the names of `DecodeStats`."""
+    found = {
+        "seconds": target.clock(),
+        "target_forwards": target.num_forwards,
+        "target_seconds": target.seconds,
+    }
+    if drafter is not None:
+        found |= {
+            "draft_forwards": drafter.num_forwards,
+            "draft_true_rows": drafter.num_true_rows,
+            "draft_speculative_rows": drafter.num_speculative_rows,
+            "draft_seconds": drafter.seconds,
+        }
+    return found

@@ -11,7 +11,7 @@ Shape letters: B rows, T padded length, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from specforge_lite.inference.logit_rules import PLACE_RULES, check_generation_c
 
 SEGMENT_TOKENS = 32
 CACHE_SLACK_TOKENS = 64
-DEFAULT_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -57,41 +56,59 @@ def generate_batch(
     Greedy answers equal those of each prompt alone up to fp rounding of the logits. Raises ValueError for an empty
     prompt or a request for no token.
     """
-    for request in requests:
-        if not request.prompt_ids or request.max_new_tokens < 1:
-            raise ValueError("a request needs a prompt of at least one token and at least one new token")
-    if not requests:
-        return []
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    if any(not request.prompt_ids or request.max_new_tokens < 1 for request in requests):
+        raise ValueError("a request needs a prompt of at least one token and at least one new token")
     # `generate` applies the rest of the model's own config; a segment's beginning is not the end of the prompt.
     check_generation_config(model.generation_config, PLACE_RULES)
-    batch = _Batch(model, requests, list(eos_token_ids), pad_token_id)
-    while batch.rows and not is_stopped():
-        batch.run_segment()
-    return [_cut(request, tokens, eos_token_ids) for request, tokens in zip(requests, batch.answers)]
+    answers: list[list[int]] = [[] for _ in requests]
+    rows, cache = list(range(len(requests))), growing_cache(model)
+    tokens_BT = _left_padded([request.prompt_ids for request in requests], pad_token_id).to(model.device)
+    mask_BT = _left_padded([[1] * len(request.prompt_ids) for request in requests], 0).to(model.device)
+    while rows and not is_stopped():
+        asked, done = [requests[row] for row in rows], [len(answers[row]) for row in rows]
+        missing = max(request.max_new_tokens - count for request, count in zip(asked, done))
+        config = GenerationConfig(
+            max_new_tokens=min(SEGMENT_TOKENS, missing),
+            do_sample=False,  # the sampler leaves one choice; the model's own sampling defaults must not apply
+            eos_token_id=list(eos_token_ids) or None,
+            pad_token_id=pad_token_id,
+        )
+        samplers = [SeededSampler(asked, done)] if any(request.temperature > 0 for request in asked) else []
+        with torch.no_grad():
+            longer_BT: Tensor = model.generate(
+                tokens_BT,
+                attention_mask=mask_BT,
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(samplers),
+            )
+        new_BT = longer_BT[:, tokens_BT.shape[1] :]
+        keep: list[int] = []
+        for at, (row, new) in enumerate(zip(rows, new_BT.tolist())):
+            answers[row] += new
+            if len(answers[row]) < requests[row].max_new_tokens and not set(eos_token_ids) & set(new):
+                keep.append(at)
+        tokens_BT, mask_BT = longer_BT, torch.cat([mask_BT, torch.ones_like(new_BT)], dim=1)
+        if 0 < len(keep) < len(rows):
+            index_B = torch.tensor(keep, device=tokens_BT.device)
+            tokens_BT, mask_BT = tokens_BT[index_B], mask_BT[index_B]
+            cache.reorder_cache(index_B)  # unlike `batch_select_indices`, every kind of layer has it
+        rows = [rows[at] for at in keep]
+    return [_cut(request, tokens, eos_token_ids) for request, tokens in zip(requests, answers)]
 
 
-def generate_all(
-    model: Any,
-    requests: Sequence[GenerationRequest],
-    eos_token_ids: Sequence[int],
-    pad_token_id: int = 0,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-) -> Iterator[tuple[int, GenerationResult]]:
-    """Yield (index, result) batch by batch, prompts of like length together, the shortest first."""
-    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        yield from zip(indices, generate_batch(model, [requests[i] for i in indices], eos_token_ids, pad_token_id))
+def _left_padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows] or [torch.zeros(0, dtype=torch.int64)]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
 
 def eos_token_ids_of(model: Any, tokenizer: Any) -> list[int]:
     """All ids that end an answer: those of the generation config, else of the model's, and the tokenizer's own."""
     found: list[int] = []
-    for value in (
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(model.config.get_text_config(), "eos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-    ):
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
         found += value if isinstance(value, list) else [] if value is None else [value]
     return list(dict.fromkeys(found))
 
@@ -102,75 +119,6 @@ def _cut(request: GenerationRequest, tokens: list[int], eos_token_ids: Sequence[
     if end is None:
         return GenerationResult(tokens, "length")
     return GenerationResult(tokens[: end + 1], "stop")
-
-
-class _Batch:
-    """The rows still running, their tokens [B, T], attention mask [B, T] and key-value cache."""
-
-    def __init__(
-        self, model: Any, requests: Sequence[GenerationRequest], eos_token_ids: list[int], pad_token_id: int
-    ) -> None:
-        self.model, self.requests = model, requests
-        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
-        self.answers: list[list[int]] = [[] for _ in requests]
-        self.rows = list(range(len(requests)))
-        self.cache = growing_cache(model)
-        length = max(len(r.prompt_ids) for r in requests)
-        tokens_BT = torch.full((len(requests), length), pad_token_id, dtype=torch.int64)
-        mask_BT = torch.zeros_like(tokens_BT)
-        for row, request in enumerate(requests):
-            tokens_BT[row, length - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask_BT[row, length - len(request.prompt_ids) :] = 1
-        self.tokens_BT, self.mask_BT = tokens_BT.to(model.device), mask_BT.to(model.device)
-
-    def run_segment(self) -> None:
-        """Generate up to SEGMENT_TOKENS more tokens for all rows, then let those that have ended go."""
-        missing = max(self.requests[row].max_new_tokens - len(self.answers[row]) for row in self.rows)
-        before = self.tokens_BT.shape[1]
-        self.tokens_BT = self._generate(min(SEGMENT_TOKENS, missing))
-        new_BT = self.tokens_BT[:, before:]
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(new_BT)], dim=1)
-        keep: list[int] = []
-        for at, (row, tokens) in enumerate(zip(self.rows, new_BT.tolist())):
-            answer = self.answers[row]
-            answer += tokens
-            ended = any(token in self.eos_token_ids for token in tokens)
-            if not ended and len(answer) < self.requests[row].max_new_tokens:
-                keep.append(at)
-        self._keep(keep)
-
-    def _generate(self, num_tokens: int) -> Tensor:
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        requests = [self.requests[row] for row in self.rows]
-        processors = LogitsProcessorList()
-        if any(r.temperature > 0 for r in requests):
-            processors.append(SeededSampler(requests, [len(self.answers[row]) for row in self.rows]))
-        config = GenerationConfig(
-            max_new_tokens=num_tokens,
-            do_sample=False,  # the sampler leaves one choice; the model's own sampling defaults must not apply
-            eos_token_id=self.eos_token_ids or None,
-            pad_token_id=self.pad_token_id,
-        )
-        with torch.no_grad():
-            output: Tensor = self.model.generate(
-                self.tokens_BT,
-                attention_mask=self.mask_BT,
-                past_key_values=self.cache,
-                generation_config=config,
-                logits_processor=processors,
-            )
-        return output
-
-    def _keep(self, keep: list[int]) -> None:
-        if len(keep) == len(self.rows):
-            return
-        self.rows = [self.rows[at] for at in keep]
-        if not keep:
-            return
-        index_B = torch.tensor(keep, device=self.tokens_BT.device)
-        self.tokens_BT, self.mask_BT = self.tokens_BT[index_B], self.mask_BT[index_B]
-        self.cache.reorder_cache(index_B)  # unlike `batch_select_indices`, every kind of layer has it
 
 
 class SeededSampler:

@@ -1,52 +1,51 @@
-"""Keys and values in fixed slots, with room for a tree after the accepted tokens of every row.
+"""Keys and values in fixed slots, with room for a tree after the accepted tokens of every row; and attention over them.
 
     row b:   [ accepted tokens 0 .. lengths[b]-1 | nodes of the tree being verified | unused ]
 
 A forward pass writes its tokens behind the accepted ones; `keep` then moves the nodes of the accepted path to the
 front and forgets the others. Rows have their own lengths, so a batch needs no padding inside.
 
-Letters: B rows, Q tokens of a forward pass, P path nodes, C capacity in slots, d head width.
+Letters: B rows, Q tokens of a forward pass, K keys, P path nodes, C capacity in slots, H / G query / key heads, d head
+width.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED = "specforge_grouped"
+# On Hopper and Blackwell torch prefers cuDNN in 16 bits, which builds a plan for every new key length (up to 0.4 s
+# each), and here every pass has a new one.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+@dataclass
 class SlotPlan:
-    """Where the next forward pass writes; shared by all layers of a cache.
+    """Where the next forward pass writes; shared by a cache and its layers.
 
-    `start` is the first slot written where it is the same for all rows, else None, and then `slots_BQ` tells them.
-    `row`: only this row of the batch is written (its prompt), else all.
+    start: the first slot written where it is the same for all rows, else None, and then `slots_BQ` has them.
+    end: one above the last slot. row: only this row of the batch is written (its prompt), else all.
     """
 
-    def __init__(self, batch_size: int, capacity: int) -> None:
-        self.lengths = [0] * batch_size
-        self.lengths_B: Tensor | None = None  # the same on the device, where it is known there
-        self.capacity = capacity
-        self.row: int | None = None
-        self.start: int | None = 0
-        self.end = 0
-        self.slots_BQ: Tensor | None = None
-
-    def on_device(self, device: torch.device) -> Tensor:
-        """lengths [B] on the device; uploaded only where nothing on the device knew them."""
-        if self.lengths_B is None:
-            self.lengths_B = upload(self.lengths, device)
-        return self.lengths_B
-
-    def begin(self, num_new: int, offset: int, row: int | None, device: torch.device) -> None:
-        starts = [length + offset for length in (self.lengths if row is None else [self.lengths[row]])]
-        self.row, self.end = row, max(starts) + num_new
-        self.start = starts[0] if min(starts) == max(starts) else None
-        self.slots_BQ = None
-        if self.start is None:
-            self.slots_BQ = self.on_device(device)[:, None] + torch.arange(offset, offset + num_new, device=device)
+    lengths: list[int]
+    capacity: int
+    row: int | None = None
+    start: int | None = 0
+    end: int = 0
+    slots_BQ: Tensor | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -60,10 +59,8 @@ class SlotLayer(CacheLayerMixin):
         self.plan = plan
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch_size = len(self.plan.lengths)
-        self.keys, self.values = (
-            x.new_zeros(batch_size, x.shape[1], self.plan.capacity, x.shape[3]) for x in (key_states, value_states)
-        )
+        num_rows = len(self.plan.lengths)
+        self.keys, self.values = (x.new_zeros(num_rows, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -72,7 +69,9 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         keys, values = self._stored()
         if self.plan.capacity > keys.shape[2]:
-            self.keys, self.values = keys, values = self._grown(keys), self._grown(values)
+            room = (0, 0, 0, self.plan.capacity - keys.shape[2])
+            self.keys, self.values = (torch.nn.functional.pad(x, room) for x in (keys, values))
+            keys, values = self._stored()
         return self._write(keys, key_states), self._write(values, value_states)
 
     def _stored(self) -> tuple[Tensor, Tensor]:
@@ -84,9 +83,8 @@ class SlotLayer(CacheLayerMixin):
         plan = self.plan
         if plan.row is not None:
             stored = stored[plan.row : plan.row + 1]
-        if plan.start is None:
+        if plan.slots_BQ is not None:
             rows_B1 = torch.arange(new.shape[0], device=new.device)[:, None]
-            assert plan.slots_BQ is not None
             stored[rows_B1, :, plan.slots_BQ.to(new.device)] = new.transpose(1, 2)
         else:
             stored[:, :, plan.start : plan.end] = new
@@ -94,23 +92,17 @@ class SlotLayer(CacheLayerMixin):
                 return new
         return stored[:, :, : plan.end]
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(*old.shape[:2], self.plan.capacity, old.shape[3])
-        new[:, :, : old.shape[2]] = old
-        return new
-
     def keep(self, source_BP: Tensor, target_BP: Tensor) -> None:
         """Move slots `source` to `target`, row by row; both read before anything is written."""
         if not self.is_initialized:  # a layer that shares another one's keys
             return
-        device = self._stored()[0].device
-        rows_B1 = torch.arange(source_BP.shape[0], device=device)[:, None]
         for stored in self._stored():
-            if source_BP.shape[0] == 1:
-                moved = stored[0].index_select(1, source_BP[0].to(device))
-                stored[0].index_copy_(1, target_BP[0].to(device), moved)
+            source, target = source_BP.to(stored.device), target_BP.to(stored.device)
+            if len(source) == 1:
+                stored[0].index_copy_(1, target[0], stored[0].index_select(1, source[0]))
             else:
-                stored[rows_B1, :, target_BP.to(device)] = stored[rows_B1, :, source_BP.to(device)]
+                rows_B1 = torch.arange(len(source), device=stored.device)[:, None]
+                stored[rows_B1, :, target] = stored[rows_B1, :, source]
 
     def select_rows(self, rows: Tensor) -> None:
         if self.is_initialized:
@@ -127,14 +119,15 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A transformers cache (`past_key_values`) for trees: `begin` before a forward pass, `keep` after it.
+    """A transformers cache (`past_key_values`) for trees: `begin` before a forward pass, `keep` or `advance` after it.
 
     capacity: slots per row to start with; it doubles when they run out.
     """
 
     def __init__(self, num_layers: int, batch_size: int, capacity: int, device: torch.device) -> None:
-        self.plan = SlotPlan(batch_size, capacity)
+        self.plan = SlotPlan([0] * batch_size, capacity)
         self.device = device
+        self._lengths_B: Tensor | None = None  # on the device, where it is known there
         self.slot_layers = [SlotLayer(self.plan) for _ in range(num_layers)]
         super().__init__(layers=[*self.slot_layers])
 
@@ -143,27 +136,39 @@ class SlotCache(Cache):
         """Accepted tokens of every row."""
         return self.plan.lengths
 
-    def begin(self, num_new: int, offset: int = 0, row: int | None = None) -> None:
-        """Plan a pass over `num_new` tokens per row, written `offset` slots behind the accepted ones."""
-        self.plan.begin(num_new, offset, row, self.device)
-        if self.plan.end > self.plan.capacity:
-            self.plan.capacity = max(2 * self.plan.capacity, self.plan.end)
-
     @property
     def lengths_B(self) -> Tensor:
-        """The same on the device, [B] int64."""
-        return self.plan.on_device(self.device)
+        """The same on the device, int64; uploaded only where nothing on the device knew them."""
+        if self._lengths_B is None:
+            self._lengths_B = upload(self.lengths, self.device)
+        return self._lengths_B
+
+    def begin(self, num_new: int, offset: int = 0, row: int | None = None) -> None:
+        """Plan a pass over `num_new` tokens per row, written `offset` slots behind the accepted ones."""
+        plan = self.plan
+        starts = [length + offset for length in (self.lengths if row is None else [self.lengths[row]])]
+        plan.row, plan.end = row, max(starts) + num_new
+        plan.start, plan.slots_BQ = starts[0], None
+        if min(starts) < max(starts):
+            places_Q = torch.arange(offset, offset + num_new, device=self.device)
+            plan.start, plan.slots_BQ = None, self.lengths_B[:, None] + places_Q
+        if plan.end > plan.capacity:
+            plan.capacity = max(2 * plan.capacity, plan.end)
+
+    def mask(self, sees_BQN: Tensor, dtype: torch.dtype) -> Tensor:
+        """The `slot_mask` of the planned pass."""
+        lengths_B = None if self.plan.start is not None else self.lengths_B
+        return slot_mask(self.lengths, sees_BQN, self.plan.end, dtype, lengths_B)
 
     def advance(self, counts: Sequence[int], row: int | None = None, counts_B: Tensor | None = None) -> None:
         """Accept the first `counts[b]` tokens of the last pass, as they lie. counts_B: the same on the device."""
         for b, count in zip(range(len(self.lengths)) if row is None else (row,), counts):
             self.lengths[b] += count
-        if counts_B is None and min(counts) == max(counts) and row is None and self.plan.lengths_B is not None:
-            self.plan.lengths_B = self.plan.lengths_B + counts[0]
-        elif counts_B is not None and self.plan.lengths_B is not None:
-            self.plan.lengths_B = self.plan.lengths_B + counts_B
-        else:
-            self.plan.lengths_B = None
+        step: Tensor | int | None = counts_B
+        if step is None and row is None and min(counts) == max(counts):
+            step = counts[0]
+        known = self._lengths_B is not None and step is not None
+        self._lengths_B = self.lengths_B + step if known and step is not None else None
 
     def keep(
         self, paths: Sequence[Sequence[int]], paths_BP: Tensor | None = None, counts_B: Tensor | None = None
@@ -183,11 +188,10 @@ class SlotCache(Cache):
 
     def select_rows(self, rows: Sequence[int], index_R: Tensor | None = None) -> None:
         """Drop all rows but these. index_R: the same on the device."""
-        if index_R is None:
-            index_R = upload(list(rows), self.device)
+        index_R = upload(rows, self.device) if index_R is None else index_R
         self.plan.lengths[:] = [self.lengths[row] for row in rows]
-        if self.plan.lengths_B is not None:
-            self.plan.lengths_B = self.plan.lengths_B[index_R]
+        if self._lengths_B is not None:
+            self._lengths_B = self._lengths_B[index_R]
         for layer in self.slot_layers:
             layer.select_rows(index_R)
 
@@ -224,3 +228,42 @@ def slot_mask(
     index = place_BE.clamp(0, num_slots - 1)[:, None, :].expand(-1, num_queries, -1)
     seen = sees_BQN.gather(2, index) & (place_BE < num_slots)[:, None, :] | (place_BE < 0)[:, None, :]
     return torch.zeros(num_rows, 1, num_queries, end, dtype=dtype, device=device).masked_fill_(~seen[:, None], hidden)
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Keep scaled_dot_product_attention away from cuDNN inside; nothing on other devices than CUDA."""
+    return sdpa_kernel(_KERNELS) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def grouped_attention(
+    q_BHQd: Tensor, k_BGKd: Tensor, v_BGKd: Tensor, mask_B1QK: Tensor | None, causal: bool, scale: float | None = None
+) -> Tensor:
+    """[B, H, Q, d]. With a mask no kernel shares keys among the heads of a group but the one that copies them for each;
+    so the queries of a group become rows of one head."""
+    groups = q_BHQd.shape[1] // k_BGKd.shape[1]
+    if mask_B1QK is None or groups == 1:
+        return scaled_dot_product_attention(
+            q_BHQd, k_BGKd, v_BGKd, attn_mask=mask_B1QK, is_causal=causal, scale=scale, enable_gqa=groups > 1
+        )
+    rows = q_BHQd.unflatten(1, (-1, groups)).flatten(2, 3)
+    out = scaled_dot_product_attention(rows, k_BGKd, v_BGKd, attn_mask=mask_B1QK.repeat(1, 1, groups, 1), scale=scale)
+    return out.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def share_keys_of_groups(model: Any) -> None:
+    """Let a model that runs transformers' `sdpa` use `grouped_attention` for the additive masks of trees; for all else
+    (no mask, transformers' own bool masks) it calls `sdpa` as before."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        ours = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
+        if not ours or options.get("position_bias") is not None or options.get("softcap") is not None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        out = grouped_attention(query, key, value, attention_mask, False, options.get("scaling"))
+        return out.transpose(1, 2).contiguous(), None
+
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        AttentionInterface.register(GROUPED, attend)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)

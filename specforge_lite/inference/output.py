@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,8 +20,8 @@ class DecodeStats:
     """Counts of one call, over all its prompts. Seconds are wall time; they mean something on a CPU only, where a call
     returns when its work is done.
 
-    accepted_at[k]: passes (of one row each) that accepted at least k+1 drafted tokens; drafted_at[k]: passes that
-    proposed so deep. A pass that the end of the text cuts short counts with what it contributed.
+    accepted_at[k]: passes (of one row each) that accepted at least k+1 drafted tokens. A pass that the end of the text
+    cuts short counts with what it contributed.
     """
 
     num_prompts: int = 0
@@ -53,11 +56,6 @@ class DecodeStats:
         return [count / max(self.verification_passes, 1) for count in self.accepted_at]
 
     @property
-    def overhead(self) -> float:
-        """Share of the time that was spent outside the two networks."""
-        return 1 - (self.target_seconds + self.draft_seconds) / self.seconds if self.seconds else 0.0
-
-    @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
@@ -70,18 +68,27 @@ class DecodeStats:
 
     def add(self, other: DecodeStats) -> None:
         """Add the counts and seconds of another call."""
+        accepted = zip_longest(self.accepted_at, other.accepted_at, fillvalue=0)
         for name, value in vars(other).items():
-            if name == "accepted_at":
-                self.accepted_at += [0] * (len(value) - len(self.accepted_at))
-                for k, count in enumerate(value):
-                    self.accepted_at[k] += count
-            else:
+            if name != "accepted_at":
                 setattr(self, name, getattr(self, name) + value)
+        self.accepted_at = [mine + theirs for mine, theirs in accepted]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All counts and the statistics derived from them, JSON-ready."""
-        names = ("acceptance_length", "tokens_per_pass", "acceptance_per_position", "overhead", "tokens_per_second")
-        return {**vars(self), **{name: getattr(self, name) for name in names}}
+
+class Metered:
+    """A network that counts its forward passes, and the seconds spent in its `measured` blocks."""
+
+    num_forwards = 0
+    seconds = 0.0
+    clock: Callable[[], float] = time.perf_counter
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self.seconds += self.clock() - start
 
 
 @dataclass(frozen=True)
@@ -209,10 +216,6 @@ class GenerationOutput:
     @property
     def texts(self) -> list[str]:
         return [answer.text() for answer in self.answers]
-
-    @property
-    def finish_reasons(self) -> list[str | None]:
-        return [answer.finish_reason for answer in self.answers]
 
 
 @dataclass(frozen=True)

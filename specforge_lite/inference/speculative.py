@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.hub import load_tokenizer, text_token_ids
-from specforge_lite.inference.attention import without_cudnn
 from specforge_lite.inference.block_drafter import BlockDrafter
-from specforge_lite.inference.decode import Decoding, Meter
-from specforge_lite.inference.drafter import Drafter, Head
+from specforge_lite.inference.decode import Decoding, counters
+from specforge_lite.inference.drafter import CachedDraft, Drafter, Head
+from specforge_lite.inference.kv_cache import without_cudnn
 from specforge_lite.inference.logit_rules import check_generation_config
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
 from specforge_lite.inference.target import Target
@@ -116,7 +117,7 @@ class SpeculativeModel:
         is_eagle1 = draft is not None and draft.config.algorithm == "eagle1"
         aux_layer_ids = None if draft is None else draft.config.aux_layer_ids
         self.target = Target(model, aux_layer_ids, last_state=is_eagle1)
-        self.drafter: Drafter | BlockDrafter | None = None
+        self.drafter: CachedDraft | None = None
         if draft is not None:
             check_match(draft, self.target)
             placed = draft.to(device=self.target.device, dtype=self.target.dtype)
@@ -166,57 +167,28 @@ class SpeculativeModel:
         shape = TreeShape.chain(num_draft_tokens) if num_draft_tokens else TreeShape(total_token, depth, top_k)
         return cls(model, draft, tokenizer, shape)
 
-    # --------------------------------------------------------------------------------------------------------- generate
-
-    def speculative_generate(
-        self,
-        prompts: Prompts,
-        max_new_tokens: int = 512,
-        max_length: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] = (),
-        seed: int | None = None,
-        shape: TreeShape | None = None,
-    ) -> GenerationOutput:
-        """Answer one prompt or several at once, each with its own tree; see `GenerationSettings`.
+    def speculative_generate(self, prompts: Prompts, max_new_tokens: int = 512, **settings: Any) -> GenerationOutput:
+        """Answer one prompt or several at once, each with its own tree; settings: those of `GenerationSettings`.
 
         prompts: text, token ids [T] or [B, T] (no padding), or a list of either.
         """
-        settings = GenerationSettings(
-            max_new_tokens, max_length, temperature, top_p, top_k, eos_token_id, stop_strings, seed, shape
-        )
-        return self.run(prompts, settings, speculative=True)
+        return self.run(prompts, GenerationSettings(max_new_tokens, **settings), speculative=True)
 
-    def generate(
-        self,
-        prompts: Prompts,
-        max_new_tokens: int = 512,
-        max_length: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] = (),
-        seed: int | None = None,
-    ) -> GenerationOutput:
+    def generate(self, prompts: Prompts, max_new_tokens: int = 512, **settings: Any) -> GenerationOutput:
         """The same without the draft: one token per pass of the target."""
-        settings = GenerationSettings(
-            max_new_tokens, max_length, temperature, top_p, top_k, eos_token_id, stop_strings, seed
-        )
-        return self.run(prompts, settings, speculative=False)
+        return self.run(prompts, GenerationSettings(max_new_tokens, **settings), speculative=False)
 
     @torch.inference_mode()
     def run(self, prompts: Prompts, settings: GenerationSettings, speculative: bool = True) -> GenerationOutput:
         """Generate to the end. Raises ConfigError for prompts or settings that cannot be."""
         with self._alone():
             decoding, steps = self._open(prompts, settings, speculative)
-            meter = Meter(self.target, self.drafter if speculative else None)
+            drafter = self.drafter if speculative else None
+            before = counters(self.target, drafter)
             for _ in steps:
                 pass
-            meter.write(decoding.stats)
+            for name, count in counters(self.target, drafter).items():
+                setattr(decoding.stats, name, count - before[name])
         return GenerationOutput(decoding.answers, decoding.stats, self.pad_token_id)
 
     @torch.inference_mode()
@@ -254,51 +226,39 @@ class SpeculativeModel:
             settings.max_length,
         )  # fmt: skip
         if not speculative or self.drafter is None:
-            return decoding, decoding.plain()
+            return decoding, decoding.steps(None, self.shape)
         threshold, draft = settings.confidence_threshold, self.drafter.draft
-        if isinstance(self.drafter, BlockDrafter):
-            self.drafter.threshold = threshold
         if threshold and getattr(draft, "confidence_head", None) is None:
             raise ConfigError(
                 f"confidence_threshold {threshold}: this {draft.config.algorithm} draft has no confidence head"
             )
-        return decoding, decoding.speculative(self.drafter, settings.shape or self.shape, settings.draw_drafts(draft))
+        self.drafter.threshold = threshold
+        return decoding, decoding.steps(self.drafter, settings.shape or self.shape, settings.draw_drafts(draft))
 
     def token_ids(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form -> token ids of each. Padding goes by the attention mask, where there is one."""
+        mask = None
         if isinstance(prompts, Mapping):  # what a tokenizer returns
-            rows = self.token_ids(prompts["input_ids"])
-            masks = _nested(prompts.get("attention_mask"))
-            masks = masks if masks and isinstance(masks[0], list) else [masks]
-            return [
-                [token for token, seen in zip(row, mask) if seen] if mask else row
-                for row, mask in zip(rows, masks if masks != [None] else [None] * len(rows))
-            ]
-        if isinstance(prompts, str):
-            return [self._encode(prompts)]
-        values = _nested(prompts)
-        if isinstance(values, list) and values and all(isinstance(value, int) for value in values):
-            return [values]
-        if not isinstance(values, list) or not all(isinstance(value, (str, list)) for value in values):
-            raise ConfigError(f"prompts: expected text, token ids, or a list of either, found {type(prompts).__name__}")
-        rows = [self._encode(value) if isinstance(value, str) else value for value in values]
-        rows = [row[0] if len(row) == 1 and isinstance(row[0], list) else row for row in rows]  # tensors [1, T]
-        for row in rows:
-            if wrong := [token for token in row if not isinstance(token, int) or isinstance(token, bool)]:
-                raise ConfigError(f"prompts: expected token ids, found {wrong[0]!r}")
-        return rows
+            prompts, mask = prompts["input_ids"], prompts.get("attention_mask")
+        rows = [self._ids_of(row) for row in _rows(prompts)]
+        if mask is None:
+            return rows
+        return [[token for token, seen in zip(*pair) if seen] for pair in zip(rows, _rows(mask))]
 
-    def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise ConfigError("a text prompt needs a tokenizer, and the target has none; give token ids")
-        return text_token_ids(self.tokenizer, text)
+    def _ids_of(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("a text prompt needs a tokenizer, and the target has none; give token ids")
+            return text_token_ids(self.tokenizer, prompt)
+        ids: list[int] = prompt[0] if len(prompt) == 1 and isinstance(prompt[0], list) else prompt  # tensors [1, T]
+        if wrong := [token for token in ids if not isinstance(token, int) or isinstance(token, bool)]:
+            raise ConfigError(f"prompts: expected token ids, found {wrong[0]!r}")
+        return ids
 
     @property
     def eos_token_ids(self) -> list[int]:
         """Ids that end an answer, by the model's generation config."""
-        model = self.target.model
-        generation_config = getattr(model, "generation_config", None)
-        found = getattr(generation_config, "eos_token_id", None)
+        found = getattr(getattr(self.target.model, "generation_config", None), "eos_token_id", None)
         if found is None:
             found = getattr(self.target.text_config, "eos_token_id", None)
         return [] if found is None else [found] if isinstance(found, int) else list(found)
@@ -307,8 +267,6 @@ class SpeculativeModel:
     def pad_token_id(self) -> int:
         found = getattr(self.target.text_config, "pad_token_id", None)
         return found if isinstance(found, int) else 0
-
-    # ----------------------------------------------------------------------------------------- the names EAGLE gave it
 
     def eagenerate(
         self,
@@ -320,27 +278,15 @@ class SpeculativeModel:
         max_length: int = 2048,
         log: bool = False,
         is_llama3: bool = False,
+        speculative: bool = True,
     ) -> Any:
         """As EAGLE's `EaModel.eagenerate`: token ids [B, T] of prompt and answer; with `log` also the number of new
         tokens of the first prompt and the index of its last verification pass. is_llama3: not needed, the target's own
         end tokens are taken."""
         settings = GenerationSettings(max_new_tokens, max_length, temperature, top_p, int(top_k))
-        return self._answer(input_ids, settings, log, speculative=True)
+        return self._answer(input_ids, settings, log, speculative)
 
-    def naivegenerate(
-        self,
-        input_ids: Prompts,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: int = 0,
-        max_new_tokens: int = 512,
-        max_length: int = 2048,
-        log: bool = False,
-        is_llama3: bool = False,
-    ) -> Any:
-        """As EAGLE's `EaModel.naivegenerate`: the same without the draft."""
-        settings = GenerationSettings(max_new_tokens, max_length, temperature, top_p, int(top_k))
-        return self._answer(input_ids, settings, log, speculative=False)
+    naivegenerate = partialmethod(eagenerate, speculative=False)  # EAGLE's name for the same without the draft
 
     def _answer(self, prompts: Prompts, settings: GenerationSettings, log: bool, speculative: bool) -> Any:
         output = self.run(prompts, settings, speculative)
@@ -349,6 +295,16 @@ class SpeculativeModel:
             return sequences
         passes = output.stats.verification_passes if speculative else output.stats.num_tokens
         return sequences, len(output.answers[0].tokens), passes - 1
+
+
+def _rows(prompts: Any) -> list[Any]:
+    """One prompt or several -> a list of texts and lists of plain numbers."""
+    values = _nested(prompts)
+    if isinstance(values, str) or (isinstance(values, list) and values and all(isinstance(v, int) for v in values)):
+        return [values]
+    if not isinstance(values, list) or not all(isinstance(value, (str, list)) for value in values):
+        raise ConfigError(f"prompts: expected text, token ids, or a list of either, found {type(prompts).__name__}")
+    return values
 
 
 def _nested(values: Any) -> Any:

@@ -8,7 +8,6 @@ No modelling code is touched: aux states come from forward hooks, the cache is `
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from specforge_lite.capture.base import choose_aux_layer_ids
 from specforge_lite.capture.hf import find_decoder
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.inference.attention import GROUPED, share_keys_of_groups
-from specforge_lite.inference.kv_cache import SlotCache, slot_mask
+from specforge_lite.inference.kv_cache import GROUPED, SlotCache, share_keys_of_groups
+from specforge_lite.inference.output import Metered
 from specforge_lite.inference.tree import TokenTree
 
 MASKED_ATTENTION = ("eager", "sdpa", GROUPED)
@@ -27,7 +26,7 @@ MASKED_ATTENTION = ("eager", "sdpa", GROUPED)
 KEY_PER_TOKEN = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-class Target:
+class Target(Metered):
     """A causal LM that is asked for logits and draft features.
 
     aux_layer_ids: outputs of these layers are the features; None with `last_state`: the normed last hidden state
@@ -53,8 +52,6 @@ class Target:
             layers[i].register_forward_hook(self._tap(i))
         if last_state:
             self.decoder.register_forward_hook(self._tap(-1))
-        self.num_forwards = 0
-        self.seconds, self.clock = 0.0, time.perf_counter
 
     @property
     def embedding_VH(self) -> Tensor:
@@ -80,71 +77,58 @@ class Target:
         cache.advance([len(prompt_T)], row=row)
         return logits[0, -1], features[0]
 
-    def next_token(self, cache: SlotCache, tokens_B: Tensor) -> Tensor:
-        """Plain decoding: accept one token per row -> logits after it [B, V]."""
-        cache.begin(1)
-        positions_B = cache.lengths_B
-        mask = None
-        if cache.plan.start is None:  # rows of different lengths
-            sees = torch.ones(len(tokens_B), 1, 1, dtype=torch.bool, device=self.device)
-            mask = self._masks(cache, sees, positions_B[:, None], positions_B[:, None])
-        logits, _ = self._forward(tokens_B[:, None], positions_B[:, None], mask, cache)
-        cache.advance([1] * len(tokens_B))
-        return logits[:, -1]
-
     def verify(self, cache: SlotCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
-        """Run a tree per row -> (logits [B, Q, V], features [B, Q, G]); `cache.keep` must follow."""
+        """Run a tree per row -> (logits [B, Q, V], features [B, Q, G]); `cache.keep` must follow.
+
+        A root alone, behind texts of one length, runs without a mask, as the model's own `generate` does.
+        """
         cache.begin(tree.num_nodes)
         positions_BQ = cache.lengths_B[:, None] + tree.depths_BQ
-        mask = self._masks(cache, tree.ancestors_BQQ, positions_BQ, positions_BQ)
-        return self._forward(tree.tokens_BQ, positions_BQ, mask, cache)
+        no_mask = tree.num_nodes == 1 and cache.plan.start is not None
+        masks = None if no_mask else self._masks(cache, tree.ancestors_BQQ, positions_BQ)
+        return self._forward(tree.tokens_BQ, positions_BQ, masks, cache)
 
-    def _masks(self, cache: SlotCache, sees_BQN: Tensor, queries_BQ: Tensor, nodes_BN: Tensor) -> Any:
+    def _masks(self, cache: SlotCache, sees_BQQ: Tensor, positions_BQ: Tensor) -> Any:
         """One additive 4D mask, or one per kind of layer where the model has several."""
-        full = slot_mask(cache.lengths, sees_BQN, cache.plan.end, self.dtype, cache.plan.lengths_B)
+        full = cache.mask(sees_BQQ, self.dtype)
+        # A slot of an accepted token has its own index as position, that of a node its depth's.
+        keys_BE = torch.arange(full.shape[-1], device=self.device).expand(len(full), -1)
+        slots_BQ = cache.lengths_B[:, None] + torch.arange(positions_BQ.shape[1], device=self.device)
+        keys_B1E = keys_BE.scatter(1, slots_BQ, positions_BQ)[:, None]
         masks = {}
         for kind in self.layer_types:
-            near = self._near(kind, cache, queries_BQ, nodes_BN, full.shape[-1])
-            masks[kind] = full if near is None else full.masked_fill(~near[:, None], torch.finfo(self.dtype).min)
+            masks[kind] = full
+            if kind == "sliding_attention":
+                near_BQE = keys_B1E > positions_BQ[:, :, None] - int(self.text_config.sliding_window)
+            elif kind == "chunked_attention":
+                chunk = int(self.text_config.attention_chunk_size)
+                near_BQE = keys_B1E // chunk == positions_BQ[:, :, None] // chunk
+            else:
+                continue
+            masks[kind] = full.masked_fill(~near_BQE[:, None], torch.finfo(self.dtype).min)
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _near(self, kind: str, cache: SlotCache, queries_BQ: Tensor, nodes_BN: Tensor, end: int) -> Tensor | None:
-        """Which slots are within reach of a windowed layer [B, Q, end]; None: all."""
-        if kind == "full_attention":
-            return None
-        # A slot of an accepted token has its own index as position, that of a node its depth's.
-        keys_BE = torch.arange(end, device=self.device).expand(len(cache.lengths), -1)
-        slots_BN = cache.lengths_B[:, None] + torch.arange(nodes_BN.shape[1], device=self.device)
-        keys_BE = keys_BE.scatter(1, slots_BN, nodes_BN)
-        if kind == "sliding_attention":
-            return keys_BE[:, None, :] > queries_BQ[:, :, None] - int(self.text_config.sliding_window)
-        chunk = int(self.text_config.attention_chunk_size)
-        return keys_BE[:, None, :] // chunk == queries_BQ[:, :, None] // chunk
 
     def _forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, mask: Any, cache: SlotCache, last_only: bool = False
     ) -> tuple[Tensor, Tensor]:
         options = {"logits_to_keep": 1} if last_only and self.keeps_some_logits else {}
-        start = self.clock()
         self._taps.clear()
         self._listening = True
         try:
-            output = self.model(
-                input_ids=tokens_BT,
-                attention_mask=mask,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                **options,
+            output = self.forward(
+                input_ids=tokens_BT, attention_mask=mask, position_ids=positions_BT, past_key_values=cache, **options
             )
         finally:
             self._listening = False
-        taps = [self._taps[i] for i in (self.aux_layer_ids or (-1,)) if i in self._taps]
+        taps = [self._taps[i].to(self.device) for i in (self.aux_layer_ids or (-1,)) if i in self._taps]
         self._taps.clear()
+        return output.logits, torch.cat(taps, -1) if taps else output.logits[..., :0]
+
+    def forward(self, **inputs: Any) -> Any:
+        """One counted pass of the model."""
         self.num_forwards += 1
-        self.seconds += self.clock() - start
-        features = torch.cat([tap.to(self.device) for tap in taps], -1) if taps else output.logits[..., :0]
-        return output.logits, features
+        with self.measured():
+            return self.model(**inputs, use_cache=True)
 
     def _tap(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -202,11 +186,7 @@ class ExactReplay:
         while self.num_done < len(tokens):
             end = num_prompt if self.num_done == 0 else self.num_done + 1
             ids = torch.tensor([list(tokens[self.num_done : end])], device=self.target.device)
-            start = self.target.clock()
             options = {"logits_to_keep": 1} if self.target.keeps_some_logits else {}
-            output = self.target.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **options)
-            self.target.num_forwards += 1
-            self.target.seconds += self.target.clock() - start
-            self.logits_V = output.logits[0, -1]
+            self.logits_V = self.target.forward(input_ids=ids, past_key_values=self.cache, **options).logits[0, -1]
             self.num_done = end
         return self.logits_V

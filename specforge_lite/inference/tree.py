@@ -9,8 +9,8 @@ Letters: B rows, Q nodes, F frontier nodes, K children per frontier node, M cand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,25 +81,19 @@ class TokenTree:
         return min(deepest + 1, self.num_nodes)
 
 
-def chain_tree(root_B: Tensor, drafted: Sequence[Tensor]) -> TokenTree:
-    """The chain root, drafted[0], drafted[1], ... (each [B] target ids)."""
+def chain_tree(root_B: Tensor, drafted: Sequence[Tensor], probabilities: Sequence[Tensor] = ()) -> TokenTree:
+    """The chain root, drafted[0], drafted[1], ... (each [B] target ids); probabilities: what each was drawn from."""
     tokens_BQ = torch.stack([root_B, *drafted], 1)
     num_rows, num_nodes = tokens_BQ.shape
-    parents_Q, depths_Q, ancestors_QQ = _chain_structure(num_nodes, tokens_BQ.device)
+    depths_Q = torch.arange(num_nodes, device=root_B.device)
     return TokenTree(
         tokens_BQ,
-        parents_Q.expand(num_rows, -1),
-        depths_Q.expand(num_rows, -1),
-        ancestors_QQ.expand(num_rows, -1, -1),
+        parents_BQ=(depths_Q - 1).clamp_(min=0).expand(num_rows, -1),
+        depths_BQ=depths_Q.expand(num_rows, -1),
+        ancestors_BQQ=(depths_Q <= depths_Q[:, None]).expand(num_rows, -1, -1),
         longest_path=num_nodes - 1,
+        draft_probs_BKV=torch.stack([*probabilities], 1) if probabilities else None,
     )
-
-
-@lru_cache(maxsize=16)
-def _chain_structure(num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    depths = torch.arange(num_nodes, device=device)
-    ancestors = torch.ones(num_nodes, num_nodes, dtype=torch.bool, device=device).tril()
-    return (depths - 1).clamp(min=0), depths, ancestors
 
 
 def tree_from_parents(tokens_BQ: Tensor, parents_BQ: Tensor, max_depth: int) -> TokenTree:
@@ -117,36 +111,23 @@ def tree_from_parents(tokens_BQ: Tensor, parents_BQ: Tensor, max_depth: int) -> 
     return TokenTree(tokens_BQ, parents_BQ, ancestors_BQQ.sum(-1) - 1, ancestors_BQQ, max_depth)
 
 
-@dataclass
-class Candidates:
-    """All nodes drafted for a tree so far, level by level, so that a parent always comes before its children.
+class Level(NamedTuple):
+    """Drafted nodes that were proposed together: tokens, cumulative log-probabilities, and parents, counted over the
+    nodes of all levels in their order (-1: the root). A parent comes before its children."""
 
-    Pool index of a node: its place here. `parents` hold pool indices, -1 for children of the root.
+    tokens_BM: Tensor
+    scores_BM: Tensor
+    parents_BM: Tensor
+
+
+def best_tree(root_B: Tensor, levels: Sequence[Level], shape: TreeShape) -> TokenTree:
+    """The root and the `total_token - 1` drafted nodes of highest score.
+
+    A child never scores above its parent and stands behind it, so a stable sort keeps the selection closed under
+    parents even where scores are equal (a probability of exactly 1).
     """
-
-    tokens: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    parents: list[Tensor] = field(default_factory=list)
-    size: int = 0
-
-    def add(self, tokens_BM: Tensor, scores_BM: Tensor, parents_BM: Tensor) -> int:
-        """Append a level; -> pool index of its first node."""
-        first = self.size
-        self.tokens.append(tokens_BM)
-        self.scores.append(scores_BM)
-        self.parents.append(parents_BM)
-        self.size += tokens_BM.shape[1]
-        return first
-
-
-def best_tree(root_B: Tensor, pool: Candidates, shape: TreeShape) -> TokenTree:
-    """The root and the `total_token - 1` candidates of highest score (cumulative log-probability).
-
-    A child never scores above its parent and stands behind it in the pool, so a stable sort keeps the selection closed
-    under parents even where scores are equal (a probability of exactly 1).
-    """
-    tokens_BM, scores_BM, parents_BM = torch.cat(pool.tokens, 1), torch.cat(pool.scores, 1), torch.cat(pool.parents, 1)
-    count = min(shape.total_token - 1, pool.size)
+    tokens_BM, scores_BM, parents_BM = (torch.cat(parts, 1) for parts in zip(*levels))
+    count = min(shape.total_token - 1, tokens_BM.shape[1])
     chosen_BQ = scores_BM.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
     parents_BQ = parents_BM.gather(1, chosen_BQ)
     # Place of the parent among the chosen, plus one for the root; -1, the root's, becomes 0.

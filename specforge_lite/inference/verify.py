@@ -90,9 +90,10 @@ def accept_sampled(
 ) -> Verdict:
     """Walk every row's tree by draws from the target's distribution; one level of all rows at a time. A chain whose
     tokens were drawn from the draft's distribution is accepted by the rule of speculative sampling."""
-    if tree.draft_probs_BKV is not None:
-        return accept_drawn_chain(tree, tree.draft_probs_BKV, logits_BQV, sampling, generator)
-    _, bonus_B, on_path_BQ = sample_walk(tree, logits_BQV, sampling, generator)
+    if tree.draft_probs_BKV is None:
+        _, bonus_B, on_path_BQ = sample_walk(tree, logits_BQV, sampling, generator)
+    else:
+        bonus_B, on_path_BQ = speculative_walk(tree, tree.draft_probs_BKV, logits_BQV, sampling, generator)
     return _verdict(tree, on_path_BQ, bonus_B[:, None], logits_BQV, 0.0)
 
 
@@ -103,7 +104,7 @@ def _verdict(tree: TokenTree, on_path_BQ: Tensor, bonus_B1: Tensor, logits_BQV: 
     pieces = [on_path_BQ.sum(-1, keepdim=True), bonus_B1, places_BP, tree.tokens_BQ.gather(1, places_BP)]
     if tie_units:
         index_BPV = places_BP[:, :, None].expand(-1, -1, logits_BQV.shape[-1])
-        pieces.append(_near(logits_BQV.gather(1, index_BPV), tie_units))
+        pieces.append(near_ties(logits_BQV.gather(1, index_BPV), tie_units))
     rows = torch.cat(pieces, 1).tolist()
     return Verdict(
         paths=[row[2 : 2 + row[0]] for row in rows],
@@ -113,31 +114,28 @@ def _verdict(tree: TokenTree, on_path_BQ: Tensor, bonus_B1: Tensor, logits_BQV: 
     )
 
 
-def accept_drawn_chain(
-    tree: TokenTree,
-    draft_probs_BKV: Tensor,
-    logits_BQV: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator | None = None,
-) -> Verdict:
-    """Token x_k ~ q_k is kept with probability min(1, p_k(x_k) / q_k(x_k)); behind the first that is not, the next
-    token is drawn from max(p_k - q_k, 0), renormalised; behind the last one from p. (Leviathan et al.
-    2023, algorithm 1.)"""
-    num_drafted = draft_probs_BKV.shape[1]
+def speculative_walk(
+    tree: TokenTree, q_BKV: Tensor, logits_BQV: Tensor, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Of a chain whose tokens x_k were drawn from q_k -> (token after the accepted ones [B], their places [B, Q] bool).
+
+    x_k is kept with probability min(1, p_k(x_k) / q_k(x_k)); behind the first that is not, the next token is drawn from
+    max(p_k - q_k, 0), renormalised; behind the last one from p. (Leviathan et al. 2023, algorithm 1.)
+    """
+    num_drafted = q_BKV.shape[1]
     p_BQV = sampling.probabilities(logits_BQV)
     tokens_BK1 = tree.tokens_BQ[:, 1:, None]
-    p_BK, q_BK = (probs.gather(2, tokens_BK1)[..., 0] for probs in (p_BQV[:, :num_drafted], draft_probs_BKV))
+    p_BK, q_BK = (probs.gather(2, tokens_BK1)[..., 0] for probs in (p_BQV[:, :num_drafted], q_BKV))
     uniform_BK = torch.rand(p_BK.shape, generator=generator, device=p_BK.device)
     kept_B = (uniform_BK * q_BK < p_BK).long().cumprod(1).sum(1)
     rows_B = torch.arange(len(kept_B), device=kept_B.device)
     rest_BV = p_BQV[rows_B, kept_B]
     refused_B = kept_B < num_drafted
-    drafted_BV = draft_probs_BKV[rows_B, kept_B.clamp(max=num_drafted - 1)]
+    drafted_BV = q_BKV[rows_B, kept_B.clamp(max=num_drafted - 1)]
     residual_BV = torch.where(refused_B[:, None], (rest_BV - drafted_BV).clamp(min=0), rest_BV)
     empty_B1 = residual_BV.sum(1, keepdim=True) <= 0  # p = q up to rounding: the draw is from p
     bonus_B = torch.multinomial(torch.where(empty_B1, rest_BV, residual_BV), 1, generator=generator)[:, 0]
-    on_path_BQ = torch.arange(tree.num_nodes, device=kept_B.device) <= kept_B[:, None]
-    return _verdict(tree, on_path_BQ, bonus_B[:, None], logits_BQV, 0.0)
+    return bonus_B, torch.arange(tree.num_nodes, device=kept_B.device) <= kept_B[:, None]
 
 
 def sample_walk(
@@ -165,14 +163,9 @@ def sample_walk(
     return place_B, drawn_B, tree.ancestors_BQQ[rows_B, place_B]
 
 
-def near_ties(logits_PV: Tensor, units: float) -> list[bool]:
-    """Rows of logits [P, V] whose best entry leads the next one by less than `units` units in the last place of the
-    row's largest logit: passes of different shapes may disagree on their argmax."""
-    return _near(logits_PV, units).tolist()  # type: ignore[no-any-return]
-
-
-def _near(logits_V: Tensor, units: float) -> Tensor:
-    """The same for logits [..., V] -> bool [...], on the device."""
+def near_ties(logits_V: Tensor, units: float) -> Tensor:
+    """Logits [..., V] -> bool [...]: the best entry leads the next one by less than `units` units in the last place of
+    the largest logit, so that passes of different shapes may disagree on the argmax."""
     finite = logits_V.masked_fill(logits_V == -torch.inf, 0.0)  # tokens that the generation config rules out
     margin = units * torch.finfo(logits_V.dtype).eps * finite.abs().amax(-1, keepdim=True)
     return (logits_V > logits_V.amax(-1, keepdim=True) - margin).sum(-1) > 1

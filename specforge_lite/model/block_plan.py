@@ -29,7 +29,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from specforge_lite.model.flex import FLEX_BLOCK, FlexRows
+from specforge_lite.model.flex import FlexRows
 from specforge_lite.model.row_plan import on_device
 
 # Anchors whose attention is one call: its mask is [BLOCKS_PER_CALL * B, context] booleans.
@@ -92,30 +92,19 @@ class BlockPlan:
         """Copy the index tensors to a device, all in one transfer that the host does not wait for."""
         plan = self
         if with_flex_masks:
-            masks = {
-                name: replace(rows, kernel=self._flex_rows(rows))
-                for name, rows in (("every", self.every), ("counted", self.counted))
-                if len(rows.slots_R)
-            }
-            plan = replace(self, **masks)  # type: ignore[arg-type]
+            plan = replace(self, every=self._with_mask(self.every), counted=self._with_mask(self.counted))
         return on_device(plan, device)
 
-    def _flex_rows(self, rows: QueryRows) -> FlexRows:
-        """Key blocks of every block of rows: the context before its last anchor, and the slots of its own blocks."""
-        num_context, num_slots = len(self.context_tokens_C), len(self.slot_positions_S)
-        first_key = torch.arange(-(-(num_context + num_slots) // FLEX_BLOCK)) * FLEX_BLOCK
-        last_key = first_key + FLEX_BLOCK - 1
-        partly, wholly = [], []
-        for start in range(0, len(rows.block_R), FLEX_BLOCK):
-            blocks = rows.block_R[start : start + FLEX_BLOCK]
-            starts, stops = self.key_start_n[blocks], self.key_stop_n[blocks]
-            seen = (first_key < stops.max()) & (last_key >= starts.min())
-            own = num_context + self.block_size * torch.stack([blocks[0], blocks[-1] + 1])
-            seen |= (first_key < own[1]) & (last_key >= own[0])
-            full = (first_key >= starts.max()) & (last_key < stops.min())
-            partly.append(seen & ~full)
-            wholly.append(full)
-        return FlexRows.of(torch.stack(partly), torch.stack(wholly), [num_context, self.block_size])
+    def _with_mask(self, rows: QueryRows) -> QueryRows:
+        """Block masks of flex_attention: the context before a row's anchor, and the slots of its block."""
+        if not len(rows.slots_R):
+            return rows
+        num_context, size = len(self.context_tokens_C), self.block_size
+        own_R = num_context + size * rows.block_R
+        first_R, last_R = self.key_start_n[rows.block_R], self.key_stop_n[rows.block_R] - 1
+        num_keys, sizes = num_context + len(self.slot_positions_S), [num_context, size]
+        kernel = FlexRows.of(first_R, last_R, [(own_R, own_R + size - 1)], num_keys, sizes)
+        return replace(rows, kernel=kernel)
 
 
 def anchor_candidates(loss_mask_N: Tensor, doc_offsets: Sequence[int]) -> Tensor:
@@ -164,9 +153,10 @@ def plan_blocks(
     supervised_nP = loss_mask_N[labels_nP.clamp(max=max(len(loss_mask_N) - 1, 0))] & inside_nP
     counted_nP = supervised_nP.long().cumprod(1).bool()
 
-    context_N = torch.zeros(len(loss_mask_N), dtype=torch.bool)
-    for first, last in _last_anchors(anchors_n, doc_n, offsets):
-        context_N[first:last] = True
+    # No block sees what lies between the last anchor of its document and the end of that.
+    last_anchors = torch.full((len(offsets),), -1).scatter_reduce_(0, doc_n, anchors_n, "amax")
+    tokens_N = torch.arange(len(loss_mask_N))
+    context_N = tokens_N < last_anchors[torch.bucketize(tokens_N, offsets[1:], right=True)]
     context_tokens_C = context_N.nonzero().squeeze(1)
     place_N = torch.cat([torch.zeros(1, dtype=torch.int64), context_N.cumsum(0)])  # context tokens before each token
     key_start_n, key_stop_n = place_N[start_n], place_N[anchors_n]
@@ -204,15 +194,6 @@ def plan_blocks(
 def _query_rows(slots_R: Tensor, num_blocks: int, block_size: int) -> QueryRows:
     block_R = slots_R // block_size
     return QueryRows(slots_R, block_R, torch.searchsorted(block_R, torch.arange(num_blocks + 1)).tolist())
-
-
-def _last_anchors(anchors_n: Tensor, doc_n: Tensor, offsets: Tensor) -> list[tuple[int, int]]:
-    """(first token, last anchor) of every document with an anchor: no block sees what lies between its last anchor and
-    its end."""
-    if not len(anchors_n):
-        return []
-    last = torch.cat([doc_n.diff() != 0, torch.ones(1, dtype=torch.bool)])
-    return list(zip(offsets[doc_n[last]].tolist(), anchors_n[last].tolist()))
 
 
 def _calls(doc_n: Tensor, key_start_n: Tensor, key_stop_n: Tensor) -> list[AttentionCall]:

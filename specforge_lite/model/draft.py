@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.core.errors import ConfigError, suggest
-from specforge_lite.model.acceptance import LK_LOSSES
 from specforge_lite.model.block_config import with_block_fields
 from specforge_lite.model.device import usable_dtype
 from specforge_lite.model.layers import ACTIVATIONS
+from specforge_lite.model.losses import LK_LOSSES
 from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
@@ -26,6 +26,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LOSSES = ("ce", *LK_LOSSES)
 AUX_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
+POSITIVE = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
+    "target_hidden_size", "max_position_embeddings",
+)  # fmt: skip
 ARCHITECTURES = {
     "eagle3": "LlamaForCausalLMEagle3",
     "eagle1": "LlamaForCausalLMEagle",
@@ -74,20 +78,19 @@ class DraftConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
-        set_field("target_hidden_size", self.target_hidden_size or self.hidden_size)
-        if self.algorithm not in ARCHITECTURES:
-            raise ConfigError(f"algorithm: unknown value '{self.algorithm}'{suggest(self.algorithm, ARCHITECTURES)}")
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        derived: dict[str, Any] = {
+            "target_hidden_size": self.target_hidden_size or self.hidden_size,
+            "head_dim": self.head_dim or self.hidden_size // max(self.num_attention_heads, 1),
+        }
+        if self.aux_layer_ids is not None:
+            derived |= {"aux_layer_ids": tuple(self.aux_layer_ids), "num_aux_layers": len(self.aux_layer_ids)}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        check_choice("algorithm", self.algorithm, ARCHITECTURES)
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
-        set_field("head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
-        if self.head_dim < 1 or self.target_hidden_size < 1 or self.max_position_embeddings < 1:
-            names = ("head_dim", "target_hidden_size", "max_position_embeddings")
-            name = next(name for name in names if getattr(self, name) < 1)
-            raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act: unknown value '{self.hidden_act}'{suggest(self.hidden_act, ACTIVATIONS)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads"
@@ -97,9 +100,6 @@ class DraftConfig:
             raise ConfigError(f"head_dim {self.head_dim}: RoPE needs an even number")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ConfigError(f"draft_vocab_size {self.draft_vocab_size} is not in 1..vocab_size {self.vocab_size}")
-        if self.aux_layer_ids is not None:
-            set_field("aux_layer_ids", tuple(self.aux_layer_ids))
-            set_field("num_aux_layers", len(self.aux_layer_ids))
 
     @property
     def tokens_per_block(self) -> int:
@@ -112,7 +112,6 @@ class DraftConfig:
 
         Layer ids: see `aux_layer_ids_of`. Raises ConfigError naming the key.
         """
-        values = dict(values)
         check_kinds(values, source)
         values = with_block_fields(values, source)
         architecture = (values.get("architectures") or [""])[0]
@@ -122,9 +121,9 @@ class DraftConfig:
         values["rope_theta"], values["rope_scaling"] = _rope_of(values)
         values["aux_layer_ids"] = aux_layer_ids_of(values, source)
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
         if required:
             raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
@@ -186,22 +185,38 @@ class DraftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready, in our own convention (not the exported config.json)."""
-        values = dataclasses.asdict(self)
-        values["aux_layer_ids"] = list(self.aux_layer_ids) if self.aux_layer_ids is not None else None
-        return values
+        ids = self.aux_layer_ids
+        return {**dataclasses.asdict(self), "aux_layer_ids": None if ids is None else list(ids)}
 
     def replace(self, **changes: Any) -> DraftConfig:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
 
-# Keys whose content is looked into.
-KINDS: dict[str, tuple[type, str]] = {
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for a value that is none of the known ones."""
+    if value not in known:
+        raise ConfigError(f"{name}: unknown value '{value}'{suggest(value, known)}")
+
+
+def check_target_shape(config: DraftConfig, reason: str) -> None:
+    """Raise ConfigError unless the draft has the width and the vocabulary of its target."""
+    for name, other, so in (
+        ("hidden_size", "target_hidden_size", "it is as wide as the target"),
+        ("draft_vocab_size", "vocab_size", "it has the whole vocabulary"),
+    ):
+        if getattr(config, name) != getattr(config, other):
+            found = f"{name} {getattr(config, name)} != {other} {getattr(config, other)}"
+            raise ConfigError(f"{found}: {reason}, so {so}")
+
+
+# Keys of a config.json whose content is looked into.
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "rope_parameters": (dict, "an object"),
     "rope_scaling": (dict, "an object"),
     "eagle_config": (dict, "an object"),
-    "architectures": (list, "a list"),
-    "aux_layer_ids": (list, "a list of layers"),
+    "architectures": ((list, tuple), "a list"),
+    "aux_layer_ids": ((list, tuple), "a list of layers"),
     "hidden_act": (str, "a name"),
     "algorithm": (str, "a name"),
 }
@@ -210,16 +225,15 @@ KINDS: dict[str, tuple[type, str]] = {
 def check_kinds(values: dict[str, Any], source: str) -> None:
     """Raise ConfigError for a key of a config.json whose content is looked into and is not of the right kind."""
     for name, (kind, wanted) in KINDS.items():
-        found = values.get(name)
-        if found is not None and not isinstance(list(found) if isinstance(found, tuple) else found, kind):
-            raise ConfigError(f"{source}: {name}: expected {wanted}, found {found!r}")
+        if values.get(name) is not None and not isinstance(values[name], kind):
+            raise ConfigError(f"{source}: {name}: expected {wanted}, found {values[name]!r}")
     for name, ids, shift in _listed_aux_ids(values):
         for i in ids if isinstance(ids, (list, tuple)) else [ids]:
             if not _is_number(i, "int") or i < shift:
                 raise ConfigError(f"{source}: {name}: aux layer ids: expected numbers from {shift}, found {i!r}")
-    names = [name for name in values.get("architectures") or () if not isinstance(name, str)]
-    if names:
-        raise ConfigError(f"{source}: architectures: expected names, found {names[0]!r}")
+    for name in values.get("architectures") or ():
+        if not isinstance(name, str):
+            raise ConfigError(f"{source}: architectures: expected names, found {name!r}")
 
 
 def aux_layer_ids_of(values: dict[str, Any], source: str) -> tuple[int, ...] | None:
@@ -320,7 +334,7 @@ class TTTSettings:
 
     loss_mask_alignment: `ours` supervises by the mask of the predicted token; `eagle` reproduces EAGLE's shift by two.
     compute_dtype: None for that of the weights. compile: torch.compile what lies between matrix products.
-    loss: ce (soft cross-entropy), or lk and lk_alpha (`model/acceptance.py`).
+    loss: ce (soft cross-entropy), or lk and lk_alpha (`model/losses.py`).
     collect_rows: exact argmax, sampling acceptance and per-row results (evaluation).
     sequence: the processes that share each batch (EAGLE-3 only); sums and counts are then those of the own rows.
     EAGLE-1 only: v_weight and p_weight of its two losses, noise on the states it reads while training.
@@ -346,11 +360,8 @@ class TTTSettings:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ConfigError(f"ttt_length: expected at least 1 step, found {self.num_steps}")
-        if self.loss_mask_alignment not in ("ours", "eagle"):
-            hint = suggest(self.loss_mask_alignment, ("ours", "eagle"))
-            raise ConfigError(f"loss_mask_alignment: unknown value '{self.loss_mask_alignment}'{hint}")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss: unknown value '{self.loss}'{suggest(self.loss, LOSSES)}")
+        check_choice("loss_mask_alignment", self.loss_mask_alignment, ("ours", "eagle"))
+        check_choice("loss", self.loss, LOSSES)
 
     @property
     def eagle_mask(self) -> bool:
@@ -381,12 +392,6 @@ class Draft(nn.Module):
         `attend` owns the keys: training masks, or a KV cache that the caller extends.
         """
         raise NotImplementedError
-
-    def prepare_decoding(self) -> None:
-        """Make `step` cheaper, for a draft that is not trained and stays on its device."""
-
-    def cover_positions(self, num_positions: int) -> None:
-        """The next steps have RoPE positions below this, and may look them up in a table."""
 
     def use_target_head(self, target_head: TargetHead) -> None:
         """Give a draft without a head of its own (EAGLE-1) the target's, for `logits`; others need nothing."""
@@ -421,17 +426,15 @@ class Draft(nn.Module):
 
     def make_own_embeddings(self) -> None:
         """A draft of another width than its target cannot share the embedding table; it carries one, frozen [V, D]."""
-        if self.config.hidden_size != self.config.target_hidden_size:
-            table = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
-            self.embed_tokens: nn.Embedding | None = table.requires_grad_(False)
-        else:
-            self.embed_tokens = None
+        config = self.config
+        self.embed_tokens: nn.Embedding | None = None
+        if config.hidden_size != config.target_hidden_size:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
 
     def token_embeddings(self, token_ids: Tensor, target_head: TargetHead) -> Tensor:
         """Token ids [...] -> embeddings [..., D]: the target's own rows, or the draft's frozen table."""
-        if self.embed_tokens is None:
-            return target_head.embed(token_ids)
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
+        table = target_head.embed if self.embed_tokens is None else self.embed_tokens
+        return table(token_ids)  # type: ignore[no-any-return]
 
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Map draft vocabulary ids to target ids."""

@@ -22,13 +22,13 @@ from torch.nn.functional import smooth_l1_loss
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import DraftConfig, TTTSettings
+from specforge_lite.model.draft import DraftConfig, TTTSettings, check_target_shape
 from specforge_lite.model.layers import DraftLayer
 from specforge_lite.model.losses import FrozenTeacher, chunked_cross_entropy, judge_rows
-from specforge_lite.model.rope import RotaryEmbedding
+from specforge_lite.model.row_plan import RowPlan
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.model.unroll import EagleDraft, RowResults, begin_pass, step_weights, summarize, unroll
-from specforge_lite.types import DraftBatch, StepOutput
+from specforge_lite.model.unroll import EagleDraft, LayerInput, RowResults
+from specforge_lite.types import DraftBatch
 
 # Noise on f_t is uniform, (u - 0.5) * noise * 512 / L: EAGLE's constant, L the tokens of the sample.
 NOISE_REFERENCE_LENGTH = 512
@@ -42,25 +42,12 @@ class Eagle1Draft(EagleDraft):
 
     def __init__(self, config: DraftConfig, d2t: Tensor, t2d: Tensor) -> None:
         super().__init__()
-        if config.target_hidden_size != config.hidden_size:
-            raise ConfigError(
-                f"hidden_size {config.hidden_size} != target_hidden_size {config.target_hidden_size}: an EAGLE-1 draft"
-                " predicts the target's hidden states, so it is as wide as the target"
-            )
-        if config.draft_vocab_size != config.vocab_size:
-            raise ConfigError(
-                f"draft_vocab_size {config.draft_vocab_size} != vocab_size {config.vocab_size}: an EAGLE-1 draft uses"
-                " the target's head and has its whole vocabulary"
-            )
+        check_target_shape(config, "an EAGLE-1 draft predicts the target's hidden states and uses its head")
         self.config = config
         width = config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=False)
-        self.layers = nn.ModuleList([DraftLayer(config, width, input_norms=False)])
-        self.rope = RotaryEmbedding(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-        )
-        self.set_vocab(d2t, t2d)
-        self.make_own_embeddings()
+        self.layers = nn.ModuleList([DraftLayer(config, width)])
+        self.add_common(d2t, t2d)
         self._target_head: list[TargetHead] = []  # in a list: not a parameter of the draft, not in its state_dict
 
     @property
@@ -87,51 +74,40 @@ class Eagle1Draft(EagleDraft):
             raise ConfigError("an EAGLE-1 draft has no head of its own: call use_target_head(target_head) first")
         return self._target_head[0].logits(head_input)
 
-    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
-        """One training pass; `loss_sum_K` holds the cross-entropy alone, `loss` both terms with their weights.
-
-        Evaluation (`ttt.collect_rows`, or a draft in eval mode) adds no noise.
-        """
-        dtype = self.compute_dtype(ttt, batch.input_ids_N.device)
-        plan, backend = begin_pass(batch, ttt)
-        embeds = self.token_embeddings(batch.input_ids_N.index_select(0, plan.embed_tokens), target_head).to(dtype)
+    def training_input(
+        self, batch: DraftBatch, plan: RowPlan, embeds_ED: Tensor, ttt: TTTSettings
+    ) -> tuple[LayerInput, Tensor]:
+        """fc [embedding ; state] is a sum of two products; the embeddings' is made once for all steps. Evaluation
+        (`ttt.collect_rows`, or a draft in eval mode) adds no noise to the states."""
+        attention, width, dtype = self.layer.self_attn, embeds_ED.shape[1], embeds_ED.dtype
         state_ND = batch.last_NH.index_select(0, plan.key_tokens).to(dtype)
         if self.training and not ttt.collect_rows and ttt.noise:
             state_ND = state_ND + state_noise(state_ND, plan.key_doc_lengths, ttt.noise)
-        states_MKD = unroll(self, _Eagle1Input(self, embeds), state_ND, plan, backend, ttt)
+        # a bias only in drafts that others trained
+        bias = None if self.fc.bias is None else self.fc.bias.to(dtype).expand(len(embeds_ED), -1)
+        embed_fc = DeferredWeight([self.fc.weight[:, :width]], dtype)(embeds_ED, bias)
+        fc = DeferredWeight([self.fc.weight[:, width:]], dtype)
 
-        weight_MK = step_weights(plan, ttt)
-        target_MD = batch.last_NH.index_select(0, plan.predicted_tokens - 1).to(dtype)
-        teacher = FrozenTeacher(target_head, target_MD)
+        def enter(state_RD: Tensor, embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
+            x_RD = fc(state_RD, embed_fc.index_select(0, embed_places_R))
+            return x_RD, x_RD
+
+        q, kv = [attention.q_proj.weight], [attention.k_proj.weight, attention.v_proj.weight]
+        return LayerInput(enter, DeferredWeight(q, dtype), DeferredWeight(kv, dtype)), state_ND
+
+    def teacher(self, target_head: TargetHead, last_MH: Tensor, ttt: TTTSettings) -> FrozenTeacher:
+        return FrozenTeacher(target_head, last_MH.to(self.compute_dtype(ttt, last_MH.device)))
+
+    def losses(
+        self, states_MKD: Tensor, weight_MK: Tensor, teacher: FrozenTeacher, target_head: TargetHead, ttt: TTTSettings
+    ) -> tuple[Tensor, RowResults]:
+        """The results hold the cross-entropy alone, the sum both terms with their weights."""
         tokens, loss_MK, correct_MK = chunked_cross_entropy(states_MKD, weight_MK, teacher, target_head)
         alpha_MK: Tensor | None = None
         if ttt.collect_rows:
             correct_MK, alpha_MK = judge_rows(states_MKD, teacher, target_head)
-        loss = ttt.v_weight * hidden_state_loss(states_MKD, weight_MK, target_MD) + ttt.p_weight * tokens
-        return summarize(len(batch), plan, loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK))
-
-
-class _Eagle1Input:
-    """fc [embedding ; state] is a sum of two products; the embeddings' is made once for all steps."""
-
-    def __init__(self, draft: Eagle1Draft, embeds_ED: Tensor) -> None:
-        attention, width, dtype = draft.layer.self_attn, embeds_ED.shape[1], embeds_ED.dtype
-        # only in drafts that others trained
-        bias = None if draft.fc.bias is None else draft.fc.bias.to(dtype).expand(len(embeds_ED), -1)
-        self._embed_fc = DeferredWeight([draft.fc.weight[:, :width]], dtype)(embeds_ED, bias)
-        self._fc = DeferredWeight([draft.fc.weight[:, width:]], dtype)
-        self._q = DeferredWeight([attention.q_proj.weight], dtype)
-        self._kv = DeferredWeight([attention.k_proj.weight, attention.v_proj.weight], dtype)
-
-    def enter(self, state_RD: Tensor, embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
-        x_RD = self._fc(state_RD, self._embed_fc.index_select(0, embed_places_R))
-        return x_RD, x_RD
-
-    def queries(self, x_RD: Tensor, _embed_places_R: Tensor) -> Tensor:
-        return self._q(x_RD)
-
-    def keys_values(self, x_RD: Tensor, _embed_places_R: Tensor) -> Tensor:
-        return self._kv(x_RD)
+        loss = ttt.v_weight * hidden_state_loss(states_MKD, weight_MK, teacher.target_MH) + ttt.p_weight * tokens
+        return loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK)
 
 
 def hidden_state_loss(states_MKD: Tensor, weight_MK: Tensor, target_MD: Tensor) -> Tensor:

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from specforge_lite.model.deferred_grad import DeferredWeight
 from specforge_lite.model.draft import DraftConfig, TTTSettings
-from specforge_lite.model.layers import DraftLayer, RMSNorm
-from specforge_lite.model.losses import ask_teacher, chunked_cross_entropy, judge_rows
-from specforge_lite.model.rope import RotaryEmbedding
+from specforge_lite.model.layers import DraftLayer, RMSNorm, project
+from specforge_lite.model.losses import Teacher, ask_teacher, chunked_cross_entropy, judge_rows
+from specforge_lite.model.row_plan import RowPlan
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.model.unroll import EagleDraft, RowResults, begin_pass, step_weights, summarize, unroll
-from specforge_lite.types import DraftBatch, StepOutput
+from specforge_lite.model.unroll import EagleDraft, LayerInput, RowResults
+from specforge_lite.types import DraftBatch
 
 
 class Eagle3Draft(EagleDraft):
@@ -35,26 +34,20 @@ class Eagle3Draft(EagleDraft):
         self.fc_norm = nn.ModuleList(
             [RMSNorm(config.target_hidden_size, eps) for _ in range(config.num_aux_layers if config.fc_norm else 0)]
         )
-        self.midlayer = DraftLayer(config, 2 * width, input_norms=True)
+        self.midlayer = DraftLayer(config, 2 * width, norms=("hidden_norm", "input_layernorm"))
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-        self.rope = RotaryEmbedding(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-        )
-        self.set_vocab(d2t, t2d)
-        self.make_own_embeddings()
+        self.add_common(d2t, t2d)
 
     @property
     def layer(self) -> DraftLayer:
         return self.midlayer
 
-    def first_state(self, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.fc.weight.dtype
-        features = features.to(dtype)
+    def first_state(self, features: Tensor) -> Tensor:
         if len(self.fc_norm):
             parts = features.chunk(len(self.fc_norm), -1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
-        return linear(features, self.fc.weight.to(dtype))
+        return project(features, self.fc)
 
     def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.midlayer
@@ -67,49 +60,37 @@ class Eagle3Draft(EagleDraft):
     def logits(self, head_input: Tensor) -> Tensor:
         return self.lm_head(head_input)  # type: ignore[no-any-return]
 
-    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
-        """One training pass of K steps; sums and counts, see `StepOutput`."""
-        dtype = self.compute_dtype(ttt, batch.input_ids_N.device)
-        plan, backend = begin_pass(batch, ttt)
-        want_lse = ttt.collect_rows or ttt.loss != "ce"
-        last_MH = batch.last_NH.index_select(0, plan.predicted_tokens - 1)
-        teacher = ask_teacher(target_head, last_MH, self.target_ids, want_lse)
+    def next_state(self, state_RD: Tensor) -> Tensor:
+        return self.norm(state_RD) if self.config.norm_output else state_RD  # type: ignore[no-any-return]
 
-        embeds = self.token_embeddings(batch.input_ids_N.index_select(0, plan.embed_tokens), target_head).to(dtype)
-        state_ND = self.first_state(batch.aux_NG.index_select(0, plan.key_tokens), dtype)
-        after_step = self.norm if self.config.norm_output else None
-        head_in_MKD = unroll(self, _Eagle3Input(self.midlayer, embeds), state_ND, plan, backend, ttt, after_step)
-        if not self.config.norm_output:
-            head_in_MKD = self.norm(head_in_MKD)
+    def training_input(
+        self, batch: DraftBatch, plan: RowPlan, embeds_ED: Tensor, ttt: TTTSettings
+    ) -> tuple[LayerInput, Tensor]:
+        """q, k, v read [embedding ; state], so each is a sum of two products; the embeddings' is made once."""
+        layer, width, dtype = self.midlayer, embeds_ED.shape[1], embeds_ED.dtype
+        q, kv = [layer.self_attn.q_proj.weight], [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
+        embeds_ED = layer.input_layernorm(embeds_ED)
+        layer_input = LayerInput(
+            enter=lambda state_RD, _places_R: (state_RD, layer.hidden_norm(state_RD)),
+            q=DeferredWeight([weight[:, width:] for weight in q], dtype),
+            kv=DeferredWeight([weight[:, width:] for weight in kv], dtype),
+            embed_q=DeferredWeight([weight[:, :width] for weight in q], dtype)(embeds_ED),
+            embed_kv=DeferredWeight([weight[:, :width] for weight in kv], dtype)(embeds_ED),
+        )
+        return layer_input, self.first_state(batch.aux_NG.index_select(0, plan.key_tokens).to(dtype))
 
+    def teacher(self, target_head: TargetHead, last_MH: Tensor, ttt: TTTSettings) -> Teacher:
+        return ask_teacher(target_head, last_MH, self.target_ids, want_lse=ttt.collect_rows or ttt.loss != "ce")
+
+    def losses(
+        self, states_MKD: Tensor, weight_MK: Tensor, teacher: Teacher, target_head: TargetHead, ttt: TTTSettings
+    ) -> tuple[Tensor, RowResults]:
+        head_in_MKD = states_MKD if self.config.norm_output else self.norm(states_MKD)
         # a position counts only if the teacher's token is in the draft vocabulary
-        weight_MK = step_weights(plan, ttt) * self.t2d[teacher.argmax_M][:, None]
+        weight_MK = weight_MK * self.t2d[teacher.argmax_M][:, None]
         head = self.lm_head.weight
         loss, loss_MK, correct_MK = chunked_cross_entropy(head_in_MKD, weight_MK, teacher, head, ttt.loss, ttt.compile)
         alpha_MK: Tensor | None = None
         if ttt.collect_rows:
-            correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, head.to(dtype))
-        return summarize(len(batch), plan, loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK))
-
-
-class _Eagle3Input:
-    """q, k, v read [embedding ; state], so each is a sum of two products; the embeddings' is made once."""
-
-    def __init__(self, layer: DraftLayer, embeds_ED: Tensor) -> None:
-        attention, width, dtype = layer.self_attn, embeds_ED.shape[1], embeds_ED.dtype
-        q, kv = [attention.q_proj.weight], [attention.k_proj.weight, attention.v_proj.weight]
-        embeds_ED = layer.input_layernorm(embeds_ED)
-        self._embed_q = DeferredWeight([weight[:, :width] for weight in q], dtype)(embeds_ED)
-        self._embed_kv = DeferredWeight([weight[:, :width] for weight in kv], dtype)(embeds_ED)
-        self._q = DeferredWeight([weight[:, width:] for weight in q], dtype)
-        self._kv = DeferredWeight([weight[:, width:] for weight in kv], dtype)
-        self._norm = layer.hidden_norm
-
-    def enter(self, state_RD: Tensor, _embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
-        return state_RD, self._norm(state_RD)
-
-    def queries(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
-        return self._q(x_RD, self._embed_q.index_select(0, embed_places_R))
-
-    def keys_values(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
-        return self._kv(x_RD, self._embed_kv.index_select(0, embed_places_R))
+            correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, head)
+        return loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK)

@@ -33,8 +33,23 @@ class FlexRows:
     sizes: list[Tensor]
 
     @classmethod
-    def of(cls, partly_IJ: Tensor, wholly_IJ: Tensor, sizes: Sequence[int]) -> FlexRows:
-        """From which blocks see which, bool; none is in both."""
+    def of(
+        cls, first_R: Tensor, last_R: Tensor, own: Sequence[tuple[Tensor, Tensor]], num_keys: int, sizes: Sequence[int]
+    ) -> FlexRows:
+        """Made of key ranges, without a matrix of rows and keys: row r sees the keys first[r] .. last[r], and of each
+        further range (first, last) [R], ascending, its own part."""
+        first_J = torch.arange(-(-num_keys // FLEX_BLOCK)) * FLEX_BLOCK
+        last_J = first_J + FLEX_BLOCK - 1
+        partly, wholly = [], []
+        for start in range(0, len(first_R), FLEX_BLOCK):
+            rows = slice(start, start + FLEX_BLOCK)
+            seen_J = torch.zeros_like(first_J, dtype=torch.bool)
+            for first, last in ((first_R, last_R), *own):
+                seen_J |= (first_J <= last[rows].max()) & (last_J >= first[rows].min())
+            full_J = (first_J >= first_R[rows].max()) & (last_J <= last_R[rows].min())
+            partly.append(seen_J & ~full_J)
+            wholly.append(full_J)
+        partly_IJ, wholly_IJ = torch.stack(partly), torch.stack(wholly)
         both = (partly_IJ, wholly_IJ, partly_IJ.T, wholly_IJ.T)
         tensors = [tensor for visible in both for tensor in _ordered(visible)]
         return cls(*tensors, sizes=[torch.tensor(size) for size in sizes])  # type: ignore[arg-type, misc]

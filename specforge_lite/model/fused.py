@@ -19,19 +19,16 @@ _COMPILED: dict[Callable[..., object], Callable[..., object]] = {}
 
 
 def fused(function: Callable[P, R], compiled: bool = True) -> Callable[P, R]:
-    """The compiled form of a module-level function (made at its first call and kept), or the function itself."""
+    """The compiled form of a module-level function (made at its first call and kept), or the function itself; this also
+    where its first argument, a tensor, has less than two rows."""
     if not compiled:
         return function
     if function not in _COMPILED:
-        _COMPILED[function] = _unless_tiny(function, torch.compile(function, dynamic=True))
+        made = torch.compile(function, dynamic=True)
+
+        def call(*arguments: P.args, **options: P.kwargs) -> R:
+            rows = len(arguments[0])  # type: ignore[arg-type]
+            return (made if rows > 1 else function)(*arguments, **options)
+
+        _COMPILED[function] = call
     return _COMPILED[function]  # type: ignore[return-value]
-
-
-def _unless_tiny(plain: Callable[P, R], compiled: Callable[P, R]) -> Callable[P, R]:
-    """`compiled` where the first argument, a tensor, has at least two rows."""
-
-    def call(*arguments: P.args, **options: P.kwargs) -> R:
-        rows = len(arguments[0])  # type: ignore[arg-type]
-        return (compiled if rows > 1 else plain)(*arguments, **options)
-
-    return call

@@ -13,6 +13,7 @@ from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import ONE_PLUS_WEIGHT, TargetHead
 
 INIT_STD = 0.02
+STATE_PARTS = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 COPIED = (
     "input_layernorm.weight", "post_attention_layernorm.weight",
     *(f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "qkv", "o")),
@@ -60,41 +61,29 @@ def init_from_target(draft: Draft, model_dir: str | Path, hf_config: Any, target
     sources = _last_layer(Path(model_dir), text.num_hidden_layers)
     _split_fused(sources, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim)
     kept: list[str] = []
-    copies = {
-        "self_attn.o_proj.weight": "self_attn.o_proj.weight",
-        "mlp.gate_proj.weight": "mlp.gate_proj.weight",
-        "mlp.up_proj.weight": "mlp.up_proj.weight",
-        "mlp.down_proj.weight": "mlp.down_proj.weight",
-    }
-    if text.model_type not in ONE_PLUS_WEIGHT and not target_head.norm_centers:
-        copies["hidden_norm.weight"] = "input_layernorm.weight"
-        copies["post_attention_layernorm.weight"] = "post_attention_layernorm.weight"
-    layer = "midlayer."
-    if config.algorithm == "eagle1":
-        layer = "layers.0."
-        copies.pop("hidden_norm.weight", None)
-    elif config.hidden_size == config.target_hidden_size:
+    layer = "midlayer." if config.algorithm == "eagle3" else "layers.0."
+    if config.algorithm == "eagle3" and config.hidden_size == config.target_hidden_size:
         head = target_head.lm_head_VH[draft.target_ids.to(target_head.lm_head_VH.device)].float()
         draft.get_parameter("lm_head.weight").copy_(head * target_head.logit_scale)
         draft.get_parameter("norm.weight").copy_(target_head.norm_weight_H)
-    else:
+    elif config.algorithm == "eagle3":
         kept += ["lm_head", "norm"]
+    copies = {f"{name}.weight": f"{name}.weight" for name in STATE_PARTS}
+    if text.model_type not in ONE_PLUS_WEIGHT and not target_head.norm_centers:
+        if config.algorithm == "eagle3":
+            copies["hidden_norm.weight"] = "input_layernorm.weight"
+        copies["post_attention_layernorm.weight"] = "post_attention_layernorm.weight"
+    copies |= {f"self_attn.{letter}_proj.weight": f"self_attn.{letter}_proj.weight" for letter in "qkv"}
     for name, source in copies.items():
-        if not _copy(draft.get_parameter(layer + name), sources.get(source)):
-            kept.append(layer + name.removesuffix(".weight"))
-    for letter in "qkv":
-        name = f"self_attn.{letter}_proj.weight"
-        state_columns = draft.get_parameter(layer + name)[:, -config.hidden_size :]
-        if not _copy(state_columns, sources.get(name)):
+        parameter: Tensor = draft.get_parameter(layer + name)
+        found = sources.get(source)
+        if source.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            parameter = parameter[:, -config.hidden_size :]  # the columns that read the state
+        if found is not None and found.shape == parameter.shape:
+            parameter.copy_(found)
+        else:
             kept.append(layer + name.removesuffix(".weight"))
     return kept
-
-
-def _copy(destination: Tensor, source: Tensor | None) -> bool:
-    if source is None or source.shape != destination.shape:
-        return False
-    destination.copy_(source)
-    return True
 
 
 def _split_fused(sources: dict[str, Tensor], num_queries: int, num_keys: int) -> None:

@@ -5,7 +5,7 @@ Letters: D hidden width, F feed-forward width, H / G query / key heads, d head w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu, rms_norm, silu
 
 from specforge_lite.model.fused import fused
+from specforge_lite.model.rope import apply_rope
 
 if TYPE_CHECKING:
     from specforge_lite.model.draft import Attend, DraftConfig
@@ -61,38 +62,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class Projections(nn.Module):
-    """q, k, v of a layer's input, o back to the state. No biases, and no norms of queries and keys, unless a checkpoint
-    of others has them."""
+    """Weights of attention: q, k, v of the layer's input, o back to the state. Biases, and norms of queries and keys
+    (Qwen3's; block drafts have them), are there in some checkpoints of others."""
 
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
-
-    def __init__(self, in_width: int, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, config: DraftConfig, in_width: int, head_norms: bool) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(in_width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(in_width, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        self.register_module("q_norm", None)
-        self.register_module("k_norm", None)
-        self.head_dim, self.num_kv_heads = head_dim, kv_heads
-        self.qkv: Callable[[Tensor], Tensor] | None = None
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., in] -> (queries and keys [..., H + G, d], values [..., G, d])."""
-        if self.qkv is not None:
-            qkv = self.qkv(x)
-        else:
-            qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        qk, v = heads[..., : -self.num_kv_heads, :], heads[..., -self.num_kv_heads :, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk[..., : -self.num_kv_heads, :], qk[..., -self.num_kv_heads :, :]
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], -2)
-        return qk, v
-
-    def fuse(self) -> None:
-        self.qkv = _joined([self.q_proj, self.k_proj, self.v_proj])
+        width, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(in_width, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(in_width, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(in_width, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+        self.q_norm: RMSNorm | None = RMSNorm(head_dim, config.rms_norm_eps) if head_norms else None
+        self.k_norm: RMSNorm | None = RMSNorm(head_dim, config.rms_norm_eps) if head_norms else None
 
 
 class SwiGLU(nn.Module):
@@ -104,67 +85,59 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.activation = activation
-        self.gate_up: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up is None:
-            inner = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
-        else:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            inner = ACTIVATIONS[self.activation](gate) * up
-        return self.down_proj(inner)  # type: ignore[no-any-return]
-
-    def fuse(self) -> None:
-        self.gate_up = _joined([self.gate_proj, self.up_proj])
+    def forward(self, x: Tensor, compiled: bool = False) -> Tensor:
+        gate_up = torch.cat([project(x, self.gate_proj), project(x, self.up_proj)], -1)
+        return project(gated(gate_up, self.activation, compiled), self.down_proj)
 
 
-def _joined(layers: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """One product for several layers that read the same input; their weights become views of its matrix."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    sizes = [layer.out_features for layer in layers]
-    for layer, part in zip(layers, weight.split(sizes)):
-        layer.weight = nn.Parameter(part, requires_grad=False)
-    bias = None
-    if any(layer.bias is not None for layer in layers):
-        zeros = [weight.new_zeros(size) for size in sizes]
-        bias = torch.cat([zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, zeros)])
-    return lambda x: linear(x, weight, bias)
+def project(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer in the dtype of its input, whatever that of its weights."""
+    return linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 class DraftLayer(nn.Module):
     """x -> attention, added to `residual` -> post_attention_layernorm -> SwiGLU, added.
 
-    EAGLE-3 (`input_norms`): x = [input_layernorm(e) ; hidden_norm(h)], 2D wide, and the residual is the un-normed h.
-    EAGLE-1: x = fc [e ; h], D wide, is its own residual. `forward` decodes; training runs the same layer over packed
-    rows (`model/unroll.py`).
+    EAGLE-3: x = [input_layernorm(e) ; hidden_norm(h)], 2D wide, and the residual is the un-normed h.
+    EAGLE-1: x = fc [e ; h], D wide, is its own residual; no norms before it.
+    Block drafts: x = input_layernorm(h), residual h; keys of the context as well (`model/block.py`).
+    `forward` decodes; EAGLE's training runs the same layer over packed rows (`model/unroll.py`).
     """
 
-    def __init__(self, config: DraftConfig, in_width: int, input_norms: bool) -> None:
+    hidden_norm: RMSNorm
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+    def __init__(self, config: DraftConfig, in_width: int, norms: Sequence[str] = (), head_norms: bool = False) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Projections(
-            in_width, width, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
-        self.mlp = SwiGLU(width, config.intermediate_size, config.hidden_act)
-        if input_norms:
-            self.hidden_norm = RMSNorm(width, eps)
-            self.input_layernorm = RMSNorm(width, eps)
-        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.head_dim = config.head_dim
+        self.self_attn = Projections(config, in_width, head_norms)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_act)
+        for name in (*norms, "post_attention_layernorm"):
+            self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Tensor, residual_BTD: Tensor, rope: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
-        """x [B, T, in] -> state [B, T, D]. rope: rotates [B, T, heads, d]."""
-        attention = self.self_attn
-        qk, v = attention.project(x)
-        qk_BHTd = rope(qk).transpose(1, 2)
-        q, k = qk_BHTd[:, : -attention.num_kv_heads], qk_BHTd[:, -attention.num_kv_heads :]
-        attended = attend(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        state = residual_BTD + attention.o_proj(attended)
-        return state + self.mlp(self.post_attention_layernorm(state))  # type: ignore[no-any-return]
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., in] -> [..., H, d] after norm and RoPE."""
+        q = project(x, self.self_attn.q_proj).unflatten(-1, (-1, self.head_dim))
+        return apply_rope(q if self.self_attn.q_norm is None else self.self_attn.q_norm(q), cos, sin)
 
-    def fuse(self) -> None:
-        """For decoding: fewer products; a chain step of a small draft costs dispatch, not arithmetic."""
-        self.self_attn.fuse()
-        self.mlp.fuse()
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., in] -> (keys after norm and RoPE, values) [..., G, d]."""
+        layers = (self.self_attn.k_proj, self.self_attn.v_proj)
+        k, v = (project(x, layer).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+        return apply_rope(k if self.self_attn.k_norm is None else self.self_attn.k_norm(k), cos, sin), v
+
+    def finish(self, residual: Tensor, attended: Tensor, compiled: bool = False) -> Tensor:
+        """Output projection of [..., H, d] and feed-forward, both added."""
+        state = residual + project(attended.flatten(-2), self.self_attn.o_proj)
+        return state + self.mlp(self.post_attention_layernorm(state), compiled)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, residual_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x [B, T, in] -> state [B, T, D]. rope: cos and sin."""
+        parts = (self.queries(x, *rope), *self.keys_values(x, *rope))
+        attended = attend(*(part.transpose(1, 2) for part in parts))
+        return self.finish(residual_BTD, attended.transpose(1, 2))
 
 
 def gated(gate_up: Tensor, activation: str, compiled: bool = False) -> Tensor:

@@ -7,38 +7,43 @@ token share its teacher, so the teacher's distribution is made once per token an
     loss = sum over (u, k) of weight[u, k] * CE(softmax(z_u over the draft vocabulary), logits of h[u, k])
     d loss / d logits = weight * (softmax(logits) - teacher)
 
-The LK losses (`model/acceptance.py`) take the place of CE in the same pass. An EAGLE-3 draft has a head of its own, an
-EAGLE-1 draft uses the target's, frozen, with its bias, scale and soft cap.
+An EAGLE-3 draft has a head of its own, an EAGLE-1 draft uses the target's, frozen, with its bias, scale and soft cap.
+
+LK losses take the place of CE in the same pass. They train for the chance that speculative sampling keeps a drafted
+token; p is the target's distribution over its FULL vocabulary (over the draft's it sums to at most 1), q the draft's:
+
+    alpha    = sum over the draft vocabulary of min(p, q)        the chance that the token is kept
+    TV       = 1 - alpha                                         total variation, where the vocabularies are the same
+    lk_alpha = -log alpha                                        its gradient is that of TV, times 1 / alpha
+    lk       = lambda * KL + (1 - lambda) * TV                   lambda = exp(-3 alpha), a constant for the gradient
+    KL       = sum of r log(r / q),  r = p renormalised over the draft vocabulary (CE less r's entropy)
+
+TV alone barely moves a draft that agrees nowhere yet (its gradient is of the order of q); lk begins as KL there.
+Source: "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding", arXiv 2602.23881. There lambda comes
+from the mean alpha of a step's batch; here from each position's own, so that the loss stays a sum over positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specforge_lite.model.acceptance import lk_pass
 from specforge_lite.model.deferred_grad import add_product
 from specforge_lite.model.fused import fused
 from specforge_lite.model.target_head import TargetHead
 
+LK_LOSSES = ("lk", "lk_alpha")
+KL_DECAY = 3.0
+# alpha below this is held there in 1 / alpha and in the logarithm: fp32 sums of 1e5 terms are no better.
+SMALLEST_ALPHA = 1e-6
 # Logits alive at a time. On a CPU a chunk stays in the cache; a GPU wants few and large ones, as its memory allows.
 CPU_CHUNK_ELEMENTS = 4 << 20
 CPU_PASS_ELEMENTS = 1 << 20
 BYTES_PER_CHUNK_ELEMENT = 256  # of GPU memory: a chunk takes at most 12 bytes an element, 5% of it
 UNKNOWN_MEMORY = 80 << 30  # of a device that does not tell
-
-
-class TeacherChunks(Protocol):
-    """What the target says about M predicted tokens, some of them at a time."""
-
-    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """-> (logits over the draft vocabulary [m, Vd]; draft id of the most probable token [m] int64; logsumexp over
-        the FULL vocabulary [m] in fp32 or wider, if wanted)."""
-        ...
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Teacher:
     lse_M: Tensor | None
 
     def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of some of the M predicted tokens -> (logits over the draft vocabulary [m, Vd]; draft id of the most probable
+        token [m] int64; logsumexp over the FULL vocabulary [m] in fp32 or wider, if wanted)."""
         lse_m = self.lse_M[tokens] if want_lse and self.lse_M is not None else None
         return self.draft_logits_MVd[tokens], self.draft_id_M[tokens], lse_m
 
@@ -72,6 +79,9 @@ class FrozenTeacher:
         accumulate = torch.promote_types(logits_mV.dtype, torch.float32)
         lse_m = torch.logsumexp(logits_mV.to(accumulate), -1) if want_lse else None
         return logits_mV, logits_mV.argmax(-1), lse_m
+
+
+TeacherChunks = Teacher | FrozenTeacher
 
 
 def chunk_elements(device_type: str, memory: int = UNKNOWN_MEMORY) -> int:
@@ -128,9 +138,8 @@ def chunked_cross_entropy(
     everything between the matrix products with torch.compile.
     Returns (weighted loss sum, fp32 scalar; unweighted loss [M, K]; correct [M, K] bool), the last two detached.
     """
-    own = head if isinstance(head, Tensor) else None
-    frozen = head if isinstance(head, TargetHead) else None
-    return _ChunkedCrossEntropy.apply(head_in_MKD, own, weight_MK, teacher, frozen, loss_name, compiled)  # type: ignore[no-any-return]
+    own_VD = head if isinstance(head, Tensor) else None
+    return _ChunkedCrossEntropy.apply(head_in_MKD, own_VD, weight_MK, teacher, head, loss_name, compiled)  # type: ignore[no-any-return]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -141,41 +150,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         own_VD: Tensor | None,
         weight_MK: Tensor,
         teacher: TeacherChunks,
-        frozen: TargetHead | None,
+        head: Tensor | TargetHead,
         loss_name: str,
         compiled: bool,
     ):
         (num_tokens, num_steps, width), device = head_in_MKD.shape, head_in_MKD.device
-        head_VD = _head_matrix(own_VD if frozen is None else frozen, head_in_MKD.dtype)
         accumulate = torch.promote_types(head_in_MKD.dtype, torch.float32)
         weight_MK = weight_MK.to(accumulate)
         loss_MK = torch.empty(num_tokens, num_steps, dtype=accumulate, device=device)
         correct_MK = torch.empty(num_tokens, num_steps, dtype=torch.bool, device=device)
         grad_in_MKD = torch.empty_like(head_in_MKD) if any(ctx.needs_input_grad[:2]) else None
-        grad_head: Tensor | None = None
-        for chunk in _chunks(num_tokens, len(head_VD) * num_steps, device):
-            hidden = head_in_MKD[chunk].view(-1, width)
-            logits = hidden @ head_VD.T
-            slope = None
-            if frozen is not None:
-                logits, slope = frozen.finish(logits)
-            logits_mKV = logits.view(-1, num_steps, len(head_VD))
+        own, grad_head = own_VD is not None, None
+        if own_VD is not None and not num_tokens:
+            grad_head = torch.zeros_like(own_VD, dtype=accumulate)
+        head_VD = _matrix(head, head_in_MKD.dtype)
+        for chunk, logits_mKV, slope in _logit_chunks(head_in_MKD, head, head_VD):
             teacher_mV, teacher_id_m, lse_m = teacher.chunk(chunk, loss_name != "ce")
-            exact = logits_mKV.argmax(-1) == teacher_id_m[:, None] if frozen is not None else None
+            exact = None if own else logits_mKV.argmax(-1) == teacher_id_m[:, None]
             loss_MK[chunk], hit_mK = _logits_to_gradient(
                 logits_mKV, teacher_mV, teacher_id_m, lse_m, loss_name, compiled
             )
             correct_MK[chunk] = hit_mK if exact is None else exact  # a soft cap makes ties
             if grad_in_MKD is None:
                 continue
+            grad_logits = logits_mKV.view(-1, len(head_VD))
             if slope is not None:
-                logits.mul_(slope)
-            weight = weight_MK[chunk].view(-1, 1).to(hidden.dtype)
-            torch.mul(logits @ head_VD, weight, out=grad_in_MKD[chunk].view(-1, width))
-            if own_VD is not None:
-                grad_head = add_product(grad_head, logits, hidden * weight)
-        if own_VD is not None and grad_in_MKD is not None and grad_head is None:
-            grad_head = torch.zeros_like(own_VD, dtype=accumulate)
+                grad_logits.mul_(slope)
+            weight = weight_MK[chunk].view(-1, 1).to(head_in_MKD.dtype)
+            torch.mul(grad_logits @ head_VD, weight, out=grad_in_MKD[chunk].view(-1, width))
+            if own:
+                grad_head = add_product(grad_head, grad_logits, head_in_MKD[chunk].view(-1, width) * weight)
         ctx.save_for_backward(grad_in_MKD, grad_head)
         # where, not a product: the loss of a row that does not exist may be anything
         loss = torch.where(weight_MK > 0, loss_MK * weight_MK, 0).sum()
@@ -195,9 +199,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_in_MKD, grad_head_VD, None, None, None, None, None
 
 
-def _head_matrix(head: Tensor | TargetHead | None, dtype: torch.dtype) -> Tensor:
-    assert head is not None
+def _matrix(head: Tensor | TargetHead, dtype: torch.dtype) -> Tensor:
     return (head.lm_head_VH if isinstance(head, TargetHead) else head).to(dtype)
+
+
+def _logit_chunks(
+    head_in_MKD: Tensor, head: Tensor | TargetHead, head_VD: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | float | None]]:
+    """-> (tokens, their logits [m, K, V], slope of the logits over the products) of each chunk."""
+    num_tokens, num_steps, width = head_in_MKD.shape
+    for chunk in _chunks(num_tokens, len(head_VD) * num_steps, head_in_MKD.device):
+        logits, slope = head_in_MKD[chunk].view(-1, width) @ head_VD.T, None
+        if isinstance(head, TargetHead):
+            logits, slope = head.finish(logits)
+        yield chunk, logits.view(-1, num_steps, len(head_VD)), slope
 
 
 def _logits_to_gradient(
@@ -238,6 +253,39 @@ def cross_entropy_pass(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Ten
     return (top_mK1 + total_mK1.log()).squeeze(-1) - expected_mK, (own_mK1 >= top_mK1).squeeze(-1)
 
 
+def lk_pass(
+    logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor, teacher_lse_m: Tensor, loss_name: str
+) -> tuple[Tensor, Tensor]:
+    """Overwrite logits by d loss / d logits; -> (loss [m, K], hit [m, K]), in fp32 or wider.
+
+    teacher_mV: the target's logits over the draft vocabulary. teacher_lse_m: their logsumexp over the full one.
+    """
+    accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
+    wide_mKV, wide_teacher_mV = logits_mKV.to(accumulate), teacher_mV.to(accumulate)
+    own_logit_mK = wide_mKV.gather(-1, teacher_id_m[:, None, None].expand(-1, wide_mKV.shape[1], 1)).squeeze(-1)
+    hit_mK = own_logit_mK >= wide_mKV.amax(-1)
+    lse_mK = torch.logsumexp(wide_mKV, -1)
+    q_mKV = (wide_mKV - lse_mK.unsqueeze(-1)).exp()
+    p_m1V = (wide_teacher_mV - teacher_lse_m.to(accumulate).unsqueeze(-1)).exp().unsqueeze(1)
+    below_mKV = q_mKV < p_m1V
+    kept_mKV = torch.where(below_mKV, q_mKV, 0)
+    alpha_mK = torch.minimum(q_mKV, p_m1V).sum(-1)
+    # d alpha / d logit_v = q_v (1[q_v < p_v] - sum of q where q < p)
+    alpha_slope_mKV = kept_mKV - q_mKV * kept_mKV.sum(-1, keepdim=True)
+    if loss_name == "lk_alpha":
+        safe_mK = alpha_mK.clamp(min=SMALLEST_ALPHA)
+        logits_mKV.copy_(-alpha_slope_mKV / safe_mK.unsqueeze(-1))
+        return -safe_mK.log(), hit_mK
+    log_r_mV = torch.log_softmax(wide_teacher_mV, -1)
+    r_m1V = log_r_mV.exp().unsqueeze(1)
+    entropy_m1 = -(log_r_mV.exp() * log_r_mV).sum(-1, keepdim=True)
+    kl_mK = lse_mK - (r_m1V * wide_mKV).sum(-1) - entropy_m1
+    weight_mK = (-KL_DECAY * alpha_mK).exp()
+    weight_mK1 = weight_mK.unsqueeze(-1)
+    logits_mKV.copy_(weight_mK1 * (q_mKV - r_m1V) - (1 - weight_mK1) * alpha_slope_mKV)
+    return weight_mK * kl_mK + (1 - weight_mK) * (1 - alpha_mK), hit_mK
+
+
 @torch.no_grad()
 def judge_rows(head_in_MKD: Tensor, teacher: TeacherChunks, head: Tensor | TargetHead) -> tuple[Tensor, Tensor]:
     """For evaluation: (argmax equals the teacher's [M, K] bool, alpha [M, K] fp32).
@@ -245,15 +293,9 @@ def judge_rows(head_in_MKD: Tensor, teacher: TeacherChunks, head: Tensor | Targe
     alpha = sum over v of min(p, q): the chance that speculative sampling keeps the token; p is the target's
     probability over its FULL vocabulary, q the draft's.
     """
-    (num_tokens, num_steps, width), device = head_in_MKD.shape, head_in_MKD.device
-    head_VD = _head_matrix(head, head_in_MKD.dtype)
-    correct_MK = torch.empty(num_tokens, num_steps, dtype=torch.bool, device=device)
-    alpha_MK = torch.empty(num_tokens, num_steps, device=device)
-    for chunk in _chunks(num_tokens, len(head_VD) * num_steps, device):
-        logits = head_in_MKD[chunk].view(-1, width) @ head_VD.T
-        if isinstance(head, TargetHead):
-            logits, _ = head.finish(logits)
-        logits_mKV = logits.view(-1, num_steps, len(head_VD))
+    correct_MK = torch.empty(head_in_MKD.shape[:2], dtype=torch.bool, device=head_in_MKD.device)
+    alpha_MK = torch.empty(head_in_MKD.shape[:2], device=head_in_MKD.device)
+    for chunk, logits_mKV, _slope in _logit_chunks(head_in_MKD, head, _matrix(head, head_in_MKD.dtype)):
         teacher_mV, teacher_id_m, lse_m = teacher.chunk(chunk, want_lse=True)
         assert lse_m is not None
         correct_MK[chunk] = logits_mKV.argmax(-1) == teacher_id_m[:, None]

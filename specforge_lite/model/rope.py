@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from specforge_lite.core.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from specforge_lite.model.draft import DraftConfig
 
 
 class RotaryEmbedding(nn.Module):
@@ -20,16 +23,16 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         inv_freq, self.attention_scaling = _frequencies(head_dim, theta, scaling, max_positions)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self._table_P2h: Tensor | None = None
+
+    @classmethod
+    def of(cls, config: DraftConfig) -> RotaryEmbedding:
+        """That of a draft."""
+        return cls(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids [...] int64 -> (cos, sin) [..., 1, head_dim / 2], to be broadcast over heads."""
-        if self._table_P2h is None:
-            both = self.table(position_ids)
-        else:
-            both = self._table_P2h.index_select(0, position_ids.reshape(-1)).view(*position_ids.shape, 2, -1)
-        cos, sin = both.unsqueeze(-3).unbind(-2)
+        cos, sin = self.table(position_ids).unsqueeze(-3).unbind(-2)
         return cos, sin
 
     @torch.no_grad()
@@ -37,12 +40,6 @@ class RotaryEmbedding(nn.Module):
         """[..., 2, head_dim / 2]: cos and sin of positions."""
         angles = position_ids.unsqueeze(-1) * self.inv_freq.float()
         return torch.stack([angles.cos(), angles.sin()], -2) * self.attention_scaling
-
-    def cover(self, num_positions: int) -> None:
-        """For decoding: look positions up in a table from now on, which holds those below `num_positions`."""
-        table = self._table_P2h
-        if table is None or len(table) < num_positions or table.device != self.inv_freq.device:
-            self._table_P2h = self.table(torch.arange(max(2 * num_positions, 256), device=self.inv_freq.device))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,12 +33,11 @@ SPARE_SHARE = 1 / 16
 ALIGNMENT = 16  # bytes, of each tensor inside the one buffer that carries a plan to a device
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows [compact_start, compact_stop) of a step's needed rows, lying in tokens [start, stop) of one document.
+class Segment(NamedTuple):
+    """Rows [compact_start, compact_stop) of a step's needed rows, lying in tokens [start, stop) of one document, with
+    holes where these are more.
 
     key_start: first token of the document, counted in step-0 KEY rows, as start and stop are.
-    index: where the segment's rows lie in start..stop-1, or None when it has no holes.
     """
 
     compact_start: int
@@ -46,7 +45,6 @@ class Segment:
     start: int
     stop: int
     key_start: int
-    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,12 @@ def on_device(plan: PlanT, device: torch.device | str) -> PlanT:
 
 
 def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dataclasses with every tensor outside of segments changed, in the order of their fields."""
+    """A copy of nested dataclasses with every tensor changed, in the order of their fields."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list):
         return [_visit(item, change) for item in value]
-    if is_dataclass(value) and not isinstance(value, Segment | type):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _visit(getattr(value, f.name), change) for f in fields(value)})
     return value
 
@@ -266,8 +264,4 @@ def _segments(rows: Tensor, doc_of_N: Tensor, key_place_N: Tensor, start_of_N: T
     first, last = rows[torch.tensor(starts)], rows[torch.tensor(stops) - 1]
     key_first, key_last = key_place_N[first].tolist(), key_place_N[last].tolist()
     key_doc = key_place_N[start_of_N[first]].tolist()
-    segments = []
-    for i, j, a, b, doc in zip(starts, stops, key_first, key_last, key_doc, strict=True):
-        index = None if b + 1 - a == j - i else key_place_N[rows[i:j]] - a
-        segments.append(Segment(i, j, a, b + 1, doc, index))
-    return segments
+    return [Segment(i, j, a, b + 1, doc) for i, j, a, b, doc in zip(starts, stops, key_first, key_last, key_doc)]

@@ -34,10 +34,6 @@ class SequenceGroup:
     size: int
     group: Any
 
-    def own_rows(self, predictable_N: Tensor, doc_offsets: list[int], num_steps: int) -> Tensor:
-        """bool [N]: the rows of this process."""
-        return own_rows(predictable_N, doc_offsets, num_steps, self.rank, self.size)
-
     def share(self, key_RGd: Tensor, value_RGd: Tensor, places_R: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
         """Own keys and values -> those of all N rows [N, G, d]. Every process of the group calls it, and its backward,
         equally often."""

@@ -8,6 +8,7 @@ Cohere's logit scales, soft caps) live here and nowhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,18 @@ NORM_NAMES = (
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
 # Where no full name fits: names that end so, outside of layers and of other towers, if there is exactly one.
 EMBED_ENDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embed_in.weight",
-)
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight",
+)  # fmt: skip
 NORM_ENDINGS = (
-    "model.norm.weight",
-    "ln_f.weight",
-    "final_layernorm.weight",
-    "final_layer_norm.weight",
-    "norm_f.weight",
-)
+    "model.norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight", "norm_f.weight",
+)  # fmt: skip
 HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
+EMBEDDING, NORM, HEAD = "token embedding", "final norm", "output head"
+PARTS = {
+    NORM: (NORM_NAMES, NORM_ENDINGS),
+    EMBEDDING: (EMBED_NAMES, EMBED_ENDINGS),
+    HEAD: (HEAD_NAMES, HEAD_ENDINGS),
+}
 OTHER_TOWERS = ("vision", "visual", "audio", "projector", "mtp", "layers.", "blocks.", "encoder", ".h.")
 
 # Families whose norm multiplies by 1 + weight; the checkpoint holds weight.
@@ -86,17 +85,12 @@ class TargetHead:
         if self.norm_centers:
             x = x - x.mean(-1, keepdim=True)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.norm_eps) * self.norm_weight_H
-        if self.norm_bias_H is not None:
-            x = x + self.norm_bias_H
-        return x.to(hidden.dtype)
+        return (x if self.norm_bias_H is None else x + self.norm_bias_H).to(hidden.dtype)
 
-    def logits(self, last_normed: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Normed last hidden state [..., H] -> logits [..., V], or of the head rows `rows` (int64 ids) only."""
-        weight = self.lm_head_VH if rows is None else self.lm_head_VH[rows]
-        raw = last_normed.to(weight.dtype) @ weight.T
-        if self.head_bias_V is not None:
-            raw = raw + (self.head_bias_V if rows is None else self.head_bias_V[rows])
-        return self.scale_logits(raw)
+    def logits(self, last_normed: Tensor) -> Tensor:
+        """Normed last hidden state [..., H] -> logits [..., V]."""
+        raw = last_normed.to(self.lm_head_VH.dtype) @ self.lm_head_VH.T
+        return self.scale_logits(raw if self.head_bias_V is None else raw + self.head_bias_V)
 
     def scale_logits(self, raw: Tensor) -> Tensor:
         """The family's scaling and soft cap of raw head products."""
@@ -135,34 +129,56 @@ def load_target_head(model_dir: str | Path, config: Any) -> TargetHead:
     config: its transformers config. Raises CheckpointError naming the tensor that is missing.
     """
     directory = Path(model_dir)
+    files = weight_files(directory)
+    names = logical_names(files)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    norm = read_tensor(directory, NORM_NAMES, "final norm", NORM_ENDINGS).float()
-    head_name = find_tensor(directory, HEAD_NAMES, HEAD_ENDINGS)
+    found = {part: _find(names, *PARTS[part]) for part in PARTS}
     tied = bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
-    if tied and head_name is not None and find_tensor(directory, EMBED_NAMES, EMBED_ENDINGS) is None:
-        embed = head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
-    else:
-        embed = read_tensor(directory, EMBED_NAMES, "token embedding", EMBED_ENDINGS)
-        head = embed
-        if head_name is not None or not tied:
-            head = read_tensor(directory, HEAD_NAMES, "output head", HEAD_ENDINGS)
-    if text.model_type in ONE_PLUS_WEIGHT:
-        norm = norm + 1.0
+    if tied and found[HEAD] is None:
+        found[HEAD] = found[EMBEDDING]
+    if tied and found[EMBEDDING] is None:
+        found[EMBEDDING] = found[HEAD]
+    norm = _read(directory, files, found, NORM).float() + float(text.model_type in ONE_PLUS_WEIGHT)
+    embed = _read(directory, files, found, EMBEDDING)
+    head = embed if found[HEAD] == found[EMBEDDING] else _read(directory, files, found, HEAD)
+    biases = {part: (found[part] or "").removesuffix("weight") + "bias" for part in (NORM, HEAD)}
+    norm_bias, head_bias = (read_weight(files, name) if name in files else None for name in biases.values())
     centers, eps = final_norm_kind(text)
-    norm_bias, head_bias = _read_biases(directory, head_name)
     embed_scale, logit_scale, softcap = family_scales(text)
     return TargetHead(
-        embed,
-        head,
-        norm,
-        eps,
-        embed_scale,
-        logit_scale,
-        softcap,
-        centers or norm_bias is not None,
-        norm_bias,
-        head_bias,
+        embed_VH=embed,
+        lm_head_VH=head,
+        norm_weight_H=norm,
+        norm_eps=eps,
+        embed_scale=embed_scale,
+        logit_scale=logit_scale,
+        logit_softcap=softcap,
+        norm_centers=centers or norm_bias is not None,
+        norm_bias_H=None if norm_bias is None else norm_bias.float(),
+        head_bias_V=head_bias,
     )
+
+
+def _find(stored: Collection[str], names: tuple[str, ...], endings: tuple[str, ...]) -> str | None:
+    """The first of `names` that the model has, else its only text-model tensor with one of `endings`."""
+    similar = [n for n in stored if n.endswith(endings) and not any(part in n for part in OTHER_TOWERS)]
+    return next((name for name in names if name in stored), similar[0] if len(similar) == 1 else None)
+
+
+def _read(directory: Path, files: dict[str, Path], found: dict[str, str | None], part: str) -> Tensor:
+    name = found[part]
+    if name is None:
+        names, endings = PARTS[part]
+        wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
+        raise CheckpointError(f"{directory}: {part} not found; looked for {wanted}")
+    tensor = read_weight(files, name)
+    if tensor is None:
+        method = quantization_of(files).get("quant_method") or "a form without a name in config.json"
+        raise CheckpointError(
+            f"{directory}: {part} {name} is quantised as {method}, which is not read; expected 16 or 32 bits, fp8, AWQ,"
+            " GPTQ, NVFP4 or integers of compressed-tensors"
+        )
+    return tensor
 
 
 def final_norm_kind(text_config: Any) -> tuple[bool, float]:
@@ -174,16 +190,6 @@ def final_norm_kind(text_config: Any) -> tuple[bool, float]:
         if getattr(text_config, key, None) is not None:
             return True, float(getattr(text_config, key))
     return False, 1e-5
-
-
-def _read_biases(directory: Path, head_name: str | None) -> tuple[Tensor | None, Tensor | None]:
-    norm_name = find_tensor(directory, NORM_NAMES, NORM_ENDINGS)
-    found: list[Tensor | None] = []
-    for weight_name in (norm_name, head_name):
-        name = "" if weight_name is None else weight_name.removesuffix("weight") + "bias"
-        found.append(read_tensor(directory, (name,), name) if name in weight_files(directory) else None)
-    norm_bias, head_bias = found
-    return None if norm_bias is None else norm_bias.float(), head_bias
 
 
 def family_scales(text_config: Any) -> tuple[float, float, float | None]:
@@ -202,30 +208,3 @@ def family_scales(text_config: Any) -> tuple[float, float, float | None]:
     for key in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1 multiply
         logit_scale = getattr(text_config, key, None) or logit_scale
     return float(embed_scale), float(logit_scale), getattr(text_config, "final_logit_softcapping", None)
-
-
-def find_tensor(directory: Path, names: tuple[str, ...], endings: tuple[str, ...] = ()) -> str | None:
-    """The first of `names` that the model directory holds, else its only text-model tensor with one of `endings`."""
-    stored = logical_names(weight_files(directory))
-    exact = next((name for name in names if name in stored), None)
-    if exact is not None or not endings:
-        return exact
-    similar = [n for n in stored if n.endswith(endings) and not any(part in n for part in OTHER_TOWERS)]
-    return similar[0] if len(similar) == 1 else None
-
-
-def read_tensor(directory: Path, names: tuple[str, ...], what: str, endings: tuple[str, ...] = ()) -> Tensor:
-    """Read what `find_tensor` finds; raise CheckpointError naming what was looked for otherwise."""
-    name = find_tensor(directory, names, endings)
-    if name is None:
-        wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
-        raise CheckpointError(f"{directory}: {what} not found; looked for {wanted}")
-    files = weight_files(directory)
-    tensor = read_weight(files, name)
-    if tensor is None:
-        method = quantization_of(files).get("quant_method") or "a form without a name in config.json"
-        raise CheckpointError(
-            f"{directory}: {what} {name} is quantised as {method}, which is not read; expected 16 or 32 bits, fp8, AWQ,"
-            " GPTQ, NVFP4 or integers of compressed-tensors"
-        )
-    return tensor

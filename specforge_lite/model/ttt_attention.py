@@ -17,31 +17,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge_lite.model.device import attention_dtype, choose_attention
-from specforge_lite.model.flash import CpuFlash, FlashRows, Step0Block, VarlenFlash, flash_rows
-from specforge_lite.model.flex import FLEX_BLOCK, FlexRows, run_flex
+from specforge_lite.model.flash import CpuFlash, FlashRows, VarlenFlash, flash_rows
+from specforge_lite.model.flex import FlexRows, run_flex
 from specforge_lite.model.row_plan import StepRows
 
 Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R, G, d]; values alike
 
 
-class Backend(Protocol):
+class Backend:
     """One way to attend."""
 
-    def __init__(self, device_type: str = "cpu") -> None: ...
+    def __init__(self, device_type: str = "cpu") -> None:
+        self.device_type = device_type
 
     def plan(self, rows: StepRows, step: int, num_keys: int) -> Any:
         """On the host: what `attend` wants to find in `rows.kernel`; its tensors go to the device with the plan."""
-        ...
+        return None
 
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
         """-> output [R, H, d]."""
-        ...
+        raise NotImplementedError
 
 
 def make_backend(name: str, device_type: str = "cpu") -> Backend:
@@ -52,17 +53,8 @@ def make_backend(name: str, device_type: str = "cpu") -> Backend:
     return backends[name](device_type)
 
 
-# ---------------------------------------------------------------------------------------------------------------- eager
-
-
-class Eager:
+class Eager(Backend):
     """The oracle: every score exists, masked ones are minus infinity, one softmax."""
-
-    def __init__(self, device_type: str = "cpu") -> None:
-        pass
-
-    def plan(self, rows: StepRows, step: int, num_keys: int) -> None:
-        return None
 
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
         k0_NGd, v0_NGd = keys[0], values[0]
@@ -82,17 +74,15 @@ class Eager:
         return out_RHd
 
 
-# --------------------------------------------------------------------------------------------------------- merged flash
-
-
-class Merged:
+class Merged(Backend):
     """Flash attention over step 0 merged with the J single keys; exact, memory O(R + N)."""
 
     def __init__(self, device_type: str = "cpu") -> None:
-        self._on_cpu = device_type == "cpu"
+        super().__init__(device_type)
+        self._flash = CpuFlash if device_type == "cpu" else VarlenFlash
 
-    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlashRows | None:
-        return None if self._on_cpu else flash_rows(rows.segments, num_keys)
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlashRows:
+        return flash_rows(rows, num_keys, self._flash.max_copies)
 
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
         dtype = q_RHd.dtype
@@ -100,8 +90,7 @@ class Merged:
             q_RHd, keys, values = q_RHd.float(), [key.float() for key in keys], [value.float() for value in values]
         if len(q_RHd) == 0:
             return (q_RHd + 0 * sum(x.sum() for x in (*keys, *values))).to(dtype)
-        block = CpuFlash(rows.segments) if self._on_cpu else VarlenFlash(rows.kernel)
-        return _Merged.apply(block, len(keys), q_RHd, *keys, *values).to(dtype)  # type: ignore[no-any-return]
+        return _Merged.apply(self._flash(rows.kernel), len(keys), q_RHd, *keys, *values).to(dtype)  # type: ignore[no-any-return]
 
 
 class _Merged(torch.autograd.Function):
@@ -112,7 +101,7 @@ class _Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block: Step0Block, num_keys: int, q_RHd: Tensor, *keys_values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, block: VarlenFlash, num_keys: int, q_RHd: Tensor, *keys_values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         keys, values = keys_values[:num_keys], keys_values[num_keys:]
         out_RHd, z_RH = block.forward(q_RHd, keys[0], values[0])
         probabilities: list[Tensor] = []
@@ -125,16 +114,10 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RHd: Tensor):  # type: ignore[no-untyped-def, override]
         q_RHd, out_RHd, z_RH, *rest = ctx.saved_tensors
-        keys, values, probabilities = (
-            rest[: ctx.num_keys],
-            rest[ctx.num_keys : 2 * ctx.num_keys],
-            rest[2 * ctx.num_keys :],
-        )
+        count = ctx.num_keys
+        keys, values, probabilities = rest[:count], rest[count : 2 * count], rest[2 * count :]
         dq_RHd, dk0_NGd, dv0_NGd = ctx.block.backward(grad_RHd, q_RHd, keys[0], values[0], out_RHd, z_RH)
-        dk: list[Tensor] = []
-        dv: list[Tensor] = []
-        if probabilities:
-            dk, dv = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys[1:], values[1:], dq_RHd)
+        dk, dv = single_keys_backward(grad_RHd, q_RHd, out_RHd, probabilities, keys[1:], values[1:], dq_RHd)
         return None, None, dq_RHd, dk0_NGd, *dk, dv0_NGd, *dv
 
 
@@ -169,6 +152,8 @@ def single_keys_backward(
     dq_RHd: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Add the single keys' part to dq; -> gradients of the keys, and of the values."""
+    if not probabilities:
+        return [], []
     groups, scale, wide = keys[0].shape[1], 1 / math.sqrt(q_RHd.shape[2]), probabilities[0].dtype
     q_RGgd, grad_RGgd = (_by_group(x, groups).to(wide) for x in (q_RHd, grad_RHd))
     delta_RGg = (grad_RGgd * _by_group(out_RHd, groups)).sum(-1)
@@ -189,37 +174,16 @@ def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
     return x_RHd.unflatten(1, (groups, -1))
 
 
-# ----------------------------------------------------------------------------------------------------------------- flex
-
-
-def flex_rows(rows: StepRows, num_later: int, num_keys: int) -> FlexRows:
-    """Which blocks hold visible keys: made of the rows' key ranges, without a matrix of rows and keys."""
-    num_rows = len(rows.key_rows)
-    num_blocks = -(-(num_keys + num_rows * num_later) // FLEX_BLOCK)
-    first_of_block = torch.arange(num_blocks) * FLEX_BLOCK
-    last_of_block = first_of_block + FLEX_BLOCK - 1
-    partly, wholly = [], []
-    for start in range(0, num_rows, FLEX_BLOCK):
-        stop = min(start + FLEX_BLOCK, num_rows)
-        own, first = rows.key_rows[start:stop], rows.first_keys[start:stop]
-        seen = (first_of_block <= own.max()) & (last_of_block >= first.min())
-        for j in range(num_later):
-            offset = num_keys + j * num_rows
-            seen |= (first_of_block < offset + stop) & (last_of_block >= offset + start)
-        full = (first_of_block >= first.max()) & (last_of_block <= own.min())
-        partly.append(seen & ~full)
-        wholly.append(full)
-    return FlexRows.of(torch.stack(partly), torch.stack(wholly), [num_keys, num_rows])
-
-
-class Flex:
+class Flex(Backend):
     """torch's flex_attention with one mask: a step-0 key by position and document, a later key by its own row."""
 
-    def __init__(self, device_type: str = "cpu") -> None:
-        self._compiled = device_type == "cuda"
-
     def plan(self, rows: StepRows, step: int, num_keys: int) -> FlexRows | None:
-        return flex_rows(rows, step, num_keys) if len(rows.key_rows) else None
+        num_rows = len(rows.key_rows)
+        if not num_rows:
+            return None
+        later = [num_keys + j * num_rows + torch.arange(num_rows) for j in range(step)]
+        own, sizes = [(places, places) for places in later], [num_keys, num_rows]
+        return FlexRows.of(rows.first_keys, rows.key_rows, own, num_keys + step * num_rows, sizes)
 
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
         if len(q_RHd) == 0:
@@ -231,4 +195,6 @@ class Flex:
             step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
             return step0 | ((key >= num_keys) & ((key - num_keys) % num_rows == row))
 
-        return run_flex(q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self._compiled)
+        return run_flex(
+            q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self.device_type == "cuda"
+        )

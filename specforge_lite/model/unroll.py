@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from specforge_lite.model.deferred_grad import DeferredWeight
 from specforge_lite.model.draft import Attend, Draft, TTTSettings
 from specforge_lite.model.layers import DraftLayer, gated
+from specforge_lite.model.losses import TeacherChunks
 from specforge_lite.model.rope import RotaryEmbedding, apply_rope
 from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
+from specforge_lite.model.sequence import own_rows
+from specforge_lite.model.target_head import TargetHead
 from specforge_lite.model.ttt_attention import Backend, attention_dtype, make_backend
 from specforge_lite.types import DraftBatch, StepOutput
 
@@ -40,6 +43,14 @@ class EagleDraft(Draft):
         """The decoder layer."""
         raise NotImplementedError
 
+    def add_common(self, d2t: Tensor, t2d: Tensor) -> None:
+        """What every draft has beside its weights: RoPE, vocabulary map, embeddings of its own where it needs them."""
+        self.rope = RotaryEmbedding.of(self.config)
+        self.set_vocab(d2t, t2d)
+        self.make_own_embeddings()
+
+    # ------------------------------------------------------------------------------------------------------ inference
+
     def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """-> (what the layer projects to q, k, v; what attention is added to)."""
         raise NotImplementedError
@@ -52,50 +63,80 @@ class EagleDraft(Draft):
         self, state_BTD: Tensor, embeds_BTD: Tensor, position_ids_BT: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         x, residual_BTD = self.layer_input(state_BTD, embeds_BTD.to(state_BTD.dtype))
-        cos, sin = self.rope(position_ids_BT)
-        return self.layer_output(self.layer(x, residual_BTD, lambda heads: apply_rope(heads, cos, sin), attend))
+        return self.layer_output(self.layer(x, residual_BTD, self.rope(position_ids_BT), attend))
 
-    def prepare_decoding(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.layer.fuse()
+    # ------------------------------------------------------------------------------------------------------- training
 
-    def cover_positions(self, num_positions: int) -> None:
-        self.rope.cover(num_positions)
+    def next_state(self, state_RD: Tensor) -> Tensor:
+        """Output of the layer -> what the next step and the head read."""
+        return state_RD
+
+    def training_input(
+        self, batch: DraftBatch, plan: RowPlan, embeds_ED: Tensor, ttt: TTTSettings
+    ) -> tuple[LayerInput, Tensor]:
+        """-> (what the layer reads in a pass with these embeddings, h_0 [N, D] of the key rows)."""
+        raise NotImplementedError
+
+    def teacher(self, target_head: TargetHead, last_MH: Tensor, ttt: TTTSettings) -> TeacherChunks:
+        """What the target says about the predicted tokens; last_MH: its states before them."""
+        raise NotImplementedError
+
+    def losses(
+        self, states_MKD: Tensor, weight_MK: Tensor, teacher: Any, target_head: TargetHead, ttt: TTTSettings
+    ) -> tuple[Tensor, RowResults]:
+        """-> (weighted sum, results) of the unrolled states; weight_MK: see `step_weights`."""
+        raise NotImplementedError
+
+    def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
+        """One training pass of K steps; sums and counts, see `StepOutput`."""
+        device = batch.input_ids_N.device
+        dtype = self.compute_dtype(ttt, device)
+        backend = make_backend(ttt.attention_backend, device.type)
+        plan = plan_pass(batch, ttt).to(device, backend.plan)
+        last_MH = batch.last_NH.index_select(0, plan.predicted_tokens - 1)
+        teacher = self.teacher(target_head, last_MH, ttt)
+        token_ids = batch.input_ids_N.index_select(0, plan.embed_tokens)
+        embeds_ED = self.token_embeddings(token_ids, target_head).to(dtype)
+        layer_input, state_ND = self.training_input(batch, plan, embeds_ED, ttt)
+        states_MKD = unroll(self, layer_input, state_ND, plan, backend, ttt)
+        loss, results = self.losses(states_MKD, step_weights(plan, ttt), teacher, target_head, ttt)
+        return summarize(len(batch), plan, loss, results)
 
 
-class LayerInput(Protocol):
-    """The part of a layer in which the drafts differ, for one training pass."""
+@dataclass
+class LayerInput:
+    """The part of a layer in which the drafts differ, for one training pass.
 
-    def enter(self, state_RD: Tensor, embed_places_R: Tensor) -> tuple[Tensor, Tensor]:
-        """State h_k of some rows and the places of their embeddings -> (residual [R, D], x [R, D])."""
-        ...
+    enter: state h_k of some rows and the places of their embeddings -> (residual [R, D], x [R, D]). q, kv: what x is
+    multiplied with, keys first. embed_q, embed_kv [E, ...]: what the embeddings add to the products, if anything.
+    """
 
-    def queries(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
-        """-> [R, H d], before RoPE."""
-        ...
-
-    def keys_values(self, x_RD: Tensor, embed_places_R: Tensor) -> Tensor:
-        """-> [R, 2 G d], keys (before RoPE) first."""
-        ...
+    enter: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    q: DeferredWeight
+    kv: DeferredWeight
+    embed_q: Tensor | None = None
+    embed_kv: Tensor | None = None
 
 
-def begin_pass(batch: DraftBatch, ttt: TTTSettings) -> tuple[RowPlan, Backend]:
-    """Plan a pass on the host and send the plan to the batch's device."""
-    device = batch.input_ids_N.device
+def plan_pass(batch: DraftBatch, ttt: TTTSettings) -> RowPlan:
+    """Plan a pass on the host."""
     host_mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
-    predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, 2 if ttt.eagle_mask else 0)
+    mask_shift = 2 if ttt.loss_mask_alignment == "eagle" else 0
+    predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, mask_shift)
     owned_N = None
     if ttt.sequence is not None:
-        owned_N = ttt.sequence.own_rows(predictable_N, batch.doc_offsets, ttt.num_steps)
-    backend = make_backend(ttt.attention_backend, device.type)
-    plan = plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps, owned_N=owned_N)
-    return plan.to(device, backend.plan), backend
+        group = ttt.sequence
+        owned_N = own_rows(predictable_N, batch.doc_offsets, ttt.num_steps, group.rank, group.size)
+    return plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps, owned_N=owned_N)
 
 
 def step_weights(plan: RowPlan, ttt: TTTSettings) -> Tensor:
     """[M, K] fp64: step_decay^k where the row exists, else 0."""
     steps_K = torch.arange(ttt.num_steps, dtype=torch.float64, device=plan.head_places_MK.device)
     return (plan.head_places_MK >= 0) * ttt.step_decay**steps_K
+
+
+Later = list[tuple[Tensor, Tensor]]  # keys and values of a row's own steps
 
 
 @dataclass
@@ -116,25 +157,22 @@ class _Pass:
         """cos and sin of some rows, [R, 1, d / 2]."""
         return self.rope_P2h.index_select(0, position_ids_R).unsqueeze(1).unbind(2)
 
-    def split(self, rows_RO: Tensor, rope: tuple[Tensor, ...], count: int = 1) -> tuple[Tensor, ...]:
-        """`count` (1: queries, 2: keys and values) projected parts -> [R, heads, d], all but values after RoPE."""
-        parts = rows_RO.to(self.rope_P2h.dtype).unflatten(-1, (count, -1, self.layer.self_attn.head_dim)).unbind(1)
-        return (apply_rope(parts[0], *rope), *parts[1:])
+    def queries(self, x_RD: Tensor, embed_places_R: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
+        """-> [R, H, d] after RoPE."""
+        q_RO = self.layer_input.q(x_RD, _take(self.layer_input.embed_q, embed_places_R))
+        return apply_rope(q_RO.to(self.rope_P2h.dtype).unflatten(-1, (-1, self.layer.head_dim)), *rope)
+
+    def keys_values(self, x_RD: Tensor, embed_places_R: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """-> keys after RoPE and values, [R, G, d] each."""
+        kv_RO = self.layer_input.kv(x_RD, _take(self.layer_input.embed_kv, embed_places_R))
+        k_RGd, v_RGd = kv_RO.to(self.rope_P2h.dtype).unflatten(-1, (2, -1, self.layer.head_dim)).unbind(1)
+        return apply_rope(k_RGd, *rope), v_RGd
 
 
 def unroll(
-    draft: EagleDraft,
-    layer_input: LayerInput,
-    state_ND: Tensor,
-    plan: RowPlan,
-    backend: Backend,
-    ttt: TTTSettings,
-    after_step: Callable[[Tensor], Tensor] | None = None,
+    draft: EagleDraft, layer_input: LayerInput, state_ND: Tensor, plan: RowPlan, backend: Backend, ttt: TTTSettings
 ) -> Tensor:
-    """-> states [M, K, D] that predict the tokens, zeros where a row does not exist.
-
-    state_ND: h_0 of the key rows. after_step: applied to the state before the next step and the head read it.
-    """
+    """-> states [M, K, D] that predict the tokens, zeros where a row does not exist. state_ND: h_0 of the key rows."""
     layer, dtype, device = draft.layer, state_ND.dtype, state_ND.device
     mlp, positions = layer.mlp, torch.arange(plan.num_positions, device=device)
     shared = _Pass(
@@ -148,30 +186,24 @@ def unroll(
         compiled=ttt.compile,
         kv_first=(state_ND, state_ND),
     )
-    x_RD: Tensor | None
-    residual_RD, x_RD = layer_input.enter(state_ND, plan.key_embed_places)
-    key, value = shared.split(layer_input.keys_values(x_RD, plan.key_embed_places), shared.rope(plan.key_positions), 2)
+    residual_ND, x_ND = layer_input.enter(state_ND, plan.key_embed_places)
+    key, value = shared.keys_values(x_ND, plan.key_embed_places, shared.rope(plan.key_positions))
     if ttt.sequence is not None:
         assert plan.key_places is not None
         key, value = ttt.sequence.share(key, value, plan.key_places, plan.num_keys)
     shared.kv_first = (key, value)
-    rows = plan.steps[0]
-    residual_RD, x_RD = _take(residual_RD, rows.from_previous), _take(x_RD, rows.from_previous)
-    later: list[tuple[Tensor, Tensor]] = []
+    later: Later = []
     states: list[Tensor] = []
     for k, rows in enumerate(plan.steps):
-        if k:
-            x_RD, residual_RD = None, _take(states[-1], rows.from_previous)
-            later = [(_take(key, rows.from_previous), _take(value, rows.from_previous)) for key, value in later]
+        residual_RD = _rows(states[-1] if k else residual_ND, rows.from_previous)
+        x_RD = None if k else _rows(x_ND, rows.from_previous)
+        later = [(_rows(key, rows.from_previous), _rows(value, rows.from_previous)) for key, value in later]
         if ttt.activation_checkpointing:
             state_RD, later = checkpoint(_step, residual_RD, x_RD, later, rows, shared, use_reentrant=False)
         else:
             state_RD, later = _step(residual_RD, x_RD, later, rows, shared)
-        states.append(state_RD if after_step is None else after_step(state_RD))
+        states.append(draft.next_state(state_RD))
     return _head_inputs(states, plan.head_places_MK)
-
-
-Later = list[tuple[Tensor, Tensor]]
 
 
 def _step(
@@ -181,23 +213,25 @@ def _step(
 
     Step 0 comes with x, the input of the layer; later steps with the state alone, and make a key and a value each.
     """
-    layer_input, rope = shared.layer_input, shared.rope(rows.position_ids)
+    rope = shared.rope(rows.position_ids)
     if x_RD is None:
-        residual_RD, x_RD = layer_input.enter(residual_RD, rows.embed_places)
-        key, value = shared.split(layer_input.keys_values(x_RD, rows.embed_places), rope, 2)
-        later = [*later, (key, value)]
-    layer = shared.layer
-    (q_RHd,) = shared.split(layer_input.queries(x_RD, rows.embed_places), rope)
+        residual_RD, x_RD = shared.layer_input.enter(residual_RD, rows.embed_places)
+        later = [*later, shared.keys_values(x_RD, rows.embed_places, rope)]
+    q_RHd = shared.queries(x_RD, rows.embed_places, rope)
     keys, values = zip(shared.kv_first, *later)
     out_RHd = shared.backend.attend(q_RHd, keys, values, rows)
     state_RD = shared.o(out_RHd.flatten(1).to(residual_RD.dtype), residual_RD)
-    gate_up = shared.gate_up(layer.post_attention_layernorm(state_RD))
-    return shared.down(gated(gate_up, layer.mlp.activation, shared.compiled), state_RD), later
+    gate_up = shared.gate_up(shared.layer.post_attention_layernorm(state_RD))
+    return shared.down(gated(gate_up, shared.layer.mlp.activation, shared.compiled), state_RD), later
 
 
-def _take(x_RD: Tensor, places: Tensor | None) -> Tensor:
+def _rows(x_RD: Tensor, places: Tensor | None) -> Tensor:
     """Rows of x by place; None: all."""
     return x_RD if places is None else x_RD.index_select(0, places)
+
+
+def _take(table_EO: Tensor | None, places_R: Tensor) -> Tensor | None:
+    return None if table_EO is None else table_EO.index_select(0, places_R)
 
 
 def _head_inputs(states: list[Tensor], places_MK: Tensor) -> Tensor:

@@ -166,8 +166,7 @@ def run_loss(backend: Any, dtype: Any, name: str) -> None:
     """The loss between the matrix products, which forms its gradient in the same pass."""
     import torch
 
-    from specforge_lite.model.acceptance import lk_pass
-    from specforge_lite.model.losses import cross_entropy_pass
+    from specforge_lite.model.losses import cross_entropy_pass, lk_pass
 
     logits, teacher = torch.randn(6, 3, 1000).to(dtype), torch.randn(6, 1000).to(dtype)
     ids = torch.zeros(6, dtype=torch.int64)

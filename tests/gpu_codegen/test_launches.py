@@ -106,7 +106,7 @@ def test_the_variable_length_call_sees_what_the_mask_shows() -> None:
         plan = plan_rows(mask, offsets, 3)
         for rows in plan.steps:
             count = len(rows.row_tokens)
-            call = flash_rows(rows.segments, plan.num_keys)
+            call = flash_rows(rows, plan.num_keys)
             queries = torch.arange(count) if call.query_places is None else call.query_places
             keys = torch.arange(plan.num_keys) if call.key_places is None else call.key_places
             seen = torch.zeros(count, plan.num_keys, dtype=torch.int64)

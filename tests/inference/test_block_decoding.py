@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TokenTree, TreeShape, chain_tree
-from specforge_lite.inference.verify import Sampling, accept_drawn_chain
+from specforge_lite.inference.verify import Sampling, accept_sampled
 from specforge_lite.model.block import BlockDraft
 from tests.inference_drafts import random_draft
 from tests.model.test_block_oracle import DATA, draft_config
@@ -100,9 +100,9 @@ def test_drawn_chains_keep_the_targets_law(top_p: float) -> None:
     x1 = torch.multinomial(q0, 1, generator=generator)[:, 0]
     q1 = sampling.probabilities(draft_logits[1 + x1])
     x2 = torch.multinomial(q1, 1, generator=generator)[:, 0]
-    tree = chain_tree(root, [x1, x2])
+    tree = chain_tree(root, [x1, x2], [q0, q1])
     logits = torch.stack([target_logits[0].expand(num, -1), target_logits[1 + x1], target_logits[1 + x2]], 1)
-    verdict = accept_drawn_chain(tree, torch.stack([q0, q1], 1), logits, sampling, generator)
+    verdict = accept_sampled(tree, logits, sampling, generator)
     firsts, seconds = [], []
     for tokens, bonus in zip(verdict.tokens, verdict.bonus):
         text = [*tokens[1:], bonus]

@@ -37,7 +37,7 @@ def watched(speculative: SpeculativeModel, prompts: list[list[int]], shape: Tree
     drafter.propose = checked  # type: ignore[method-assign]
     try:
         with torch.inference_mode():
-            for _chunks in decoding.speculative(drafter, shape):
+            for _chunks in decoding.steps(drafter, shape):
                 pass
     finally:
         drafter.propose = propose  # type: ignore[method-assign]
@@ -134,34 +134,6 @@ def test_trees_are_those_of_a_plain_search_without_a_cache(families, algorithm: 
 
     watched(speculative, PROMPTS[:2], shape, check)
     assert len(checked) == 8
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_output": True, "fc_norm": True}, {"target_hidden_size": 48}])
-def test_a_draft_prepared_for_decoding_makes_the_same_step(options: dict) -> None:
-    """Also after the table of positions has grown, and with the joined matrices behind the draft's own parameters."""
-    draft, oracle = random_draft(**options), random_draft(**options)
-    draft.prepare_decoding()
-    assert draft.layer.self_attn.qkv is not None
-    for first, last in ((0, 5), (290, 300)):
-        positions = torch.arange(first, last).expand(2, -1)
-        state, embeds = torch.randn(2, last - first, 32), torch.randn(2, last - first, 32)
-
-        def attend(q, k, v):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        draft.cover_positions(last)
-        torch.testing.assert_close(
-            draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
-        )
-    with torch.no_grad():  # a parameter that changes in place changes the step
-        for network in (draft, oracle):
-            network.get_parameter("midlayer.self_attn.q_proj.weight").mul_(2.0)
-    torch.testing.assert_close(
-        draft.step(state, embeds, positions, attend), oracle.step(state, embeds, positions, attend)
-    )
-    oracle.requires_grad_(True)
-    oracle.prepare_decoding()
-    assert oracle.layer.self_attn.qkv is None  # a draft in training keeps its parameters
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])

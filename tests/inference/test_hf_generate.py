@@ -15,7 +15,6 @@ from specforge_lite.inference.hf_generate import (
     GenerationRequest,
     SeededSampler,
     eos_token_ids_of,
-    generate_all,
     generate_batch,
     uniform,
 )
@@ -185,14 +184,6 @@ def test_uniform_numbers() -> None:
     assert 0 <= numbers.min() < numbers.max() < 1
     assert abs(float(numbers.mean()) - 0.5) < 0.01
     assert len(numbers.unique()) > 9900
-
-
-def test_generate_all_answers_each_request_once(target: Any, prompts: list[list[int]]) -> None:
-    requests = [GenerationRequest(p, 5) for p in prompts]
-    results = dict(generate_all(target, requests, EOS, batch_size=2))
-    assert sorted(results) == [0, 1, 2, 3, 4]
-    for request, index in zip(requests, range(5)):
-        assert results[index].token_ids == plain_greedy(target, request.prompt_ids, 5)
 
 
 def test_end_tokens_of_a_model(target: Any, tiny_target: Path) -> None:

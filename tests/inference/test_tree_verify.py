@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.kv_cache import SlotCache, slot_mask
 from specforge_lite.inference.tree import (
-    Candidates,
+    Level,
     TokenTree,
     TreeShape,
     best_tree,
@@ -83,9 +83,10 @@ def test_chain() -> None:
 
 def test_best_tree_keeps_the_highest_scores_and_their_parents() -> None:
     """Two levels; a certain child (score equal to its parent's) must not push its parent out."""
-    pool = Candidates()
-    pool.add(torch.tensor([[11, 12]]), torch.tensor([[-0.5, -1.0]]), torch.tensor([[-1, -1]]))
-    pool.add(torch.tensor([[21, 22, 23, 24]]), torch.tensor([[-0.5, -3.0, -1.0, -4.0]]), torch.tensor([[0, 0, 1, 1]]))
+    pool = [
+        Level(torch.tensor([[11, 12]]), torch.tensor([[-0.5, -1.0]]), torch.tensor([[-1, -1]])),
+        Level(torch.tensor([[21, 22, 23, 24]]), torch.tensor([[-0.5, -3.0, -1.0, -4.0]]), torch.tensor([[0, 0, 1, 1]])),
+    ]
     tree = best_tree(torch.tensor([99]), pool, TreeShape(total_token=5, depth=1, top_k=2))
     assert tree.tokens_BQ.tolist() == [[99, 11, 12, 21, 23]]
     assert tree.parents_BQ.tolist() == [[0, 0, 0, 1, 2]]
@@ -201,9 +202,9 @@ def test_greedy_paths_of_several_rows() -> None:
 def test_near_ties_are_those_within_rounding() -> None:
     eps = torch.finfo(torch.float32).eps
     rows = torch.tensor([[8.0, 8.0, 0.0], [8.0, 8.0 - 64 * eps, 0.0], [8.0, 7.99, 0.0], [0.0, 1.0, -1e5]])
-    assert near_ties(rows, 16.0) == [True, True, False, False]
-    assert near_ties(rows, 2e6) == [True, True, True, True]
-    assert near_ties(rows, 4.0) == [True, False, False, False]
+    assert near_ties(rows, 16.0).tolist() == [True, True, False, False]
+    assert near_ties(rows, 2e6).tolist() == [True, True, True, True]
+    assert near_ties(rows, 4.0).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(

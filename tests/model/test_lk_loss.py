@@ -12,9 +12,8 @@ from torch import Tensor
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.model import losses
-from specforge_lite.model.acceptance import LK_LOSSES, lk_pass
 from specforge_lite.model.draft import TTTSettings
-from specforge_lite.model.losses import Teacher, chunked_cross_entropy
+from specforge_lite.model.losses import LK_LOSSES, Teacher, chunked_cross_entropy, lk_pass
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.settings import TrainConfig
 from tests.model.test_eagle3 import MASKS, STEPS, make_batch, make_draft, make_target_head

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
@@ -68,8 +67,8 @@ class SpeculatorsEagle3(Eagle3Draft):
             attention.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             attention.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def first_state(self, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return super().first_state(self.input_norm(features) if self.changes.norm_before_fc else features, dtype)
+    def first_state(self, features: Tensor) -> Tensor:
+        return super().first_state(self.input_norm(features) if self.changes.norm_before_fc else features)
 
     def layer_input(self, state_BTD: Tensor, embeds_BTD: Tensor) -> tuple[Tensor, Tensor]:
         x, residual_BTD = super().layer_input(state_BTD, embeds_BTD)

@@ -138,9 +138,9 @@ def load_target_head(model_dir: str | Path, config: Any) -> TargetHead:
         found[HEAD] = found[EMBEDDING]
     if tied and found[EMBEDDING] is None:
         found[EMBEDDING] = found[HEAD]
-    norm = _read(directory, files, found, NORM).float() + float(text.model_type in ONE_PLUS_WEIGHT)
-    embed = _read(directory, files, found, EMBEDDING)
-    head = embed if found[HEAD] == found[EMBEDDING] else _read(directory, files, found, HEAD)
+    norm = read_tensor(directory, found[NORM], NORM).float() + float(text.model_type in ONE_PLUS_WEIGHT)
+    embed = read_tensor(directory, found[EMBEDDING], EMBEDDING)
+    head = embed if found[HEAD] == found[EMBEDDING] else read_tensor(directory, found[HEAD], HEAD)
     biases = {part: (found[part] or "").removesuffix("weight") + "bias" for part in (NORM, HEAD)}
     norm_bias, head_bias = (read_weight(files, name) if name in files else None for name in biases.values())
     centers, eps = final_norm_kind(text)
@@ -165,12 +165,13 @@ def _find(stored: Collection[str], names: tuple[str, ...], endings: tuple[str, .
     return next((name for name in names if name in stored), similar[0] if len(similar) == 1 else None)
 
 
-def _read(directory: Path, files: dict[str, Path], found: dict[str, str | None], part: str) -> Tensor:
-    name = found[part]
+def read_tensor(directory: Path, name: str | None, part: str) -> Tensor:
+    """Read the tensor found for a part. Raises CheckpointError where there is none, or none that is read."""
     if name is None:
         names, endings = PARTS[part]
         wanted = ", ".join((*names, *(f"*{ending}" for ending in endings)))
         raise CheckpointError(f"{directory}: {part} not found; looked for {wanted}")
+    files = weight_files(directory)
     tensor = read_weight(files, name)
     if tensor is None:
         method = quantization_of(files).get("quant_method") or "a form without a name in config.json"

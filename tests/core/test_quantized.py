@@ -201,4 +201,4 @@ def test_what_is_not_read_is_refused_by_name(
 
     save(tmp_path, parts, config)
     with pytest.raises((CheckpointError, ConfigError), match=message):
-        read_tensor(tmp_path, ("lm_head.weight",), "output head")
+        read_tensor(tmp_path, "lm_head.weight", "output head")

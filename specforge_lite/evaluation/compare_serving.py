@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
+from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.files import write_json
 from specforge_lite.core.log import progress
@@ -13,13 +15,17 @@ from specforge_lite.inference.speculative import GenerationSettings, Speculative
 from specforge_lite.serving.session import ServingOptions, ServingSession
 
 TOLERANCE = 0.05
+# Of our decoder's acceptance at a position; below it the server reads the draft otherwise than it was trained. With
+# fewer than MIN_COUNT accepted tokens chance moves a position as far.
+LOWEST_SHARE, MIN_COUNT = 0.8, 30
 
 
 @dataclass(frozen=True)
 class ServingComparison:
     """Acceptance lengths are 1 + accepted drafted tokens / verifications, on both sides, over all prompts.
 
-    num_identical: greedy answers of the server that equal plain decoding, token for token.
+    num_identical: greedy answers of the server that equal plain decoding, token for token. accepted_at[k]: share of the
+    passes that accepted at least k + 1 drafted tokens; num_passes: our decoder's.
     """
 
     backend: str
@@ -28,6 +34,9 @@ class ServingComparison:
     acceptance_length: float
     acceptance_length_ours: float
     tokens_per_second: float
+    accepted_at: tuple[float, ...] = ()
+    accepted_at_ours: tuple[float, ...] = ()
+    num_passes: int = 0
 
     @property
     def relative_difference(self) -> float:
@@ -46,6 +55,33 @@ class ServingComparison:
                 f"{self.backend}: {self.num_prompts - self.num_identical} of {self.num_prompts} greedy answers differ"
                 " from plain decoding (a 16-bit dtype can do that; compare in float32)"
             )
+
+    def finding(self) -> Finding:
+        """The verdict of a live check, with the likely cause where a position is accepted less than in our decoder."""
+        name, ours = f"served by {self.backend}", self.accepted_at_ours
+        served = [*self.accepted_at, *(0.0 for _ in ours)][: len(ours)]
+        counted = [k for k, share in enumerate(ours) if share * self.num_passes >= MIN_COUNT]
+        table = "accepted per position " + ", ".join(f"{s:.0%} of {o:.0%}" for s, o in zip(served, ours))
+        if not counted:
+            text = f"our decoder itself accepts next to nothing of these prompts ({table}); nothing is proven"
+            return Finding(name, "warning", text)
+        low = next((k for k in counted if served[k] < LOWEST_SHARE * ours[k]), None)
+        if low is None and self.num_identical < self.num_prompts:
+            differ = f"{self.num_prompts - self.num_identical} of {self.num_prompts} answers differ from plain decoding"
+            return Finding(name, "warning", f"{table}; {differ}: compare in --target-dtype float32")
+        if low is None:
+            return Finding(name, "ok", f"{table}; {self.num_prompts} answers equal plain decoding")
+        if low == 0:
+            cause = (
+                "the first drafted token is wrong, so the engine feeds the draft other states: order or ids of the aux"
+                " layers, fc or its norms, the draft's head, d2t, or another target"
+            )
+        else:
+            cause = (
+                f"the first {low} agree and later ones do not: the state that goes into the next step (norm_output),"
+                " its position (RoPE), or the draft's cache"
+            )
+        return Finding(name, "broken", f"{table}; {cause}")
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
@@ -67,7 +103,7 @@ def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_t
             plain += model.run(prompt, settings, speculative=False).new_tokens
             one = model.run(prompt, settings).stats
             stats.verification_passes += one.verification_passes
-            stats.num_tokens += sum(one.accepted_at)  # drafted tokens accepted, all depths
+            stats.accepted_at = [a + b for a, b in zip_longest(stats.accepted_at, one.accepted_at, fillvalue=0)]
             bar.update(1)
     del model
     with ServingSession(options) as session:
@@ -78,6 +114,9 @@ def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_t
         num_prompts=len(prompts),
         num_identical=sum(served == own for served, own in zip(run.outputs, plain, strict=True)),
         acceptance_length=acceptance.length,
-        acceptance_length_ours=1 + stats.num_tokens / max(stats.verification_passes, 1),
+        acceptance_length_ours=1 + sum(stats.accepted_at) / max(stats.verification_passes, 1),
         tokens_per_second=run.tokens_per_second,
+        accepted_at=tuple(count / max(acceptance.num_passes, 1) for count in acceptance.accepted_at),
+        accepted_at_ours=tuple(count / max(stats.verification_passes, 1) for count in stats.accepted_at),
+        num_passes=stats.verification_passes,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,28 @@ def test_counts_add_and_subtract() -> None:
 
 def compared(acceptance_length: float, num_identical: int = 8) -> ServingComparison:
     return ServingComparison("sglang", 8, num_identical, acceptance_length, 2.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("served", "ours", "level", "words"),
+    [
+        ((0.62, 0.4, 0.2), (0.6, 0.4, 0.25), "ok", "8 answers equal plain decoding"),
+        ((0.1, 0.0, 0.0), (0.6, 0.4, 0.25), "broken", "order or ids of the aux layers"),
+        ((0.47, 0.4, 0.3), (0.6, 0.4, 0.25), "broken", "the first drafted token is wrong"),
+        ((0.6, 0.3), (0.6, 0.4, 0.25), "broken", r"the first 1 agree .* \(norm_output\)"),
+        ((0.6, 0.4, 0.0), (0.6, 0.4, 0.02), "ok", "0% of 2%"),  # 20 tokens: chance
+        ((0.0,), (0.01,), "warning", "nothing is proven"),
+    ],
+)
+def test_the_live_verdict_names_the_likely_cause(served: tuple, ours: tuple, level: str, words: str) -> None:
+    found = ServingComparison("vllm", 8, 8, 1.0, 1.0, 100.0, served, ours, 1000).finding()
+    assert found.level == level
+    assert re.search(words, found.message)
+
+
+def test_a_live_verdict_of_other_answers_is_a_warning() -> None:
+    found = ServingComparison("vllm", 8, 7, 1.0, 1.0, 100.0, (0.6,), (0.6,), 1000).finding()
+    assert (found.level, "1 of 8 answers differ" in found.message) == ("warning", True)
 
 
 def test_the_verdict(tmp_path: Path) -> None:

@@ -148,7 +148,10 @@ def _tensor_problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[i
         if name.startswith("confidence_head."):
             yield f"{name} is missing: vLLM drops the head, SGLang refuses in ragged verification mode"
         elif f"model.{name}" not in tensors:
-            yield f"{name} is missing: both engines load the rest without an error, and almost nothing is accepted"
+            yield (
+                f"{name} is missing: both engines load the rest without an error and keep random values, so almost"
+                " nothing is accepted"
+            )
     for name in sorted(tensors.keys() - wanted.keys()):
         if name in ("embed_tokens.weight", "lm_head.weight"):
             yield Doubt(f"{name}: vLLM uses the draft's where it differs from the target's, SGLang never does")

@@ -96,7 +96,7 @@ def check_draft(
         shape = draft_config_of(files)
         wanted = expected_shapes(shape)
     except (ConfigError, CheckpointError) as error:
-        problem = str(error)
+        shape, problem = None, str(error)
     tensors = {canonical_name(name, algorithm): tensor for name, tensor in files.tensors.items()}
     text_config = target.get_text_config() if hasattr(target, "get_text_config") else target
     subject = Subject(files, algorithm, shape, wanted, tensors, text_config, recorded, num_draft_tokens)

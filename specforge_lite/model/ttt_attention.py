@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specforge_lite.model.device import attention_dtype, choose_attention
 from specforge_lite.model.flash import CpuFlash, FlashRows, VarlenFlash, flash_rows
-from specforge_lite.model.flex import FlexRows, run_flex
 from specforge_lite.model.row_plan import StepRows
+
+if TYPE_CHECKING:
+    from specforge_lite.model.flex import FlexRows
 
 Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R, G, d]; values alike
 
@@ -181,6 +183,8 @@ class Flex(Backend):
         num_rows = len(rows.key_rows)
         if not num_rows:
             return None
+        from specforge_lite.model.flex import FlexRows  # what only this backend needs
+
         later = [num_keys + j * num_rows + torch.arange(num_rows) for j in range(step)]
         own, sizes = [(places, places) for places in later], [num_keys, num_rows]
         return FlexRows.of(rows.first_keys, rows.key_rows, own, num_keys + step * num_rows, sizes)
@@ -188,6 +192,8 @@ class Flex(Backend):
     def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
         if len(q_RHd) == 0:
             return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
+        from specforge_lite.model.flex import run_flex
+
         plan: FlexRows = rows.kernel
         (num_keys, num_rows), key_row_R, first_key_R = plan.sizes, rows.key_rows, rows.first_keys
 

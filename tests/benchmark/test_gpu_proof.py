@@ -1,30 +1,29 @@
-"""`make gpu-proof` on a CPU: its stages run with small shapes, and a stage that fails is named with its line."""
+"""`make gpu-proof` on a CPU: its stages run with small shapes, and a stage that fails is named with its line.
+(`make gpu-proof-rehearsal` runs them as the command does, `resume` among them.)"""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from benchmarks.gpu_proof import Stage, make_stages, report, run
+from tests.script_runner import ROOT
+from tests.training_runs import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["parity", "resume", "memory", "mfu", "mfu-plan", "transport", "quickstart-hf-dspark"]
 
-
-@pytest.mark.timeout(900)
-def test_a_rehearsal_runs_the_stages_and_writes_the_report(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_proof.py", "--rehearse", "--output", str(tmp_path / "proof.md")]
-    done = subprocess.run([*command, "--stages", *STAGES], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "proof.md").read_text()
-    for stage in STAGES:
-        assert f"| {stage} | ok |" in text
-    for line in ("all backends agree", "the same bits; with --deterministic", "memory plan 0.", "MFU: predicted 5"):
-        assert line in text
+def test_the_stages_run_with_small_shapes(tmp_path: Path) -> None:
+    stages = {stage.name: stage for stage in make_stages(True, tmp_path)}
+    lines = {
+        "parity": "sdpa against eager in bf16: loss", "mfu": "bf16-100",
+        "mfu-plan": "MFU: predicted 5", "transport": "GB/s",
+    }  # fmt: skip
+    for name, line in lines.items():
+        script, *words = stages[name].command[1:]
+        done = run_script(str((ROOT / script).relative_to(ROOT)), words, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert re.search(stages[name].expected, done.stdout), name
+        assert line in done.stdout + done.stderr, name
 
 
 def test_a_stage_that_fails_is_named_with_its_line() -> None:
@@ -45,10 +44,7 @@ def test_the_real_run_has_every_stage_and_the_8b_shape(tmp_path: Path) -> None:
         assert f"quickstart-hf{kind}" in stages
 
 
-def test_without_a_gpu_one_line_says_so() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu_proof.py"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
+    done = run_script("benchmarks/gpu_proof.py", [], tmp_path, CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "no NVIDIA GPU here; --rehearse" in done.stderr

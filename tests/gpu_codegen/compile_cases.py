@@ -1,21 +1,29 @@
-"""Compile parts of the training step to sm_90 cubins; one JSON line per case.
+"""Compile parts of the training step to sm_90 cubins, two at a time; one JSON line per case.
 
 python -m tests.gpu_codegen.compile_cases GUARD CASE...
-CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM:ROWS or block:... (the same) or loss:DTYPE:NAME or
-blockloss:DTYPE:KIND or gate:DTYPE
-{"case": ..., "kernels": [[name, shared memory], ...], "graphs": ["forward", "backward"], "error": null}
+CASE = flex:DTYPE:HEADS:KV_HEADS:HEAD_DIM or block:... (the same) or loss:DTYPE:NAME or
+blockloss:DTYPE:KIND or gate:DTYPE:DIRECTION
+{"case": ..., "kernels": [[name, shared memory], ...], "graphs": ["forward", "backward", ...], "ran": [20, 60, ...],
+ "error": null, "seconds": 9.5}     CPU seconds, those of ptxas included
+
+A case takes every number of rows in ROWS, in one process as a training run does: sizes are dynamic, so few graphs
+serve them all. ran: the numbers of rows that a compiled graph took.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.gpu_codegen import hopper
+
+ROWS = (20, 60, 120, 700, 4096)
 
 KERNELS: list[tuple[str, int]] = []
 GRAPHS: list[str] = []
@@ -76,132 +84,151 @@ def cuda_backend(kind: str) -> Callable[..., Any]:
 
 def main() -> None:
     guard, *cases = sys.argv[1:]
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # for profilers only
     hopper.install(Path(guard), lambda name, shared: KERNELS.append((name, shared)))
-    import torch
     import torch._inductor.config as inductor
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
     from torch.nn.attention import flex_attention as flex
 
     inductor.compile_threads = 1
     inductor.force_disable_caches = True
     flex._validate_device = lambda *_args, **_kwargs: None
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for result in pool.imap_unordered(compile_case, cases):
+            print(json.dumps(result), flush=True)
+
+
+def compile_case(case: str) -> dict[str, Any]:
+    """Of one case, all that ROWS ask for."""
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    start = sum(os.times()[:4])
+    KERNELS.clear()
+    GRAPHS.clear()
+    torch._dynamo.reset()
     backend = aot_autograd(
         fw_compiler=cuda_backend("forward"),
         bw_compiler=cuda_backend("backward"),
         decompositions=select_decomp_table(),
     )
-    for case in cases:
-        KERNELS.clear()
-        GRAPHS.clear()
-        kind, dtype, *rest = case.split(":")
-        error = None
-        try:
-            for run in {
-                "flex": [run_flex],
-                "block": [run_block],
-                "loss": [run_loss],
-                "blockloss": [run_block_loss],
-                "gate": [run_gate, run_gate_backward],
-            }[kind]:
-                with suppress(NotRunError):
-                    run(backend, getattr(torch, dtype), *rest)
-        except Exception as problem:  # whatever a compiler raises is this tool's result
-            chain: BaseException | None = problem
-            while chain is not None and chain.__cause__ is not None:
-                chain = chain.__cause__
-            error = f"{type(chain).__name__}: {chain}"[:900]
-        print(json.dumps({"case": case, "kernels": KERNELS, "graphs": GRAPHS, "error": error}), flush=True)
+    kind, dtype, *rest = case.split(":")
+    make = {"flex": flex_case, "block": block_case, "loss": loss_case, "blockloss": block_loss_case, "gate": gate_case}[
+        kind
+    ]
+    error, ran = None, []
+    try:
+        run = make(partial(torch.compile, dynamic=True, backend=backend), getattr(torch, dtype), *rest)
+        for rows in ROWS:
+            try:
+                run(rows)
+            except NotRunError:
+                ran.append(rows)
+    except Exception as problem:  # whatever a compiler raises is this tool's result
+        chain: BaseException | None = problem
+        while chain is not None and chain.__cause__ is not None:
+            chain = chain.__cause__
+        error = f"{type(chain).__name__}: {chain}"[:900]
+    seconds = round(sum(os.times()[:4]) - start, 1)
+    return {"case": case, "kernels": KERNELS, "graphs": GRAPHS, "ran": ran, "error": error, "seconds": seconds}
 
 
-def run_flex(backend: Any, dtype: Any, heads: str, kv_heads: str, head_dim: str, rows: str) -> None:
-    """Attention of step 1 with one later key; rows: lengths of the documents, with commas."""
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def flex_case(compile_: Compile, dtype: Any, heads: str, kv_heads: str, head_dim: str) -> Callable[[int], None]:
+    """Attention of step 1 with one later key over a document of some rows."""
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
     from specforge_lite.model import flex, ttt_attention
     from specforge_lite.model.row_plan import plan_rows, predictable_tokens
 
-    if "flex" not in flex._COMPILED:
-        flex._COMPILED["flex"] = torch.compile(flex_attention, dynamic=True, backend=backend)
+    flex._COMPILED["flex"] = compile_(flex_attention)
     attention = ttt_attention.Flex("cuda")
-    offsets = [0]
-    for length in rows.split(","):
-        offsets.append(offsets[-1] + int(length))
-    mask = torch.rand(offsets[-1], generator=torch.Generator().manual_seed(len(rows))) > 0.4
-    plan = plan_rows(predictable_tokens(mask, offsets), offsets, 3).to("cpu", attention.plan)
-    step = plan.steps[1]
-    make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
-    keys, values = ([make(plan.num_keys, kv_heads), make(len(step.row_tokens), kv_heads)] for _ in range(2))
-    attention.attend(make(len(step.row_tokens), heads), keys, values, step).sum().backward()
+
+    def run(rows: int) -> None:
+        mask = torch.rand(rows, generator=torch.Generator().manual_seed(rows)) > 0.4
+        plan = plan_rows(predictable_tokens(mask, [0, rows]), [0, rows], 3).to("cpu", attention.plan)
+        step = plan.steps[1]
+        make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
+        keys, values = ([make(plan.num_keys, kv_heads), make(len(step.row_tokens), kv_heads)] for _ in range(2))
+        attention.attend(make(len(step.row_tokens), heads), keys, values, step).sum().backward()
+
+    return run
 
 
-def run_block(backend: Any, dtype: Any, heads: str, kv_heads: str, head_dim: str, rows: str) -> None:
-    """Attention of a DSpark layer, blocks of 7; rows: lengths of the documents, with commas."""
+def block_case(compile_: Compile, dtype: Any, heads: str, kv_heads: str, head_dim: str) -> Callable[[int], None]:
+    """Attention of a DSpark layer, blocks of 7, over a document of some rows."""
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
     from specforge_lite.model import block_attention, flex
     from specforge_lite.model.block_plan import anchor_candidates, plan_blocks
 
-    if "flex" not in flex._COMPILED:
-        flex._COMPILED["flex"] = torch.compile(flex_attention, dynamic=True, backend=backend)
-    plain = flex.run_flex
-    block_attention.run_flex = lambda *arguments: plain(*arguments[:-1], True)
-    offsets = [0]
-    for length in rows.split(","):
-        offsets.append(offsets[-1] + int(length))
-    mask = torch.ones(offsets[-1], dtype=torch.bool)
-    plan = plan_blocks(mask, offsets, anchor_candidates(mask, offsets)[::9], 7, 0)
-    plan = plan.to(torch.device("cpu"), with_flex_masks=True)
-    make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
-    num_context, num_slots = len(plan.context_tokens_C), len(plan.slot_positions_S)
-    keys = (make(num_context, kv_heads), make(num_context, kv_heads), make(num_slots, kv_heads))
-    block_attention.flex_attention(
-        make(num_slots, heads), *keys, make(num_slots, kv_heads), plan.every, plan
-    ).sum().backward()
+    flex._COMPILED["flex"] = compile_(flex_attention)
+    block_attention.run_flex = lambda *arguments: flex.run_flex(*arguments[:-1], True)
+
+    def run(rows: int) -> None:
+        mask = torch.ones(rows, dtype=torch.bool)
+        plan = plan_blocks(mask, [0, rows], anchor_candidates(mask, [0, rows])[::9], 7, 0)
+        plan = plan.to(torch.device("cpu"), with_flex_masks=True)
+        make = lambda count, num: torch.randn(count, int(num), int(head_dim), dtype=dtype, requires_grad=True)  # noqa: E731
+        num_context, num_slots = len(plan.context_tokens_C), len(plan.slot_positions_S)
+        keys = (make(num_context, kv_heads), make(num_context, kv_heads), make(num_slots, kv_heads))
+        block_attention.flex_attention(
+            make(num_slots, heads), *keys, make(num_slots, kv_heads), plan.every, plan
+        ).sum().backward()
+
+    return run
 
 
-def run_loss(backend: Any, dtype: Any, name: str) -> None:
-    """The loss between the matrix products, which forms its gradient in the same pass."""
+def loss_case(compile_: Compile, dtype: Any, name: str) -> Callable[[int], None]:
+    """The loss between the matrix products, which forms its gradient in the same pass; K 7, a vocabulary of 32,000."""
     import torch
 
     from specforge_lite.model.losses import cross_entropy_pass, lk_pass
 
-    logits, teacher = torch.randn(6, 3, 1000).to(dtype), torch.randn(6, 1000).to(dtype)
-    ids = torch.zeros(6, dtype=torch.int64)
-    if name == "ce":
-        torch.compile(cross_entropy_pass, dynamic=True, backend=backend)(logits, teacher, ids)
-    else:
-        torch.compile(lk_pass, dynamic=True, backend=backend)(logits, teacher, ids, torch.randn(6), name)
+    compiled = compile_(cross_entropy_pass if name == "ce" else lk_pass)
+
+    def run(rows: int) -> None:
+        logits, teacher = (torch.empty(*shape, 32000, dtype=dtype) for shape in ((rows, 7), (rows,)))
+        more = () if name == "ce" else (torch.empty(rows), name)
+        compiled(logits, teacher, torch.zeros(rows, dtype=torch.int64), *more)
+
+    return run
 
 
-def run_block_loss(backend: Any, dtype: Any, kind: str) -> None:
+def block_loss_case(compile_: Compile, dtype: Any, kind: str) -> Callable[[int], None]:
+    """The same of a block draft, whose three predictions share a token's place; a vocabulary of 32,000."""
     import torch
 
     from specforge_lite.model.block_loss import loss_pass
 
-    teacher = torch.randn(6, 1000).to(dtype) if kind == "dspark" else None
-    places, labels = torch.arange(18) // 3, torch.zeros(18, 1, dtype=torch.int64)
-    arguments = (torch.randn(18, 1000).to(dtype), teacher, places, labels, torch.ones(18), 0.1, 0.9)
-    torch.compile(loss_pass, dynamic=True, backend=backend)(*arguments)
+    compiled = compile_(loss_pass)
+
+    def run(rows: int) -> None:
+        logits = torch.empty(3 * rows, 32000, dtype=dtype)
+        teacher = torch.empty(rows, 32000, dtype=dtype) if kind == "dspark" else None
+        places, labels = torch.arange(3 * rows) // 3, torch.zeros(3 * rows, 1, dtype=torch.int64)
+        compiled(logits, teacher, places, labels, torch.ones(3 * rows), 0.1, 0.9)
+
+    return run
 
 
-def run_gate(backend: Any, dtype: Any) -> None:
+def gate_case(compile_: Compile, dtype: Any, direction: str) -> Callable[[int], None]:
+    """SwiGLU's product; width of Llama-3.1-8B."""
     import torch
 
-    from specforge_lite.model.layers import silu_gate
+    from specforge_lite.model.layers import silu_gate, silu_gate_backward
 
-    torch.compile(silu_gate, dynamic=True, backend=backend)(torch.randn(6, 512).to(dtype))
+    compiled = compile_(silu_gate if direction == "forward" else silu_gate_backward)
 
+    def run(rows: int) -> None:
+        grad, gate_up = torch.empty(rows, 14336, dtype=dtype), torch.empty(rows, 28672, dtype=dtype)
+        compiled(*([gate_up] if direction == "forward" else [grad, gate_up]))
 
-def run_gate_backward(backend: Any, dtype: Any) -> None:
-    import torch
-
-    from specforge_lite.model.layers import silu_gate_backward
-
-    grad, gate_up = torch.randn(6, 256).to(dtype), torch.randn(6, 512).to(dtype)
-    torch.compile(silu_gate_backward, dynamic=True, backend=backend)(grad, gate_up)
+    return run
 
 
 if __name__ == "__main__":

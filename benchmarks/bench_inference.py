@@ -104,7 +104,7 @@ class Contest:
         self.model, draft, self.prompts = make_target(name, config)
         self.ours = SpeculativeModel(self.model, draft)
         assert self.ours.drafter is not None
-        self.ours.target.timer.clock = self.ours.drafter.timer.clock = time.process_time
+        self.ours.target.clock = self.ours.drafter.clock = time.process_time
         self.assistant = one_layer_assistant(self.model, config.num_draft_tokens)
         tree = TreeShape(config.total_token, config.depth, config.top_k)
         chain = TreeShape.chain(config.num_draft_tokens)

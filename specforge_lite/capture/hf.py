@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge_lite.capture.base import check_sample, target_info
-from specforge_lite.core.devices import num_gpus, on_device, pick_device
+from specforge_lite.core.devices import num_gpus, on_device, pick_device, without_cudnn
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, local_directory, model_class, transformers_errors
 from specforge_lite.core.log import format_bytes
@@ -106,7 +106,7 @@ class HfEngine:
     def _forward(self, samples: list[TokenizedSample], rows: list[int]) -> list[CapturedStates]:
         input_ids_BT, attention_mask_BT = right_pad(samples, self.device)
         self._taps.clear()
-        with on_device(self.device):
+        with on_device(self.device), without_cudnn(self.device):
             output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
         aux_BTAH = torch.stack([self._taps[i].to(self.device) for i in self.info.aux_layer_ids], dim=2)
         last_BTH = output.last_hidden_state

@@ -87,6 +87,15 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def without_cudnn(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep scaled_dot_product_attention away from cuDNN, which torch prefers in 16 bits on Hopper and Blackwell: it
+    builds a plan for every new length (up to 0.4 s each), and a target meets a new one in nearly every pass."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels) if device.type == "cuda" else nullcontext()
+
+
 def num_local_ranks(requested: int | None = None) -> int:
     """Trainer processes to start on this host: one per visible GPU, else at most `CPU_RANKS` of its cores.
 

@@ -12,8 +12,7 @@ from specforge_lite.core.log import progress
 from specforge_lite.data.prompts import Prompt
 from specforge_lite.inference.output import DecodeStats, token_texts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
-
-NEAR_UNITS = 4.0
+from specforge_lite.inference.target import rounding_units
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,18 @@ def compare_generation(
 def is_near_tie(model: SpeculativeModel, prompt_ids: list[int], first: list[int], second: list[int]) -> bool:
     """Do two greedy answers first differ where the target leaves the choice to rounding?
 
-    The target reads the text up to there in one pass; its logits of the two tokens must lie within NEAR_UNITS units in
-    the last place (of the dtype) of its largest logit. Passes of other shapes round otherwise by a few units.
+    The target reads the text up to there in one pass; its logits of the two tokens must lie no further apart than
+    logits that were rounded into opposite directions, by what passes of other shapes differ by here.
     """
     place = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), None)
     if place is None:
         return False
-    text = torch.tensor([[*prompt_ids, *first[:place]]], device=model.target.device)
-    logits_V = model.target.model(text).logits[0, -1].float()
+    text = [*prompt_ids, *first[:place]]
+    logits_V = model.target.model(torch.tensor([text], device=model.target.device)).logits[0, -1].float()
     unit = torch.finfo(model.target.dtype).eps * float(logits_V.abs().max())
-    return float((logits_V[first[place]] - logits_V[second[place]]).abs()) <= NEAR_UNITS * unit
+    return (
+        float((logits_V[first[place]] - logits_V[second[place]]).abs()) <= 2 * rounding_units(model.target, text) * unit
+    )
 
 
 def identity_line(result: Decoding, dtype: torch.dtype) -> str:

@@ -34,7 +34,7 @@ class Decoding:
         sampling: Sampling,
         seed: int | None,
         tokenizer: object | None,
-        tie_units: float = 0.0,
+        tie_units: float | None = 0.0,
         max_length: int | None = None,
     ) -> None:
         limit = min(target.context_length, max_length or target.context_length)
@@ -86,7 +86,7 @@ class Decoding:
                 texts = [self.answers[i].all_tokens for i in self.active]
                 logits_BQV = self.logit_rules.apply_to_tree(self.active, texts, tree, logits_BQV)
             if self.sampling.is_greedy:
-                verdict = accept_greedy(tree, logits_BQV, 0.0 if drafter is None else self.tie_units)
+                verdict = accept_greedy(tree, logits_BQV, 0.0 if drafter is None else self.tie_units or 0.0)
                 self._settle_near_ties(verdict)
             else:
                 verdict = accept_sampled(tree, logits_BQV, self.sampling, self.generator)

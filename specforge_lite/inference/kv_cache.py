@@ -11,15 +11,12 @@ width.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -27,9 +24,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "specforge_grouped"
-# On Hopper and Blackwell torch prefers cuDNN in 16 bits, which builds a plan for every new key length (up to 0.4 s
-# each), and here every pass has a new one.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -228,11 +222,6 @@ def slot_mask(
     index = place_BE.clamp(0, num_slots - 1)[:, None, :].expand(-1, num_queries, -1)
     seen = sees_BQN.gather(2, index) & (place_BE < num_slots)[:, None, :] | (place_BE < 0)[:, None, :]
     return torch.zeros(num_rows, 1, num_queries, end, dtype=dtype, device=device).masked_fill_(~seen[:, None], hidden)
-
-
-def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
-    """Keep scaled_dot_product_attention away from cuDNN inside; nothing on other devices than CUDA."""
-    return sdpa_kernel(_KERNELS) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def grouped_attention(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -17,8 +19,7 @@ from specforge_lite.core.errors import ConfigError
 
 @dataclass
 class DecodeStats:
-    """Counts of one call, over all its prompts. Seconds are wall time; they mean something on a CPU only, where a call
-    returns when its work is done.
+    """Counts of one call, over all its prompts. seconds: wall time; those of the networks: see `Metered`.
 
     accepted_at[k]: passes (of one row each) that accepted at least k+1 drafted tokens. A pass that the end of the text
     cuts short counts with what it contributed.
@@ -76,19 +77,52 @@ class DecodeStats:
 
 
 class Metered:
-    """A network that counts its forward passes, and the seconds spent in its `measured` blocks."""
+    """A network that counts its forward passes, and the seconds of the work in its `measured` blocks.
 
+    On a GPU a call returns when its work is queued, so both ends of a block are events in the stream; nothing waits for
+    them until `seconds` is read.
+    """
+
+    device: torch.device
     num_forwards = 0
-    seconds = 0.0
-    clock: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] = time.perf_counter  # of the host
+    _seconds = 0.0
+
+    def mark(self) -> Any:
+        """An event behind all work that is queued; None where the host itself computes."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        start = self.clock()
+        start, begin = self.clock(), self.mark()
         try:
             yield
         finally:
-            self.seconds += self.clock() - start
+            if begin is None:
+                self._seconds += self.clock() - start
+            else:
+                self._running.append((begin, self.mark()))
+                self._add_ended(wait=False)
+
+    @property
+    def seconds(self) -> float:
+        self._add_ended(wait=True)
+        return self._seconds
+
+    @cached_property
+    def _running(self) -> deque[tuple[Any, Any]]:
+        """Begin and end of blocks whose work may not have ended."""
+        return deque()
+
+    def _add_ended(self, wait: bool) -> None:
+        while self._running and (wait or self._running[0][1].query()):
+            begin, end = self._running.popleft()
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3  # torch gives milliseconds
 
 
 @dataclass(frozen=True)

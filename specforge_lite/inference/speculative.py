@@ -15,24 +15,24 @@ from torch import Tensor
 
 from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.checkpoints.loading import load_draft
+from specforge_lite.core.devices import without_cudnn
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.hub import load_tokenizer, text_token_ids
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, counters
 from specforge_lite.inference.drafter import CachedDraft, Drafter, Head
-from specforge_lite.inference.kv_cache import without_cudnn
 from specforge_lite.inference.logit_rules import check_generation_config
 from specforge_lite.inference.output import Chunk, GenerationOutput, StopRules
-from specforge_lite.inference.target import Target
+from specforge_lite.inference.target import Target, rounding_units
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.inference.verify import Sampling
 from specforge_lite.model.block import BlockDraft
 from specforge_lite.model.draft import Draft
 from specforge_lite.model.target_head import family_scales
 
-# Leads below this many units in the last place are decided by the target's own one-token passes. Seen in fp32 between
-# tree passes and `generate`: at most 30 units (tests/inference/test_speculative.py measures it again).
-TIE_UNITS = 256.0
+# In fp32, leads of this many times what the target's logits differ by between passes of other shapes are decided by its
+# own one-token passes (see `rounding_units`). The least: tree passes and `generate` were seen 30 units apart on a CPU.
+TIE_MARGIN, LEAST_TIE_UNITS = 8.0, 256.0
 DRAFT_SAMPLING = ("auto", "greedy", "sampled")
 
 # Text, token ids, a tokenizer's output, or several: tensors and numpy arrays count as token ids.
@@ -107,7 +107,7 @@ class SpeculativeModel:
         draft: Draft | None,
         tokenizer: Any | None = None,
         shape: TreeShape | None = None,
-        tie_units: float = TIE_UNITS,
+        tie_units: float | None = None,
     ) -> None:
         self.shape = shape or TreeShape()
         self.tokenizer = tokenizer
@@ -233,6 +233,9 @@ class SpeculativeModel:
                 f"confidence_threshold {threshold}: this {draft.config.algorithm} draft has no confidence head"
             )
         self.drafter.threshold = threshold
+        if decoding.tie_units is None and token_ids:
+            measured = rounding_units(self.target, token_ids[0])
+            decoding.tie_units = self.tie_units = max(LEAST_TIE_UNITS, TIE_MARGIN * measured)
         return decoding, decoding.steps(self.drafter, settings.shape or self.shape, settings.draw_drafts(draft))
 
     def token_ids(self, prompts: Prompts) -> list[list[int]]:

@@ -22,6 +22,7 @@ from specforge_lite.inference.output import Metered
 from specforge_lite.inference.tree import TokenTree
 
 MASKED_ATTENTION = ("eager", "sdpa", GROUPED)
+ROUNDING_TOKENS = 16
 # Layers whose cache holds one key per token; the state of any other kind cannot be taken back to an earlier token.
 KEY_PER_TOKEN = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -190,3 +191,24 @@ class ExactReplay:
             self.logits_V = self.target.forward(input_ids=ids, past_key_values=self.cache, **options).logits[0, -1]
             self.num_done = end
         return self.logits_V
+
+
+@torch.inference_mode()
+def rounding_units(target: Target, token_ids: Sequence[int]) -> float:
+    """How far the logits of the same rows lie apart in passes of different shapes, on this device and in this dtype:
+    the largest difference, in units in the last place of its row's largest logit.
+
+    The text's last tokens are read in one pass, in a batch, and one at a time, as decoding reads them.
+    """
+    from transformers import DynamicCache
+
+    ids_1T = torch.tensor([list(token_ids[-ROUNDING_TOKENS:])], device=target.device)
+    cache = DynamicCache(config=target.model.config)
+    singles = [target.model(input_ids=ids, past_key_values=cache, use_cache=True) for ids in ids_1T.T[:, None]]
+    logits_TV = torch.cat([output.logits[0] for output in singles]).double()
+    unit_T = torch.finfo(target.dtype).eps * logits_TV.abs().amax(-1)
+    found = 0.0
+    for rows in (1, 4):
+        other_TV = target.model(input_ids=ids_1T.expand(rows, -1), use_cache=False).logits[-1].double()
+        found = max(found, float(((other_TV - logits_TV).abs().amax(-1) / unit_T).max()))
+    return found

@@ -11,6 +11,7 @@ import torch
 
 from scripts import quickstart
 from specforge_lite.core import devices
+from specforge_lite.core.devices import without_cudnn
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.training.distributed import _own_device
 
@@ -115,3 +116,14 @@ def test_a_device_by_name(machine, monkeypatch: pytest.MonkeyPatch) -> None:  # 
     machine(0)
     with pytest.raises(ConfigError, match="device cuda: torch sees no GPU on this host; expected cpu"):
         devices.pick_device("cuda")
+
+
+def test_a_gpus_attention_keeps_away_from_cudnn() -> None:
+    """Every new length would be a plan of its own there."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with without_cudnn(torch.device("cuda")):
+        assert not enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert enabled() == before

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.evaluation.compare_generation import is_near_tie
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
-from specforge_lite.inference.target import ExactReplay
+from specforge_lite.inference.output import Metered
+from specforge_lite.inference.target import ExactReplay, rounding_units
 from tests.inference_drafts import random_draft
 from tests.speculative_cases import CHAIN, CPU, PROMPTS, TREE, oracle_for, own_answer
 from tests.target_families import FAMILIES, HIDDEN, VOCAB
@@ -150,6 +152,101 @@ def test_near_ties_are_decided_by_the_targets_own_passes(families, monkeypatch: 
     output = speculative.speculative_generate(PROMPTS, max_new_tokens=40, shape=CHAIN)
     assert [answer.all_tokens for answer in output.answers] != texts  # so it was the replay that kept it exact
     assert output.stats.near_ties == 0
+
+
+def test_the_margin_of_near_ties_is_what_the_target_shows(families) -> None:
+    """A target whose logits move by 100 units in the last place where more than one row is read."""
+    model = load_twin_model(families)
+    settings = GenerationSettings(max_new_tokens=4, shape=CHAIN)
+    draft = oracle_for(model, [own_answer(model, PROMPTS[0], 4)], lambda position: 0)
+    steady = SpeculativeModel(model, draft)
+    assert 0 < rounding_units(steady.target, PROMPTS[0]) < 100
+    steady.run(PROMPTS[0], settings)
+    assert steady.tie_units == 256
+
+    def move(_module: Any, _inputs: Any, output: Any) -> None:
+        if len(output.logits) > 1:
+            output.logits += 100 * torch.finfo(torch.float32).eps * output.logits.abs().amax(-1, keepdim=True)
+
+    handle = model.register_forward_hook(move)
+    moved = SpeculativeModel(model, draft)
+    assert rounding_units(moved.target, PROMPTS[0]) == pytest.approx(100, rel=0.3)
+    moved.run(PROMPTS[0], settings)
+    assert moved.tie_units == pytest.approx(800, rel=0.3)
+    handle.remove()
+
+
+def test_answers_that_differ_at_a_near_tie_are_told_from_others(families) -> None:
+    model = load_twin_model(families)  # tokens i and i + 64 are twins
+    speculative = SpeculativeModel(model, None)
+    answer = own_answer(model, PROMPTS[0], 6)[len(PROMPTS[0]) :]
+    twin, other = ([*answer[:3], (answer[3] + shift) % 128, 7] for shift in (64, 1))
+    assert is_near_tie(speculative, PROMPTS[0], answer, twin)
+    assert not is_near_tie(speculative, PROMPTS[0], answer, other)
+    assert not is_near_tie(speculative, PROMPTS[0], answer, answer)
+
+
+class DeviceEvent:
+    """An event of a device that works 2 ms at a time, long after the calls that queue the work have returned."""
+
+    queued = done = waits = 0.0
+
+    def record(self, _stream: object) -> None:
+        self.at = DeviceEvent.queued
+
+    def query(self) -> bool:
+        return self.at <= DeviceEvent.done
+
+    def synchronize(self) -> None:
+        DeviceEvent.waits += 1
+        DeviceEvent.done = max(DeviceEvent.done, self.at)
+
+    def elapsed_time(self, end: DeviceEvent) -> float:
+        assert self.query()
+        assert end.query()
+        return end.at - self.at
+
+
+class QueuedWork(Metered):
+    device = torch.device("cpu")
+
+    def mark(self) -> Any:
+        event = DeviceEvent()
+        event.record(None)
+        return event
+
+
+def test_a_networks_time_is_that_of_its_work_and_nothing_waits_for_it() -> None:
+    network = QueuedWork()
+
+    def work() -> None:
+        with network.measured():
+            DeviceEvent.queued += 2.0
+        DeviceEvent.queued += 5.0  # of another network
+
+    for _ in range(3):
+        work()
+    assert (DeviceEvent.waits, len(network._running)) == (0, 3)
+    DeviceEvent.done = 8.0  # the first is done when the next one is queued
+    work()
+    assert (network._seconds, len(network._running)) == (pytest.approx(0.002), 3)
+    assert network.seconds == pytest.approx(0.008)
+    assert network.seconds == pytest.approx(0.008)
+    assert not network._running
+
+
+@pytest.mark.gpu
+def test_a_networks_time_on_a_gpu_is_longer_than_its_launch() -> None:
+    network = Metered()
+    network.device = torch.device("cuda", 0)
+    a = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    start = network.clock()
+    with network.measured():
+        for _ in range(10):
+            a @ a
+    launched = network.clock() - start
+    assert network.seconds > 5 * launched
 
 
 def load_twin_model(families) -> Any:

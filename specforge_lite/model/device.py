@@ -16,6 +16,7 @@ from specforge_lite.core.log import warn
 
 ATTENTION_BACKENDS = ("eager", "sdpa", "flex_attention")
 FLASH_MAX_HEAD_DIM = 256
+FLEX_MIN_HEAD_DIM = 16
 FLAG = "draft_attention_backend"
 
 
@@ -46,7 +47,7 @@ def choose_attention(name: str, device_type: str, dtype: torch.dtype | None = No
             _warn_once(f"{FLAG} flex_attention: torch has no backward for it on a CPU; using sdpa, equal results")
         return "sdpa"
     flash = flash_problem(dtype, head_dim)
-    flex = flex_problem() if device_type == "cuda" else None if name == "flex_attention" else "no CUDA device"
+    flex = flex_problem(head_dim) if device_type == "cuda" else None if name == "flex_attention" else "no CUDA device"
     if name != "sdpa" and flex is None:
         return "flex_attention"
     if flash is None:
@@ -66,9 +67,16 @@ def flash_problem(dtype: torch.dtype | None, head_dim: int | None) -> str | None
     return None
 
 
+def flex_problem(head_dim: int | None) -> str | None:
+    """Why flex_attention cannot run such a draft on the GPU of this machine."""
+    if head_dim is not None and head_dim < FLEX_MIN_HEAD_DIM:
+        return f"its kernel takes head widths from {FLEX_MIN_HEAD_DIM}, not {head_dim}"
+    return triton_problem()
+
+
 @cache
-def flex_problem() -> str | None:
-    """Why Triton cannot compile flex_attention here: it builds a small C extension at its first kernel."""
+def triton_problem() -> str | None:
+    """Why Triton cannot compile here: it builds a small C extension at its first kernel."""
     compiler = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), None)
     if compiler is None or shutil.which(compiler.split()[0]) is None:
         return "no C compiler (gcc or clang; or CC) for Triton; apt-get install gcc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import format_bytes, info
 from specforge_lite.core.weight_files import safetensors_files
-from specforge_lite.model.device import choose_attention, usable_dtype
+from specforge_lite.model.device import choose_attention, triton_problem, usable_dtype
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.settings import TrainConfig
 
@@ -32,14 +33,17 @@ def _backend(config: TrainConfig) -> str:
 def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The config with what the device cannot do replaced, one line each, before anything is loaded. Raises ConfigError
     where no attention backend fits."""
+    training: dict[str, Any] = {}
+    compiler = triton_problem() if device.type == "cuda" else _cpp_problem()
+    if config.training.compile and compiler is not None:
+        info(f"--compile: {compiler}; training without it")
+        training["compile"] = False
     if device.type == "cuda":
         precision = config.training.precision
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
-        file = config.draft.draft_model_config
-        head_dim = None if file is None else DraftConfig.from_json(file).head_dim
-        backend = choose_attention(config.training.draft_attention_backend, "cuda", dtype, head_dim)
-        return config.with_values(training={"draft_attention_backend": backend})
-    training: dict[str, Any] = {}
+        name, head_dim = config.training.draft_attention_backend, _draft_config(config).head_dim
+        training["draft_attention_backend"] = choose_attention(name, "cuda", dtype, head_dim)
+        return config.with_values(training=training)
     if config.training.draft_attention_backend == "flex_attention":
         info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
         training["draft_attention_backend"] = "sdpa"
@@ -64,6 +68,21 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config.with_values(**sections)
 
 
+def _cpp_problem() -> str | None:
+    compilers = ("g++", "clang++", os.environ.get("CXX", "g++"))
+    return None if any(map(shutil.which, compilers)) else "no C++ compiler (g++ or clang++; or CXX) for Inductor"
+
+
+def _target_config(config: TrainConfig) -> Any:
+    return load_config(config.target.target_model_path, config.target.trust_remote_code)
+
+
+def _draft_config(config: TrainConfig) -> DraftConfig:
+    if config.draft.draft_model_config is not None:
+        return DraftConfig.from_json(config.draft.draft_model_config)
+    return DraftConfig.from_target(_target_config(config), config.draft.draft_vocab_size, config.algorithm)
+
+
 def _physical(device: torch.device) -> str:
     """The device's name among all of the host, as `--engine-devices` gives them: this process may see only some."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -84,13 +103,8 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
     from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
 
     training, total = config.training, torch.cuda.get_device_properties(device).total_memory
-    draft_file, target_config = config.draft.draft_model_config, load_config(target.target_model_path)
-    if draft_file is not None:
-        draft = DraftConfig.from_json(draft_file)
-    else:
-        draft = DraftConfig.from_target(target_config, config.draft.draft_vocab_size, config.algorithm)
-    layers = config.with_target_defaults().target.aux_layer_ids
-    draft = draft.replace(**config.draft_shape(draft, target_config))
+    layers, draft = config.with_target_defaults().target.aux_layer_ids, _draft_config(config)
+    draft = draft.replace(**config.draft_shape(draft, _target_config(config)))
     load = Workload(
         draft if layers is None else draft.replace(aux_layer_ids=layers),
         tokens=training.max_tokens_per_batch or training.batch_size * config.data.max_length,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
+from specforge_lite.model.device import triton_problem
 from specforge_lite.training.settings import OptimizerSection
 
 NOT_FINITE, OVERFLOW = 1.0, 2.0
@@ -187,7 +188,7 @@ class _Adam8bit:
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """torchao compiles the update of each shape: worth it on a GPU, and 15 seconds of a start on a CPU."""
         on_gpu = self._parameters[0].device.type == "cuda"
-        return nullcontext() if on_gpu else torch.compiler.set_stance("force_eager")
+        return nullcontext() if on_gpu and triton_problem() is None else torch.compiler.set_stance("force_eager")
 
 
 def _is_8bit(tensor: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +21,12 @@ from specforge_lite.training.settings import TrainConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROOT = Path(__file__).resolve().parents[2]
+TINY_TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
 
 
 @pytest.fixture(autouse=True)
 def _ask_again() -> None:
-    device.flex_problem.cache_clear()
+    device.triton_problem.cache_clear()
     device._warn_once.cache_clear()
 
 
@@ -73,6 +76,13 @@ def test_without_a_compiler_flex_attention_becomes_sdpa(no_compiler: None, capsy
         choose_attention("auto", "cuda", FP32, 128)
 
 
+def test_heads_too_narrow_for_flex_attention_take_sdpa(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_attention("auto", "cuda", BF16, 8) == "sdpa"
+    assert "its kernel takes head widths from 16, not 8; using sdpa" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"not 12; and flex_attention needs more: .* from 16, not 12.*or eager"):
+        choose_attention("sdpa", "cuda", BF16, 12)
+
+
 def test_without_python_headers_flex_attention_becomes_sdpa(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +103,14 @@ def test_bf16_on_a_cpu_without_avx512_is_fp32() -> None:
 def train_config(tmp_path: Path, *flags: str) -> TrainConfig:
     data = tmp_path / "train.jsonl"
     data.write_text("{}\n")
-    common = ["--target-model-path", "m", "--train-data-path", str(data), "--output-dir", str(tmp_path / "run")]
+    common = [
+        "--target-model-path",
+        str(TINY_TARGET),
+        "--train-data-path",
+        str(data),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     return parse_config(TrainConfig, [*common, *flags])
 
 
@@ -102,6 +119,24 @@ def test_training_on_a_gpu_settles_the_backend_first(tmp_path: Path, no_compiler
     assert fit_to_device(train_config(tmp_path), gpu).training.draft_attention_backend == "sdpa"
     with pytest.raises(ConfigError, match="draft_attention_backend sdpa: its CUDA kernels take bf16"):
         fit_to_device(train_config(tmp_path, "--precision", "fp32"), gpu)
+
+
+def test_the_head_width_of_a_draft_without_a_file_is_the_targets(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    values = json.loads((TINY_TARGET / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**values, "head_dim": 12}))
+    config = train_config(tmp_path, "--target-model-path", str(target), "--draft-attention-backend", "sdpa")
+    with pytest.raises(ConfigError, match="multiples of 8 up to 256, not 12"):
+        fit_to_device(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("kind", "found"), [("cuda", "no C compiler"), ("cpu", "no C\\+\\+ compiler")])
+def test_without_a_compiler_nothing_is_compiled(
+    kind: str, found: str, tmp_path: Path, no_compiler: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not fit_to_device(train_config(tmp_path, "--compile"), torch.device(kind)).training.compile
+    assert re.search(f"--compile: {found}.*; training without it", capsys.readouterr().out)
 
 
 def test_training_in_bf16_on_an_old_cpu_says_so(

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_script(name: str) -> Any:
-    """scripts/NAME.py as a module."""
-    path = ROOT / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    """scripts/NAME.py, or a path from the repository's root, as a module."""
+    path = ROOT / (name if name.endswith(".py") else f"scripts/{name}.py")
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

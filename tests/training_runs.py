@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from specforge_lite.capture.base import TargetEngine, TargetInfo
 from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
 from specforge_lite.core.files import atomic_directory, exclusive
+from specforge_lite.core.log import run_script as run_main
 from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.data.vocab import build_vocab_map
 from specforge_lite.model.draft import DraftConfig
@@ -38,6 +40,7 @@ from specforge_lite.training.reporting import ExitSummary, Reporter, StopRequest
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.training.wiring import RunData, RunModels
 from tests.fake_engine import FakeEngine, Fault
+from tests.script_runner import ROOT, load_script
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE, HIDDEN = 97, 40, 16
 INFO = TargetInfo(
@@ -185,7 +188,7 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- processes
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs"])
+_context.set_forkserver_preload(["tests.training_runs", "transformers.models.auto"])
 
 
 def _start_fork_server() -> None:
@@ -234,6 +237,32 @@ def _rank_main(environment: dict[str, str], log: str, target: Callable[..., Any]
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     target(*arguments)
+
+
+def run_script(name: str, words: Sequence[str], directory: Path, **environment: str) -> CompletedProcess[str]:
+    """What `python NAME WORDS` does, NAME from the repository's root, without a new interpreter that imports torch.
+
+    directory: for its output.
+    """
+    files = [directory / f"{Path(name).stem}.{stream}" for stream in ("stdout", "stderr")]
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        file.write_text("")
+    _start_fork_server()
+    process = _context.Process(target=_script_main, args=(name, list(words), environment, list(map(str, files))))
+    process.start()
+    (code,) = wait([process], 240)
+    return CompletedProcess([name, *words], code, *(file.read_text() for file in files))
+
+
+def _script_main(name: str, words: list[str], environment: dict[str, str], outputs: list[str]) -> None:
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    for descriptor, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.argv = [name, *words]
+    run_main(load_script(name).main)
 
 
 def run_ranks(world_size: int, target: Callable[..., Any], arguments: tuple[Any, ...], log_dir: Path) -> list[int]:

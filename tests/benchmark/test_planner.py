@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,8 @@ from specforge_lite.benchmark.planner import (
 )
 from specforge_lite.benchmark.rows import ResultFile, SpeedupRow
 from specforge_lite.core.errors import DataError
+from tests.training_runs import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 CHAIN2, CHAIN5 = Speculation(2, 1, 3), Speculation(5, 1, 6)
 
 
@@ -318,11 +317,9 @@ def test_the_script_recommends_flags(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "r.jsonl", {})
     for item in cost_rows(4, split=True):
         results.add(item, [])
-    command = [sys.executable, "scripts/plan_speculation.py", "--results", str(results.path)]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "plan.json"), "--candidates", "1,1,2", "5,1,6"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    words = ["--results", str(results.path)]
+    script = partial(run_script, "scripts/plan_speculation.py", directory=tmp_path)
+    done = script([*words, "--output", str(tmp_path / "plan.json"), "--candidates", "1,1,2", "5,1,6"])
     assert done.returncode == 0, done.stderr
     assert "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6" in done.stdout
     assert '"num_speculative_tokens": 5' in done.stdout
@@ -332,9 +329,9 @@ def test_the_script_recommends_flags(tmp_path: Path) -> None:
     lone = ResultFile(tmp_path / "lone.jsonl", {})
     for item in cost_rows(4, split=True)[:2]:
         lone.add(item, [])
-    warned = subprocess.run([*command[:3], str(lone.path)], cwd=ROOT, capture_output=True, text=True)
+    warned = script(["--results", str(lone.path)])
     assert warned.returncode == 0
     assert "batch size 4: one configuration with a draft was measured; costs need at least two" in warned.stderr
-    wrong = subprocess.run([*command, "--candidates", "3,1"], cwd=ROOT, capture_output=True, text=True)
+    wrong = script([*words, "--candidates", "3,1"])
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: candidates: '3,1': expected STEPS,TOPK,VERIFY")

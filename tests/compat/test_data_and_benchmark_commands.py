@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from specforge_lite.checkpoints.export import export_draft
 from tests.inference_drafts import random_draft
-from tests.script_runner import ROOT, run_in_process
+from tests.script_runner import run_in_process
+from tests.training_runs import run_script
 
 
 def test_prepare_then_the_command_that_reads_it(tmp_path: Path, tiny_target: Path) -> None:
@@ -36,20 +32,18 @@ def test_prepare_then_the_command_that_reads_it(tmp_path: Path, tiny_target: Pat
     assert run_in_process("build_eagle3_dataset_cache", words) == 0
 
 
-@pytest.mark.parametrize("flag", ["--speculative-draft-model-path", "--speculative_draft_model_path"])
-def test_the_benchmark_card(tmp_path: Path, tiny_target: Path, flag: str) -> None:
+def test_the_benchmark_card(tmp_path: Path, tiny_target: Path) -> None:
     """Found from the repository root; fewer prompts, and the engine that every machine has."""
     draft = export_draft(
         random_draft(128, 4096, 500, max_position_embeddings=1024), tmp_path / "draft", dtype="float32"
     )
-    command = [
-        sys.executable, "bench_model_speedup.py", "--model-path", str(tiny_target), flag, str(draft),
+    words = [
+        "--model-path", str(tiny_target), "--speculative_draft_model_path", str(draft),
         "--trust-remote-code", "--tp-size", "1",
         "--config-list", "1,0,0,0", "1,3,1,4", "--benchmark-list", "mtbench:1", "gsm8k:1", "humaneval:1", "math500:1",
         "--output", str(tmp_path / "output.jsonl"), "--backend", "hf", "--max-new-tokens", "6",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_script("bench_model_speedup.py", words, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text().splitlines()]
     assert {(row["benchmark"], row["steps"]) for row in found} == {

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.script_runner import ROOT, run_in_process
-from tests.training_runs import run_ranks
+from tests.training_runs import free_port, run_ranks, run_script
 
 HF = ["--target-backend", "hf", "--target-dtype", "float32"]
 EAGLE_NAMES = {"train/acc_0", "train/ploss_0", "train/epochacc_0", "test/epochacc_0", "train/lr", "epoch"}
@@ -74,14 +74,12 @@ def specforge_command(target: Path, files: Path, output_dir: Path) -> list[str]:
 
 
 def test_specforge_sgl_online(tmp_path: Path, tiny_target: Path, files: Path) -> None:
-    """torchrun, both model flags, TP 4, flex_attention, a schedule of 800,000 steps; wandb offline for real."""
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "1"]
-    words = specforge_command(tiny_target, files, tmp_path / "run")
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "scripts" / "train_eagle3_sgl_online.py"), *words, *HF, "--metric-names", "eagle",
-         "--log-interval", "1"],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"},
+    """In torchrun's environment; both model flags, TP 4, flex_attention, a schedule of 800,000 steps; wandb offline."""
+    words = [*specforge_command(tiny_target, files, tmp_path / "run"), *HF, "--metric-names", "eagle"]
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = run_script(
+        "scripts/train_eagle3_sgl_online.py", [*words, "--log-interval", "1"], tmp_path, **torchrun,
+        MASTER_PORT=str(free_port()), WANDB_MODE="offline", WANDB_SILENT="true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for line in (

@@ -95,7 +95,7 @@ def test_a_hang_shows_its_place_on_sigusr1_and_goes_on(tmp_path: Path) -> None:
     while not (run.output_dir / "heartbeat.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)
-    while "fake.py" not in log.read_text() and time.monotonic() < deadline:
+    while "in _spoil" not in log.read_text() and time.monotonic() < deadline:
         os.kill(process.pid or 0, signal.SIGUSR1)
         time.sleep(0.3)
     alive = process.is_alive()

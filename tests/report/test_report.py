@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,8 @@ from specforge_lite.report.page import generations_section
 from specforge_lite.report.sources import read_decoding
 from specforge_lite.report.speedup import headline, speedup_section
 from tests.report_data import EVALUATION, SPEEDUP_ROWS, metric_rows
+from tests.training_runs import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "hr"}
 
 
@@ -330,9 +328,7 @@ def test_the_script_finds_a_run_s_files(tmp_path: Path) -> None:
         (run / f"step_{step}").mkdir(parents=True)
         (run / f"step_{step}" / "provenance.json").write_text(json.dumps({"started": f"at step {step}"}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metric_rows()))
-    done = subprocess.run(
-        [sys.executable, "scripts/make_report.py", "--run_dir", str(run)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_script("scripts/make_report.py", ["--run_dir", str(run)], tmp_path)
     assert done.returncode == 0, done.stderr
     page = (run / "report.html").read_text()
     assert "<h1>my-run</h1>" in page
@@ -341,8 +337,7 @@ def test_the_script_finds_a_run_s_files(tmp_path: Path) -> None:
 
 
 def test_the_script_names_what_is_missing(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/make_report.py", "--run-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_script("scripts/make_report.py", ["--run-dir", str(tmp_path)], tmp_path / "log")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}: neither metrics.jsonl nor step_N/provenance.json")
     assert done.stderr.count("\n") == 1

@@ -9,8 +9,8 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,12 @@ from specforge_lite.training.dataloader import Dataloader, StepBatches
 from specforge_lite.training.failures import BEAT_SECONDS
 from specforge_lite.training.loop import Trainer
 from tests.fake_engine import Fault
-from tests.training_runs import Run, run_ranks, start_ranks, train, wait
+from tests.training_runs import Run, run_ranks, run_script, start_ranks, train, wait
 
 SHARED_SETTINGS: dict[str, dict[str, Any]] = {
     "training": {"batch_size": 1, "total_steps": 10},
     "checkpoint": {"save_interval": 5},
 }
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def log_of(directory: Path, rank: int = 0) -> str:
@@ -230,18 +227,6 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- script
 
 
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "train_eagle3_online.py"), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
-    )
-
-
 def test_the_script_trains_on_the_tiny_target_and_continues(tmp_path: Path, tiny_target: Path) -> None:
     rows = [
         {
@@ -258,10 +243,11 @@ def test_the_script_trains_on_the_tiny_target_and_continues(tmp_path: Path, tiny
         "--max-length", "64", "--ttt-length", "3", "--log-interval", "1", "--profile-start-step", "2",
         "--profile-num-steps", "1",
     ]  # fmt: skip
-    first = run_script(*flags, "--total-steps", "3", WANDB_API_KEY="s3cret" * 7)
+    script = partial(run_script, "scripts/train_eagle3_online.py", directory=tmp_path)
+    first = script([*flags, "--total-steps", "3"], WANDB_API_KEY="s3cret" * 7)
     assert first.returncode == 0, first.stderr
     assert re.search(r"step 3/3 loss [\d.]+ acc0 [\d.]+ tau [\d.]+ tok/s \d+ wait \d+% mem \w+ eta 0s", first.stdout)
-    second = run_script(*flags, "--num-epochs", "1")
+    second = script([*flags, "--num-epochs", "1"])
     assert second.returncode == 0, second.stderr
     assert "resuming with other settings: num_epochs None -> 1, total_steps 3 -> None" in second.stdout
     assert "ended: finished at step 8/8" in second.stdout
@@ -272,7 +258,7 @@ def test_the_script_trains_on_the_tiny_target_and_continues(tmp_path: Path, tiny
     assert "s3cret" not in "".join(p.read_text() for p in checkpoint.glob("*.json"))
     assert json.loads((tmp_path / "out" / "trace_rank0.json").read_text())["traceEvents"]
 
-    wrong = run_script(*flags, "--total-steps", "9", "--draft-vocab-size", "100")
+    wrong = script([*flags, "--total-steps", "9", "--draft-vocab-size", "100"])
     assert wrong.returncode == 2
     last_line = wrong.stderr.splitlines()[-1]
     assert last_line.startswith("error: ")
@@ -280,7 +266,7 @@ def test_the_script_trains_on_the_tiny_target_and_continues(tmp_path: Path, tiny
 
 
 def test_config_mistakes_end_the_script_with_code_2(tmp_path: Path) -> None:
-    result = run_script("--batch-size", "0", "--trian-data-path", "x")
+    result = run_script("scripts/train_eagle3_online.py", ["--batch-size", "0", "--trian-data-path", "x"], tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert "Traceback" not in result.stderr

@@ -31,8 +31,6 @@ from specforge_lite.training.settings import DistributedSection
 if TYPE_CHECKING:
     from specforge_lite.training.failures import FailureBoard
 
-PEER_FAILED_EXIT_CODE = 1
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -193,6 +191,8 @@ def open_world(config: DistributedSection) -> Iterator[World]:
     except Exception as error:
         if world.board is None:
             raise
+        from specforge_lite.training.failures import PEER_FAILED_EXIT_CODE
+
         sys.exit(USER_ERROR_EXIT_CODE if isinstance(error, SpecforgeError) else PEER_FAILED_EXIT_CODE)
     finally:
         if world.board is not None:

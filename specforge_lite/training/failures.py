@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 from specforge_lite.core.errors import SpecforgeError
 from specforge_lite.core.log import print_last
-from specforge_lite.training.distributed import PEER_FAILED_EXIT_CODE
 
 BEAT_SECONDS = 0.5
 # Time that a rank has to leave on its own (through the error of its collective) before its watcher ends the process.
 GRACE_SECONDS = 10.0
+PEER_FAILED_EXIT_CODE = 1
 # What gloo and nccl report when a peer is dead or late; they raise RuntimeError for everything.
 BROKEN_COLLECTIVE_MARKS = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed",

@@ -32,7 +32,7 @@ gpu-proof: $(VENV)/.installed-dev
 
 gpu-proof-rehearsal: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES= $(PY) benchmarks/gpu_proof.py --rehearse --output outputs/gpu_rehearsal.md \
-		--stages environment tests parity resume memory mfu mfu-plan transport quickstart-hf-dspark
+		--stages parity resume memory mfu mfu-plan transport quickstart-hf-dspark
 
 real-target: $(VENV)/.installed requirements-real-target.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-real-target.txt -c requirements.lock

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.drafter import CachedDraft, Head
 from specforge_lite.inference.kv_cache import grouped_attention
-from specforge_lite.inference.tree import TokenTree, TreeShape, chain_tree
+from specforge_lite.inference.tree import TokenTree, chain_tree
 from specforge_lite.inference.verify import Sampling
 from specforge_lite.model.block import BlockDraft
 
@@ -47,42 +46,30 @@ class BlockDrafter(CachedDraft):
     ) -> None:
         self._append(features_BMG, counts, None, counts_B)
 
-    def propose(
-        self,
-        root_B: Tensor,
-        shape: TreeShape,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TokenTree:
-        if not shape.is_chain:
-            raise ConfigError(f"top_k {shape.top_k}: a {self.draft.config.algorithm} draft proposes chains (top_k 1)")
-        with self.measured():
-            return self._propose_chain(root_B, shape.longest_path, sampling, generator)
-
-    def _propose_chain(
+    def propose_chain(
         self, root_B: Tensor, longest: int, sampling: Sampling | None, generator: torch.Generator | None
     ) -> TokenTree:
-        count, first = min(longest, self.draft.num_predictions), self.draft.first_slot
-        state_BPD = self._block(root_B)[:, first : first + count]
-        base_BPV = self.head(state_BPD).float()
         drafted: list[Tensor] = []
         probabilities: list[Tensor] = []
-        kept_B = torch.ones_like(root_B, dtype=torch.bool)
-        previous_B = root_B
-        for k in range(count):
-            confidence_B = self.draft.confidence(state_BPD[:, k], previous_B) if self.threshold else None
-            if confidence_B is not None:
-                kept_B = kept_B & (confidence_B.float().sigmoid() >= self.threshold)
-                if not bool(kept_B.any()):
-                    break
-            bias_BV = self.draft.markov_bias(previous_B)
-            logits_BV = base_BPV[:, k] if bias_BV is None else base_BPV[:, k] + bias_BV.float()
-            if sampling is None:
-                previous_B = logits_BV.argmax(-1)
-            else:
-                probabilities.append(sampling.probabilities(logits_BV))
-                previous_B = torch.multinomial(probabilities[-1], 1, generator=generator)[:, 0]
-            drafted.append(previous_B)
+        kept_B, previous_B = torch.ones_like(root_B, dtype=torch.bool), root_B
+        count, first = min(longest, self.draft.num_predictions), self.draft.first_slot
+        with self.measured():
+            state_BPD = self._block(root_B)[:, first : first + count]
+            base_BPV = self.head(state_BPD).float()
+            for k in range(count):
+                confidence_B = self.draft.confidence(state_BPD[:, k], previous_B) if self.threshold else None
+                if confidence_B is not None:
+                    kept_B = kept_B & (confidence_B.float().sigmoid() >= self.threshold)
+                    if not bool(kept_B.any()):
+                        break
+                bias_BV = self.draft.markov_bias(previous_B)
+                logits_BV = base_BPV[:, k] if bias_BV is None else base_BPV[:, k] + bias_BV.float()
+                if sampling is None:
+                    previous_B = logits_BV.argmax(-1)
+                else:
+                    probabilities.append(sampling.probabilities(logits_BV))
+                    previous_B = torch.multinomial(probabilities[-1], 1, generator=generator)[:, 0]
+                drafted.append(previous_B)
         return chain_tree(root_B, drafted, probabilities)
 
     def _append(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.kv_cache import SlotCache, grouped_attention
 from specforge_lite.inference.output import Metered
 from specforge_lite.inference.tree import Level, TokenTree, TreeShape, best_tree, chain_tree
@@ -72,7 +73,17 @@ class CachedDraft(Metered):
 
         sampling: a chain is drawn from the draft's own distribution, which the tree then carries; None: its argmax.
         """
+        if shape.is_chain:
+            return self.propose_chain(root_B, shape.longest_path, sampling, generator)
+        return self.propose_tree(root_B, shape)
+
+    def propose_chain(
+        self, root_B: Tensor, longest: int, sampling: Sampling | None, generator: torch.Generator | None
+    ) -> TokenTree:
         raise NotImplementedError
+
+    def propose_tree(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
+        raise ConfigError(f"top_k {shape.top_k}: a {self.draft.config.algorithm} draft proposes chains (top_k 1)")
 
     def positions(self, width: int) -> Tensor:
         """Consecutive RoPE positions [B, width] behind the true rows, for a pass planned by `cache.begin`."""
@@ -128,20 +139,14 @@ class Drafter(CachedDraft):
         super().select_rows(rows, index_R)
         self.state_B1D, self.logits_BVd = self.state_B1D[index_R], self.logits_BVd[index_R]
 
-    def propose(
-        self,
-        root_B: Tensor,
-        shape: TreeShape,
-        sampling: Sampling | None = None,
-        generator: torch.Generator | None = None,
+    def propose_chain(
+        self, root_B: Tensor, longest: int, sampling: Sampling | None, generator: torch.Generator | None
     ) -> TokenTree:
-        if not shape.is_chain:
-            return self._propose_tree(root_B, shape)
         state, logits_BVd = self.state_B1D, self.logits_BVd
         drafted: list[Tensor] = []
         probabilities: list[Tensor] = []
-        ones = torch.ones(len(root_B), 1, shape.longest_path, dtype=torch.bool, device=self.device)
-        for level in range(shape.longest_path):
+        ones = torch.ones(len(root_B), 1, longest, dtype=torch.bool, device=self.device)
+        for level in range(longest):
             if level:
                 self.cache.begin(1, offset=level - 1)
                 mask = self.cache.mask(ones[:, :, :level], self.dtype) if self.cache.plan.start is None else None
@@ -156,7 +161,7 @@ class Drafter(CachedDraft):
             drafted.append(self.target_ids_Vd[torch.multinomial(probs_BVd, 1, generator=generator)[:, 0]])
         return chain_tree(root_B, drafted, probabilities)
 
-    def _propose_tree(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
+    def propose_tree(self, root_B: Tensor, shape: TreeShape) -> TokenTree:
         """EAGLE-2: expand the `top_k` best nodes of each level, then keep the best of all (see `best_tree`)."""
         num_rows, top_k = len(root_B), min(shape.top_k, self.draft.config.draft_vocab_size)
         scores_BF, ids_BF = _log_probs(self.logits_BVd).topk(top_k, -1)

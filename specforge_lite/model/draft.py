@@ -363,10 +363,6 @@ class TTTSettings:
         check_choice("loss_mask_alignment", self.loss_mask_alignment, ("ours", "eagle"))
         check_choice("loss", self.loss, LOSSES)
 
-    @property
-    def eagle_mask(self) -> bool:
-        return self.loss_mask_alignment == "eagle"
-
 
 class Draft(nn.Module):
     """What training and inference need of a draft network. Parameters are the trained ones only; `embed_tokens` is

@@ -76,8 +76,10 @@ def check_target(engine: Engine, target: TargetSection, info: TargetInfo, interp
     if interpreter is not None and (support is None or not interpreter.version.startswith(engine.versions[0])):
         problem = problem or _registry_problem(interpreter, architecture)
     if problem is not None:
-        others = [name for name in SERVING_ENGINES if name != engine.name]
-        able = [o for o in others if (s := support_of(SERVING_ENGINES[o], architecture)) and s.status != "refused"]
+        others = {
+            other.name: support_of(other, architecture) for other in SERVING_ENGINES.values() if other is not engine
+        }
+        able = [name for name, found in others.items() if found is not None and found.status != "refused"]
         place = f"target_backend {engine.name}: {architecture} ({target.target_model_path})"
         raise ConfigError(f"{place}: {problem}; use --target-backend {' or '.join([*able[:1], 'hf'])}")
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError, suggest
 from specforge_lite.core.log import info
 from specforge_lite.data.prompts import Prompt, category_of, read_prompt, read_rows, read_turns
-from specforge_lite.data.sources import FILE_ENDINGS, HubDataset, Source
+from specforge_lite.data.sources import FILE_ENDINGS, HubDataset, Source, shipped_file
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -208,11 +207,6 @@ def _source(request: BenchmarkRequest, bench: Benchmark | None, data_dir: Path |
         return Source(bench.name, path=shipped_file(bench.shipped))
     info(f"{bench.name}: reading {bench.hub.repository} through `datasets` (--data-dir DIR reads a local copy instead)")
     return Source(bench.name, hub=bench.hub)
-
-
-def shipped_file(name: str) -> Path:
-    """Path of a prompt file that comes with the package."""
-    return Path(str(resources.files("specforge_lite.assets") / "prompts" / name))
 
 
 def _gsm8k_shots(count: int) -> str:

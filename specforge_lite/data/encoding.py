@@ -94,26 +94,21 @@ class TokenizerSpec:
     def without_prefix_space(self) -> TokenizerSpec:
         """The same tokenizer, but one that puts no space before a text (a piece of code is not a new sentence)."""
         description = json.loads(self.tokenizer_json)
-        description["normalizer"] = _without_prepend(description.get("normalizer"))
-        description["pre_tokenizer"] = _without_prepend(description.get("pre_tokenizer"))
+        for part in ("normalizer", "pre_tokenizer"):
+            description[part] = _without_prepend(description.get(part))
         return replace(self, tokenizer_json=json.dumps(description))
 
 
-def _without_prepend(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _without_prepend(part: Any) -> Any:
     """A normalizer or pre-tokenizer of a tokenizer.json that does not prepend anything."""
-    if part is None or part["type"] == "Prepend":
+    if isinstance(part, list):
+        return [inner for inner in map(_without_prepend, part) if inner is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
         return None
-    result = dict(part)
-    for key in ("normalizers", "pretokenizers"):
-        if key in result:
-            result[key] = [inner for inner in map(_without_prepend, result[key]) if inner is not None]
-            if not result[key]:
-                return None
-    if "prepend_scheme" in result:
-        result["prepend_scheme"] = "never"
-    if "add_prefix_space" in result:
-        result["add_prefix_space"] = False
-    return result
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: never[key] if key in never else _without_prepend(value) for key, value in part.items()}
 
 
 class TextEncoder:

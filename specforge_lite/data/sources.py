@@ -83,8 +83,7 @@ def choose_source(
     if source_dir is not None:
         raise DataError(f"--source-dir goes with --dataset fim, found --dataset {dataset}")
     if dataset == SAMPLE:
-        shipped = Path(str(resources.files("specforge_lite.assets") / "prompts" / "gsm8k_test.jsonl"))
-        return Source(SAMPLE, path=data_path or shipped)
+        return Source(SAMPLE, path=data_path or shipped_file("gsm8k_test.jsonl"))
     if dataset in PRESETS:
         return Source(dataset, path=data_path, hub=PRESETS[dataset])
     if data_path is not None:
@@ -96,6 +95,11 @@ def choose_source(
         also = f"; known: {', '.join(known)}" if hint.startswith("; did") else ""
         raise DataError(f"--dataset {dataset}: no such file, directory or data set{hint}{also}")
     return Source(path.name.split(".")[0] or "data", path=path)
+
+
+def shipped_file(name: str) -> Path:
+    """Path of a prompt file that comes with the package."""
+    return Path(str(resources.files("specforge_lite.assets") / "prompts" / name))
 
 
 def _files(path: Path) -> list[Path]:

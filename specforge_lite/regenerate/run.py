@@ -20,10 +20,9 @@ from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.data.conversations import to_row
 from specforge_lite.data.fim import FimRow
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.client import open_http
 from specforge_lite.regenerate.hf_backend import HfBackend
-from specforge_lite.regenerate.pool import ServerPool
 from specforge_lite.regenerate.rows import FimPrompts, InputRow, RowSource
+from specforge_lite.regenerate.servers import ServerPool, open_http
 from specforge_lite.regenerate.settings import BackendSection, RegenerateConfig
 from specforge_lite.regenerate.shards import ShardStore
 from specforge_lite.regenerate.turns import Question, RequestFailed, Sampling, regenerate, row_sampling

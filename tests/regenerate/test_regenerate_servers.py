@@ -16,9 +16,9 @@ from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.data.conversations import to_conversation
 from specforge_lite.data.reading import RowFile
-from specforge_lite.regenerate.client import parse_address, parse_answer, room_left
 from specforge_lite.regenerate.rows import RowSource
 from specforge_lite.regenerate.run import Summary, run_async
+from specforge_lite.regenerate.servers import parse_address, parse_answer, room_left
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.turns import RequestFailed
 from tests.fake_chat_server import FakeServer, answer_to

@@ -13,7 +13,6 @@ import pytest
 
 from specforge_lite.capture import remote
 from specforge_lite.core import http
-from specforge_lite.regenerate import client
 from tests.bad_server import ELSEWHERE, KINDS, BadServer
 from tests.script_runner import end_of_script, visible
 
@@ -29,8 +28,8 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_REPLY_BYTES", 1 << 20)
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.002)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.002)
-    monkeypatch.setattr(client, "BODY_BYTES", 1 << 20)
-    monkeypatch.setattr(client, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(servers, "BODY_BYTES", 1 << 20)
+    monkeypatch.setattr(servers, "PROBE_SECONDS", 0.3)
 
 
 def rows(tmp_path: Path, count: int = 1) -> Path:

@@ -13,6 +13,7 @@ import pytest
 
 from specforge_lite.capture import remote
 from specforge_lite.core import http
+from specforge_lite.regenerate import servers
 from tests.bad_server import ELSEWHERE, KINDS, BadServer
 from tests.script_runner import end_of_script, visible
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,6 @@ from specforge_lite.core.files import (
     lock_directory,
     remove_leftovers,
     sync_to_disk,
-    write_atomically,
     write_json,
 )
 from specforge_lite.core.log import info, warn
@@ -108,7 +108,7 @@ class ShardStore:
             shard = path.with_name(path.name.replace("error_", "shard_", 1).removesuffix(PART))
             if shard.exists():
                 os.replace(shard, _part(shard))
-            count += len(_read_lines(path)[0])
+            count += len(_index(path)[0])
             path.unlink()
         return count
 
@@ -159,7 +159,7 @@ class ShardStore:
             final = self._path(kind, start)
             part = _part(final)
             if part.exists() or kind == "shard":
-                write_atomically(final, b"".join(line for _, line in sorted(_read_lines(part)[0].items())))
+                _copy_lines(part, final, [place for _, place in sorted(_index(part)[0].items())])
                 part.unlink(missing_ok=True)
         del self._open[start]
 
@@ -195,28 +195,37 @@ def check_manifest(directory: Path, settings: dict[str, Any], resume: bool) -> N
 
 def repair(path: Path, done: set[int], start: int, end: int) -> set[int]:
     """Cut `path` down to its valid lines of rows start..end-1 that are not `done`; return their row numbers."""
-    lines, num_bad = _read_lines(path)
-    kept = {number: line for number, line in lines.items() if start <= number < end and number not in done}
-    if num_bad := num_bad + len(lines) - len(kept):
+    index, num_bad = _index(path)
+    kept = {number: place for number, place in index.items() if start <= number < end and number not in done}
+    if num_bad := num_bad + len(index) - len(kept):
         warn(f"{path}: {num_bad} line(s) were cut off or damaged; their rows are asked again")
-        write_atomically(path, b"".join(kept.values()))
+        _copy_lines(path, path, kept.values())
     return set(kept)
 
 
-def _read_lines(path: Path) -> tuple[dict[int, bytes], int]:
-    """({row: its first valid line}, number of other lines) of a file that may be missing."""
-    lines: dict[int, bytes] = {}
-    num_bad = 0
+def _index(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
+    """({row: (offset, size) of its first valid line}, number of other lines) of a file that may be missing."""
+    index: dict[int, tuple[int, int]] = {}
+    num_bad = offset = 0
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             number = None
             with suppress(ValueError, RecursionError, AttributeError):
                 number = json.loads(line).get("row") if line.endswith(b"\n") else None
-            if type(number) is not int or number in lines:  # True is no number
+            if type(number) is not int or number in index:  # True is no number
                 num_bad += 1
             else:
-                lines[number] = line
-    return lines, num_bad
+                index[number] = (offset, len(line))
+            offset += len(line)
+    return index, num_bad
+
+
+def _copy_lines(source: Path, destination: Path, places: Iterable[tuple[int, int]]) -> None:
+    """Write lines of `source`, which may be missing, to `destination`; memory is that of one line."""
+    with atomic_file(destination, "wb") as output, suppress(FileNotFoundError), open(source, "rb") as file:
+        for offset, size in places:
+            file.seek(offset)
+            output.write(file.read(size))
 
 
 def _part(final: Path) -> Path:

@@ -86,7 +86,6 @@ class PrepareReport:
     ignored: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
-        """One line for people."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
         left_out = f"; left out: {reasons}" if reasons else ""
         train, held_out = f"{self.num_train:,} written for training", f"{self.num_eval:,} for evaluation"

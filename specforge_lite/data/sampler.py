@@ -119,11 +119,6 @@ class BatchPlan:
             self._bins = (epoch, bins)
         return self._bins[1]
 
-    def packing_efficiency(self, epoch: int = 0) -> float:
-        """Tokens over slots of an epoch's bins, 0..1."""
-        assert self.max_tokens_per_batch is not None
-        return float(self.lengths.sum()) / (len(self.bins(epoch)) * self.max_tokens_per_batch)
-
     def _groups_after(self, epoch: int, consumed: int) -> list[list[int]]:
         """What is never torn apart, bins or single samples: those of an epoch after its first `consumed` samples."""
         if self.max_tokens_per_batch is None:

@@ -74,7 +74,6 @@ class DatasetStats:
             self.examples[kind].append(example)
 
     def summary(self) -> str:
-        """One line for people."""
         return (
             f"{self.num_samples:,} samples of {self.num_rows:,} rows, {self.num_tokens:,} tokens,"
             f" {self.supervised_share:.1%} supervised, {self.num_truncated:,} truncated"
@@ -223,7 +222,6 @@ class TokenizedDataset(Sequence[TokenizedSample]):
         return self._arrays["sample_ids"][start:end].tobytes().decode("utf-8")
 
     def line(self, index: int) -> int:
-        """Line of the data file that the sample came from."""
         return int(self._arrays["lines"][index])
 
     def token_arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,6 @@ class Summary:
         return ", ".join(f"{reason} {count}" for reason, count in ranked)
 
     def describe(self, directory: Path) -> str:
-        """The last line of a run."""
         given_up = f", {self.num_errors} given up ({self.reasons_text()})" if self.num_errors else ""
         kept = f", {self.num_kept} done before" if self.num_kept else ""
         seconds = self.seconds or 1.0

@@ -206,7 +206,6 @@ class ServerPool:
             await asyncio.sleep(pause)
 
     async def aclose(self) -> None:
-        """Stop probing."""
         if self._end_timer is not None:
             self._end_timer.cancel()
         probes = [server.probe for server in self.servers if server.probe is not None]

@@ -91,7 +91,6 @@ class ShardStore:
         self._append("shard", number, row)
 
     def add_error(self, number: int, row: dict[str, Any]) -> None:
-        """Append a row that was given up."""
         self._append("error", number, row)
 
     def sync(self) -> None:

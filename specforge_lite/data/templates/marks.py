@@ -50,7 +50,6 @@ class Drawing:
         return {kind for _, i, kind in self.marks if i == index}
 
     def places(self, index: int) -> list[int]:
-        """Where the marks of a message are, ascending."""
         return [position for position, i, _ in self.marks if i == index]
 
 

@@ -89,7 +89,6 @@ class Probes:
 
 
 def probe(template: ChatTemplate) -> Probes:
-    """Ask a template short conversations."""
     probes = Probes()
     if problem := _problem_with(template, probes):
         probes = Probes(content_parts=True)

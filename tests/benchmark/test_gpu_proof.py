@@ -15,7 +15,7 @@ from tests.training_runs import run_script
 def test_the_stages_run_with_small_shapes(tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in make_stages(True, tmp_path)}
     lines = {
-        "parity": "sdpa against eager in bf16: loss", "mfu": "bf16-100",
+        "parity": "sdpa against eager, bf16: loss", "mfu": "bf16-100",
         "mfu-plan": "MFU: predicted 5", "transport": "GB/s",
     }  # fmt: skip
     for name, line in lines.items():

@@ -456,7 +456,7 @@ def measure_engines(config: RealConfig, out: Path) -> None:
         if draft is not None and (ROOT / f".venv-{backend}").exists():
             call(
                 "bench_model_speedup.py", "--model-path", str(config.target_model_path), "--draft-model-path",
-                str(draft), "--backend", backend, "--target-dtype", "float32", "--config-list", "1,0,1,1", "1,5,1,6",
+                str(draft), "--backend", backend, "--target-dtype", "float32", "--config-list", "1,5,1,6",
                 "--benchmark-list", f"gsm8k:{config.timed_prompts}", "--max-new-tokens", str(config.max_new_tokens),
                 "--output", str(out / f"engines_{backend}.jsonl"),
             )  # fmt: skip

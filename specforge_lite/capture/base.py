@@ -20,6 +20,8 @@ from specforge_lite.core.sections import TargetSection
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 NUM_AUX_LAYERS = 3
+# On 8 layers (1, 3, 6) decode more than EAGLE-3's (1, 3, 4): benchmarks/results/aux_layers_cpu.md.
+SHALLOW = 12
 DEFAULT_WAIT_MINUTES = 20.0
 NO_LIMIT = 1 << 30
 
@@ -115,18 +117,19 @@ def choose_aux_layer_ids(aux_layer_ids: Sequence[int] | None, num_layers: int) -
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[tuple[int, ...], str | None]:
-    """Return (aux layer ids, note). EAGLE-3's choice is the outputs of layers 1, N//2-1, N-4.
+    """Return (aux layer ids, note): EAGLE-3's choice, and below SHALLOW layers the same with the highest layer that can
+    be captured in place of N-4, which lies in the middle there.
 
-    On a shallow target these collapse; then three distinct layers spread over the depth, never the last one (no
-    engine captures it as an aux layer), and a note that says so. Fewer than 4 layers repeat nothing: they give what
-    there is.
+    Where these collapse: three distinct layers spread over the depth, never the last one (no engine captures it as an
+    aux layer), and a note that says so. Fewer than 4 layers repeat nothing: they give what there is.
 
     >>> default_aux_layer_ids(32)
     ((1, 15, 28), None)
     >>> default_aux_layer_ids(8)
-    ((1, 3, 4), None)
+    ((1, 3, 6), None)
     """
-    wanted = (1, num_layers // 2 - 1, num_layers - 4)
+    first, middle, last = eagle_aux_layer_ids(num_layers)
+    wanted = (first, middle, num_layers - 2 if num_layers < SHALLOW else last)
     if wanted[0] < wanted[1] < wanted[2]:
         return wanted, None
     usable = num_layers - 1  # outputs of layers 0 .. N-2
@@ -135,6 +138,17 @@ def default_aux_layer_ids(num_layers: int) -> tuple[tuple[int, ...], str | None]
     count = min(NUM_AUX_LAYERS, usable)
     spread = tuple(round(i * (usable - 1) / max(count - 1, 1)) for i in range(count))
     return spread, f"default aux layers {wanted} collapse on {num_layers} layers; using {spread}"
+
+
+def eagle_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
+    """EAGLE-3's choice, the outputs of layers 1, N//2-1, N-4: what SGLang and vLLM take for a draft that names none."""
+    return 1, num_layers // 2 - 1, num_layers - 4
+
+
+def unnamed_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """What a draft that names no aux layers is taken to read: EAGLE-3's choice, or ours where that collapses."""
+    ids = eagle_aux_layer_ids(num_layers)
+    return ids if ids[0] < ids[1] < ids[2] else default_aux_layer_ids(num_layers)[0]
 
 
 def check_aux_layer_ids(aux_layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.capture.base import default_aux_layer_ids
+from specforge_lite.capture.base import eagle_aux_layer_ids
 from specforge_lite.checkpoints.block_files import Doubt, block_problems, check_block_length
 from specforge_lite.checkpoints.draft_files import (
     DraftFiles,
@@ -257,7 +257,7 @@ def check_aux_layers(subject: Subject) -> Iterator[str]:
     as_outputs = {"SGLang": sglang, "vLLM": None if vllm is None else [i - 1 for i in vllm]}
     trained = subject.trained_aux_layer_ids
     num_layers = None if subject.target is None else int(subject.target.num_hidden_layers)
-    default = default_aux_layer_ids(num_layers)[0] if num_layers else None
+    default = eagle_aux_layer_ids(num_layers) if num_layers else None
     for engine, outputs in as_outputs.items():
         taken = tuple(outputs) if outputs else default
         if outputs is None and taken is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specforge_lite.capture.base import TargetEngine
+from specforge_lite.capture.base import TargetEngine, unnamed_aux_layer_ids
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError
@@ -64,7 +64,8 @@ def with_aux_layers(target: TargetSection, draft: Draft) -> TargetSection:
     """The target section with the aux layers that the draft was trained on."""
     ids = draft.config.aux_layer_ids
     if ids is None:
-        return target
+        text = load_config(target.target_model_path, target.trust_remote_code).get_text_config()
+        ids = target.aux_layer_ids or unnamed_aux_layer_ids(int(text.num_hidden_layers))
     if target.aux_layer_ids not in (None, ids):
         raise ConfigError(f"aux_layer_ids {list(target.aux_layer_ids or ())}: the draft was trained on {list(ids)}")
     return target.model_copy(update={"aux_layer_ids": ids})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_lite.capture.base import choose_aux_layer_ids
+from specforge_lite.capture.base import check_aux_layer_ids, unnamed_aux_layer_ids
 from specforge_lite.capture.hf import find_decoder
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.kv_cache import GROUPED, SlotCache, share_keys_of_groups
@@ -45,7 +45,8 @@ class Target(Metered):
         check_runnable(model)
         share_keys_of_groups(model)
         self.last_state = last_state
-        self.aux_layer_ids = () if last_state else choose_aux_layer_ids(aux_layer_ids, self.num_layers)
+        ids = aux_layer_ids if aux_layer_ids is not None else unnamed_aux_layer_ids(self.num_layers)
+        self.aux_layer_ids = () if last_state else check_aux_layer_ids(ids, self.num_layers)
         self.keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._listening = False
         self._taps: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from specforge_lite.capture.base import check_capture
+from specforge_lite.capture.base import check_aux_layer_ids, check_capture, default_aux_layer_ids, unnamed_aux_layer_ids
 from specforge_lite.capture.hf import HfEngine, length_buckets, length_group
 from specforge_lite.core.errors import CaptureError, ConfigError
 from specforge_lite.types import TokenizedSample
@@ -158,6 +158,21 @@ def test_default_aux_layers_are_told(llama: Path, capsys: pytest.CaptureFixture[
     engine = HfEngine(str(llama))
     assert engine.info.aux_layer_ids == (0, 2, 3)
     assert "collapse on 5 layers; using (0, 2, 3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "ids"),
+    [(3, (0, 1)), (4, (0, 1, 2)), (5, (0, 2, 3)), (6, (1, 2, 4)), (8, (1, 3, 6)), (11, (1, 4, 9)), (12, (1, 5, 8)),
+     (30, (1, 14, 26)), (32, (1, 15, 28))],
+)  # fmt: skip
+def test_default_aux_layers_of_a_depth(num_layers: int, ids: tuple[int, ...]) -> None:
+    assert default_aux_layer_ids(num_layers)[0] == ids == check_aux_layer_ids(ids, num_layers)
+
+
+def test_a_draft_that_names_no_layers_reads_what_engines_give_it() -> None:
+    assert unnamed_aux_layer_ids(8) == (1, 3, 4)  # not the default that new drafts are trained with
+    assert unnamed_aux_layer_ids(32) == (1, 15, 28)
+    assert unnamed_aux_layer_ids(5) == (0, 2, 3)
 
 
 def test_user_mistakes(llama: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from specforge_lite.core.sections import TargetSection
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 NUM_AUX_LAYERS = 3
-# On 8 layers (1, 3, 6) decode more than EAGLE-3's (1, 3, 4): benchmarks/results/aux_layers_cpu.md.
+# On 8 layers (0, 3, 6) decode more than EAGLE-3's (1, 3, 4): benchmarks/results/aux_layers_cpu.md.
 SHALLOW = 12
 DEFAULT_WAIT_MINUTES = 20.0
 NO_LIMIT = 1 << 30
@@ -117,27 +117,26 @@ def choose_aux_layer_ids(aux_layer_ids: Sequence[int] | None, num_layers: int) -
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[tuple[int, ...], str | None]:
-    """Return (aux layer ids, note): EAGLE-3's choice, and below SHALLOW layers the same with the highest layer that can
-    be captured in place of N-4, which lies in the middle there.
-
-    Where these collapse: three distinct layers spread over the depth, never the last one (no engine captures it as an
-    aux layer), and a note that says so. Fewer than 4 layers repeat nothing: they give what there is.
+    """Return (aux layer ids, note): EAGLE-3's choice; below SHALLOW layers, where N-4 is not near the top, three layers
+    spread over the depth, never the last one (no engine captures it as an aux layer). Fewer than 4 layers repeat
+    nothing: they give what there is. The note says where EAGLE-3's choice collapses.
 
     >>> default_aux_layer_ids(32)
     ((1, 15, 28), None)
     >>> default_aux_layer_ids(8)
-    ((1, 3, 6), None)
+    ((0, 3, 6), None)
     """
-    first, middle, last = eagle_aux_layer_ids(num_layers)
-    wanted = (first, middle, num_layers - 2 if num_layers < SHALLOW else last)
-    if wanted[0] < wanted[1] < wanted[2]:
-        return wanted, None
+    eagle = eagle_aux_layer_ids(num_layers)
+    if num_layers >= SHALLOW:
+        return eagle, None
     usable = num_layers - 1  # outputs of layers 0 .. N-2
     if usable < 1:
         raise ConfigError(f"a target of {num_layers} layer has no aux layer besides its last hidden state")
     count = min(NUM_AUX_LAYERS, usable)
     spread = tuple(round(i * (usable - 1) / max(count - 1, 1)) for i in range(count))
-    return spread, f"default aux layers {wanted} collapse on {num_layers} layers; using {spread}"
+    if eagle[0] < eagle[1] < eagle[2]:
+        return spread, None
+    return spread, f"default aux layers {eagle} collapse on {num_layers} layers; using {spread}"
 
 
 def eagle_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:

@@ -48,7 +48,7 @@ def copy_of_tiny(tiny_target: Path, tmp_path: Path) -> Path:
 def test_a_good_target_passes_every_check(tiny_target: Path) -> None:
     findings = examine(tiny_target)
     assert levels(findings) == dict.fromkeys(CHECKS, "ok")
-    expected = "outputs of layers [1, 3, 6] of 8 (vLLM names them as inputs: [2, 4, 7])"
+    expected = "outputs of layers [0, 3, 6] of 8 (vLLM names them as inputs: [1, 4, 7])"
     assert message(findings, "aux layers", "ok") == expected
     assert "answers end with '<|im_end|>'" in message(findings, "loss mask", "ok")
 

@@ -33,7 +33,7 @@ from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_LENGTH = 1000
 LENGTHS = [1, 2, 3, 7, 15, 16, 17, 31, 64, 65, 100, 257, 511, 512, 700, 999, 1000]
-AUX = (1, 3, 6)
+AUX = (0, 3, 6)
 RELATIVE = 1e-4
 
 

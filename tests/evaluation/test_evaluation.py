@@ -273,5 +273,5 @@ def test_the_script_needs_data_and_the_right_layers(trained, tiny_target: Path, 
         "--max-length",
         "64",
     ]
-    with pytest.raises(ConfigError, match=r"aux_layer_ids \[0, 1, 2\]: the draft was trained on \[1, 3, 6\]"):
+    with pytest.raises(ConfigError, match=r"aux_layer_ids \[0, 1, 2\]: the draft was trained on \[0, 3, 6\]"):
         run_in_process("evaluate_draft", [*words, "--aux-layer-ids", "0", "1", "2", "--target-backend", "hf"])

@@ -237,7 +237,7 @@ class CaptureChecks:
             attach(target_model_path=str(tmp_path))
 
     def test_wrong_layers_are_refused_at_the_probe(self, attach: Callable[..., RemoteEngine]) -> None:
-        with pytest.raises(CaptureError, match=r"aux layers \[1, 3, 4\], expected \[0, 3, 4\]"):
+        with pytest.raises(CaptureError, match=r"aux layers \[0, 3, 6\], expected \[0, 3, 4\]"):
             attach(aux_layer_ids=(0, 3, 4))
 
     def test_other_token_ids_are_refused(self, attach: Callable[..., RemoteEngine], proxy: Proxy) -> None:

@@ -1,7 +1,7 @@
 """Pass requests to an OpenAI-compatible server and write the finished chats as rows to train a draft on.
 
-    specforge-lite record --upstream http://127.0.0.1:30000 --listen 127.0.0.1:8001 --out traffic/
-    specforge-lite record --upstream http://127.0.0.1:30000 --out traffic/ --sampling-rate 0.1 --max-gb 2 \\
+    python scripts/record_traffic.py --upstream http://127.0.0.1:30000 --listen 127.0.0.1:8001 --out traffic/
+    python scripts/record_traffic.py --upstream http://127.0.0.1:30000 --out traffic/ --sampling-rate 0.1 --max-gb 2 \\
         --redact '[\\w.+-]+@[\\w.-]+' --redact-function privacy.py:redact
 
 Clients use the proxy's address in place of the server's. Nothing but chat completions is recorded.
@@ -12,20 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from typing import TYPE_CHECKING
 
 from specforge_lite.core.log import info
+from specforge_lite.core.sections import RecordSection
 from specforge_lite.core.settings import parse_config
-
-if TYPE_CHECKING:
-    from specforge_lite.serving.record import RecordSection
 
 REPORT_SECONDS = 60.0
 
 
 def main() -> None:
-    from specforge_lite.serving.record import RecordSection
-
     asyncio.run(_serve(parse_config(RecordSection, description=__doc__ or "")))
 
 

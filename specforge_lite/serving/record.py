@@ -28,13 +28,12 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from pydantic import Field, field_validator
 from yarl import URL
 
 from specforge_lite.core.errors import ConfigError, first_line
 from specforge_lite.core.files import lock_directory
 from specforge_lite.core.log import warn
-from specforge_lite.core.settings import Section
+from specforge_lite.core.sections import RecordSection
 from specforge_lite.data.conversations import RowRejected, to_conversation, to_row
 
 MAX_RECORDED_BYTES = 16 << 20  # of a request's or a reply's body; a longer one passes and is not recorded
@@ -52,49 +51,6 @@ SAMPLING_KEYS = (
 FINISHED = ("stop", "length", "tool_calls", "function_call")
 REDACTED = "[REDACTED]"
 Redaction = Callable[[dict[str, Any]], dict[str, Any] | None]
-
-
-class RecordSection(Section):
-    """What is recorded, and where."""
-
-    upstream: str = Field(description="address of the server, http://127.0.0.1:30000")
-    listen: str = Field("127.0.0.1:8001", description="HOST:PORT of the proxy; it adds no authentication")
-    out: Path = Field(description="directory of the rows; it and its files are readable by their owner only")
-    sampling_rate: float = Field(1.0, ge=0, le=1, description="share of the chats that is recorded")
-    max_gb: float = Field(
-        10.0, gt=0, description="recording stops when the directory holds this much; the proxy goes on"
-    )
-    file_mb: float = Field(256.0, gt=0, description="size at which the next file is begun")
-    redact: tuple[str, ...] = Field((), description="regular expressions; what they match is replaced in every text")
-    redact_function: str = Field(
-        "", description="FILE.py:NAME, called with each row; returns the row to write, or None to drop it"
-    )
-
-    @field_validator("upstream")
-    @classmethod
-    def _check_upstream(cls, value: str) -> str:
-        url = URL(value)
-        if url.scheme not in ("http", "https") or not url.host or url.query_string:
-            raise ValueError(f"expected http://HOST:PORT, found '{value}'")
-        return value.rstrip("/")
-
-    @field_validator("listen")
-    @classmethod
-    def _check_listen(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"expected HOST:PORT, found '{value}'")
-        return value
-
-    @field_validator("redact")
-    @classmethod
-    def _check_redact(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-        return value
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

@@ -211,7 +211,7 @@ def measure(
         flops=flops,
         cpu_seconds=cpu_seconds,
         estimated=estimated,
-        decoded=decoded.acceptance.tokens_per_pass,
+        decoded=decoded.tokens_per_pass,
         reproduced=decoded.reproduced_share,
         sampled_greedy_drafts=sampled["greedy"].tokens_per_pass,
         sampled_drawn_drafts=sampled["sampled"].tokens_per_pass,

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from specforge_lite.capture.offline import capture_offline
-from specforge_lite.cli.capture import CaptureConfig
+from specforge_lite.cli.target import CaptureConfig
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.files import atomic_file, lock_directory
 from specforge_lite.core.log import info, progress, run_script

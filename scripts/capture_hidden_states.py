@@ -1,6 +1,6 @@
 """Write hidden states to disk, for training without the target: `specforge-lite capture`."""
 
-from specforge_lite.cli.capture import main
+from specforge_lite.cli.target import capture as main
 from specforge_lite.core.log import run_script
 
 if __name__ == "__main__":

@@ -211,8 +211,9 @@ def regenerate(stages: Stages, config: QuickstartConfig, split: str, address: st
 
 def finish(config: QuickstartConfig, out: Path, run_dir: Path, chain: int, seconds: float) -> None:
     """The table, the report, and the RESULT line."""
+    from specforge_lite.core.files import read_json
     from specforge_lite.report import write_report
-    from specforge_lite.report.sources import find_run_files, read_json
+    from specforge_lite.report.sources import find_run_files
 
     evaluation = json.loads((out / "evaluation.json").read_text())
     decoding = json.loads((out / "decoding.json").read_text())

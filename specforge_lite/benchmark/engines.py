@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 
 from specforge_lite.benchmark.configs import Speculation
 from specforge_lite.benchmark.hf import HfSession
+from specforge_lite.benchmark.measure import Session
 from specforge_lite.benchmark.run import OpenSession
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
-from specforge_lite.benchmark.session import Session
 from specforge_lite.capture.base import num_positions
 from specforge_lite.checkpoints.export import DTYPES, export_checkpoint
 from specforge_lite.checkpoints.loading import find_draft

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from specforge_lite.benchmark.configs import Speculation
-from specforge_lite.benchmark.session import Ask, Counters, Reply
+from specforge_lite.benchmark.measure import Ask
+from specforge_lite.benchmark.statistics import Counters, Reply
+from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 
 
 @dataclass
 class _Row:
-    """One answer as it grows."""
+    """One answer as it grows. times: seconds at which tokens came."""
 
     token_ids: list[int] = field(default_factory=list)
-    passes: int = 0
-    accepted_at: list[int] = field(default_factory=list)
-    first: float = 0.0
-    last: float = 0.0
+    times: list[float] = field(default_factory=list)
+    stats: DecodeStats = field(default_factory=DecodeStats)
     finish_reason: str = ""
 
 
@@ -57,10 +57,7 @@ class HfSession:
 
     def generate(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answer `asks` as one batch."""
-        shape = None
-        if not self.speculation.is_baseline:
-            steps, topk, verified = self.speculation.steps, self.speculation.topk, self.speculation.num_draft_tokens
-            shape = TreeShape.from_steps(steps, topk, verified)
+        shape = None if self.speculation.is_baseline else TreeShape.from_steps(*astuple(self.speculation))
         settings = GenerationSettings(
             max_new_tokens=max(ask.max_new_tokens for ask in asks),
             temperature=self.temperature,
@@ -76,29 +73,22 @@ class HfSession:
         for index, chunk in enumerate(chunks):
             if index == 0:  # every prompt has been read when the first chunk comes
                 networks = self._network_seconds()
-            self._note(rows[chunk.prompt_index], chunk.tokens, sum(chunk.drafted), self.clock() - start)
-            rows[chunk.prompt_index].finish_reason = chunk.finish_reason or ""
+            row, num_accepted = rows[chunk.prompt_index], sum(chunk.drafted)
+            if row.token_ids:  # the first tokens come from the pass over the prompt
+                row.stats.count_pass(num_accepted, num_accepted)
+            row.times.append(self.clock() - start)
+            row.token_ids += chunk.tokens
+            row.finish_reason = chunk.finish_reason or ""
         now = self._network_seconds()
         self._target_seconds += now[0] - networks[0]
         self._draft_seconds += now[1] - networks[1]
         return [
             Reply(
-                tuple(row.token_ids), row.passes if shape is not None else None,
-                tuple(row.accepted_at), row.first, row.last, row.finish_reason,
+                tuple(row.token_ids), row.stats.verification_passes if shape is not None else None,
+                tuple(row.stats.accepted_at), row.times[0], row.times[-1], row.finish_reason,
             )
             for row in rows
         ]  # fmt: skip
-
-    def _note(self, row: _Row, tokens: Sequence[int], num_accepted: int, now: float) -> None:
-        row.last = now
-        if not row.token_ids:
-            row.first = now
-        else:
-            row.passes += 1
-            row.accepted_at += [0] * (num_accepted - len(row.accepted_at))
-            for k in range(num_accepted):
-                row.accepted_at[k] += 1
-        row.token_ids += tokens
 
     def _network_seconds(self) -> tuple[float, float]:
         drafter = self.model.drafter

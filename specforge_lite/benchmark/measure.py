@@ -1,4 +1,4 @@
-"""Answer all prompts of a benchmark with a fixed number of requests in flight."""
+"""Answer all prompts of a benchmark with a fixed number of requests in flight, and what that needs of an engine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from specforge_lite.benchmark.session import Ask, Counters, Reply, Session
-from specforge_lite.benchmark.statistics import Record
+from specforge_lite.benchmark.statistics import Counters, Measurement, Record, Reply
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.prompts import ChatEncoder, Prompt
 
@@ -18,13 +17,40 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """All requests of one run. num_left_out: turns that did not fit the context."""
+class Ask:
+    """One request."""
 
-    records: list[Record]
-    duration: float
-    counters: Counters
-    num_left_out: int
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+class Session(Protocol):
+    """A running engine with one way of speculation.
+
+    batched: `generate` wants all requests in flight at once and returns when the last is answered; otherwise it is
+    called with one request by as many threads as there are requests in flight. context_length: tokens of prompt and
+    answer. clock: seconds, for all times.
+    """
+
+    batched: bool
+    context_length: int
+    clock: Callable[[], float]
+
+    def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Answer requests, in their order."""
+        ...
+
+    def begin(self) -> None:
+        """A run starts: forget caches of earlier runs and start counting."""
+        ...
+
+    def counters(self) -> Counters:
+        """What was counted since `begin`."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started."""
+        ...
 
 
 class Dialogue:
@@ -57,8 +83,10 @@ class Dialogue:
 
     def take(self, reply: Reply) -> None:
         """Note the answer and go on to the next turn."""
-        num_prompt_tokens = len(self._asked.token_ids)
-        self.records.append(Record(self.index, self.turn, self.prompt.category, num_prompt_tokens, **vars(reply)))
+        prompt, asked = self.prompt, len(self._asked.token_ids)
+        self.records.append(
+            Record(**vars(reply), prompt=self.index, turn=self.turn, category=prompt.category, num_prompt_tokens=asked)
+        )
         self.messages.append({"role": "assistant", "content": self.chat.decode(reply.token_ids)})
         self.turn += 1
 

@@ -124,7 +124,7 @@ def fit_acceptance(rows: Sequence[SpeedupRow]) -> AcceptanceModel:
 
 
 def _tau_error(model: AcceptanceModel, row: SpeedupRow) -> float:
-    predicted = model.tokens_per_pass(row.key.config.speculation)
+    predicted = model.tokens_per_pass(row.speculation)
     return (row.verification_passes or 0) * (predicted / measured_tokens_per_pass(row) - 1) ** 2
 
 
@@ -171,8 +171,7 @@ class CostModel:
         """t(STEPS, TOPK, VERIFY)."""
         if speculation.is_baseline:
             return self.seconds_per_token_without
-        design = np.concatenate([_verify_terms(speculation), _draft_terms(speculation, self.one_pass)])
-        return float(design @ np.array([*self.verify, *self.draft]))
+        return float(_terms(speculation, self.one_pass) @ np.array([*self.verify, *self.draft]))
 
     def speedup(self, speculation: Speculation, tokens_per_pass: float) -> float:
         """Of whole answers."""
@@ -183,14 +182,11 @@ class CostModel:
         return without / (self.first_token_seconds + self.tokens_after_first * per_token)
 
 
-def _verify_terms(speculation: Speculation) -> np.ndarray:
-    return np.array([1.0, max(speculation.num_draft_tokens, 1) - 1.0, float(speculation.topk > 1)])
-
-
-def _draft_terms(speculation: Speculation, one_pass: bool) -> np.ndarray:
-    if one_pass:
-        return np.array([float(speculation.steps > 0), 0.0])
-    return np.array([float(speculation.steps), speculation.steps * (max(speculation.topk, 1) - 1.0)])
+def _terms(speculation: Speculation, one_pass: bool) -> np.ndarray:
+    """What v0, v1, v2, d0 and d1 of the formula are multiplied with."""
+    steps, topk, verified = speculation.steps, max(speculation.topk, 1), max(speculation.num_draft_tokens, 1)
+    draft = (steps > 0, 0.0) if one_pass else (steps, steps * (topk - 1.0))
+    return np.array([1.0, verified - 1.0, topk > 1, *draft])
 
 
 def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
@@ -201,18 +197,15 @@ def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
         missing = "without" if drafted else "with"
         raise DataError(f"batch size {batch_size}: no timed row {missing} a draft")
     one_pass = any(row.block_kind for row in drafted)
-    splits = [row for row in drafted if row.draft_share is not None]
-    if len(splits) == len(drafted):
-        shares = [row.draft_share or 0.0 for row in drafted]
-        verify_times = [float(r.seconds_per_pass or 0) * (1 - s) for r, s in zip(drafted, shares)]
-        draft_times = [float(r.seconds_per_pass or 0) * s for r, s in zip(drafted, shares)]
-        verify = fit_nonnegative([_verify_terms(_spec(r)) for r in drafted], verify_times)
-        draft = fit_nonnegative([_draft_terms(_spec(r), one_pass) for r in drafted], draft_times)
+    shares = [row.draft_share for row in drafted if row.draft_share is not None]
+    fitted = drafted if len(shares) == len(drafted) else [*without, *drafted]
+    terms = np.array([_terms(row.speculation, one_pass) for row in fitted])
+    times = np.array([row.seconds_per_pass for row in fitted])
+    if fitted is drafted:
+        verify = fit_nonnegative(terms[:, :3], times * (1 - np.array(shares)))
+        draft = fit_nonnegative(terms[:, 3:], times * np.array(shares))
     else:
-        terms = [
-            np.concatenate([_verify_terms(_spec(r)), _draft_terms(_spec(r), one_pass)]) for r in [*without, *drafted]
-        ]
-        found = fit_nonnegative(terms, [float(r.seconds_per_pass or 0) for r in [*without, *drafted]])
+        found = fit_nonnegative(terms, times)
         verify, draft = found[:3], found[3:]
     answered = sum(r.completion_tokens for r in without) / sum(r.num_requests for r in without)
     return CostModel(
@@ -227,7 +220,7 @@ def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
     )
 
 
-def fit_nonnegative(terms: Sequence[np.ndarray], values: Sequence[float]) -> list[float]:
+def fit_nonnegative(terms: Sequence[np.ndarray] | np.ndarray, values: Sequence[float] | np.ndarray) -> list[float]:
     """Least squares of terms @ x = values in relative residuals, x >= 0; of equally good solutions the one with the
     fewest and earliest terms. Exact: tries every set of terms (there are at most five)."""
     scale = np.maximum(np.array(values), 1e-9)
@@ -243,10 +236,6 @@ def fit_nonnegative(terms: Sequence[np.ndarray], values: Sequence[float]) -> lis
                 best, best_error = np.zeros(design.shape[1]), error
                 best[list(columns)] = solution
     return [float(x) for x in best]
-
-
-def _spec(row: SpeedupRow) -> Speculation:
-    return row.key.config.speculation
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -318,7 +307,7 @@ def predict(
     """One configuration at one batch size."""
     mine = [row for row in rows if row.batch_size == cost.batch_size]
     tau = acceptance.tokens_per_pass(speculation)
-    same = [row.speedup for row in mine if _spec(row) == speculation and row.speedup is not None]
+    same = [row.speedup for row in mine if row.speculation == speculation and row.speedup is not None]
     return Prediction(
         cost.batch_size,
         speculation,
@@ -340,9 +329,9 @@ def correction(
     for row in rows:
         if not row.steps or not row.seconds_per_pass:
             continue
-        predicted = acceptance.tokens_per_pass(_spec(row)) / cost.seconds_per_pass(_spec(row))
+        predicted = acceptance.tokens_per_pass(row.speculation) / cost.seconds_per_pass(row.speculation)
         ratio = math.log(measured_tokens_per_pass(row) / row.seconds_per_pass / predicted)
-        distance = _distance(_spec(row), speculation)
+        distance = _distance(row.speculation, speculation)
         if distance == 0:
             exact.append(ratio)
         else:
@@ -361,7 +350,7 @@ def default_candidates(rows: Sequence[SpeedupRow], acceptance: AcceptanceModel) 
     """What was measured; of an EAGLE draft also chains and trees no deeper, wider or larger than the largest of
     these."""
     deepest = min(max(row.steps for row in rows), len(acceptance.conditional))
-    found = {_spec(row) for row in rows}
+    found = {row.speculation for row in rows}
     if any(row.block_kind for row in rows):
         return sorted(found)
     found |= {Speculation(steps, 1, steps + 1) for steps in range(1, deepest + 1)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ from specforge_lite.core.log import info
 from specforge_lite.data.prompts import Prompt, category_of, read_prompt, read_rows, read_turns
 from specforge_lite.data.sources import FILE_ENDINGS, HubDataset, Source, shipped_file
 
-MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's rows are and how a row becomes a prompt. shipped: file among our assets."""
+    """Where a benchmark's rows are and how a row becomes a prompt. shipped: file among our assets; file_names: of local
+    copies, without their ending."""
 
-    name: str
     hub: HubDataset
     shipped: str | None
     file_names: tuple[str, ...]
-    read: Callable[[dict[str, Any], str], Prompt]
+    read: Callable[[Row, str], Prompt]
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ class BenchmarkRequest:
         if colon and not (count.isdigit() and int(count) > 0):
             raise ConfigError(f"benchmark_list: '{text}': expected NAME:COUNT with a positive count")
         if name not in BENCHMARKS and not Path(name).exists():
-            raise ConfigError(
-                f"benchmark_list: '{name}' is no benchmark and no file{suggest(name, BENCHMARKS)}"
-                f"{'' if suggest(name, BENCHMARKS).startswith('; known') else '; known: ' + ', '.join(BENCHMARKS)}"
-            )
+            hint, known = suggest(name, BENCHMARKS), f"; known: {', '.join(BENCHMARKS)}"
+            near = hint if hint.startswith("; did you") else ""
+            raise ConfigError(f"benchmark_list: '{name}' is no benchmark and no file{near}{known}")
         return cls(name, int(count) if count else None)
 
     @property
@@ -62,113 +62,82 @@ class BenchmarkRequest:
 # ------------------------------------------------------------------------------------------------------------ row forms
 
 
-def _text_reader(keys: tuple[str, ...], category: str, form: str) -> Callable[[dict[str, Any], str], Prompt]:
-    def read(row: dict[str, Any], place: str) -> Prompt:
+def _text_of(row: Row, place: str, *keys: str) -> str:
+    """The first text under one of `keys`. Raises DataError."""
+    for key in keys:
+        if isinstance(text := row.get(key), str) and text.strip():
+            return text
+    raise DataError(f"{place}: expected a text under '{keys[0]}', found keys {', '.join(row) or 'none'}")
+
+
+def _reader(form: str, category: str, *keys: str) -> Callable[[Row, str], Prompt]:
+    """A reader of rows whose text stands under one of `keys`; EAGLE's copies have `turns`. form: around the text."""
+
+    def read(row: Row, place: str) -> Prompt:
         if isinstance(row.get("turns"), list):
             return read_turns(row, place)
-        text = next((row[key] for key in keys if isinstance(row.get(key), str) and row[key].strip()), None)
-        if text is None:
-            raise DataError(f"{place}: expected a text under '{keys[0]}', found keys {', '.join(row) or 'none'}")
+        text = form.replace("TEXT", _text_of(row, place, *keys), 1)
         number = row.get("unique_id", row.get("task_id", place))
-        return Prompt(str(number), category_of(row, category), (form.format(text),), place=place)
+        return Prompt(str(number), category_of(row, category), (text,), place=place)
 
     return read
 
 
-def read_alpaca(row: dict[str, Any], place: str) -> Prompt:
+def read_alpaca(row: Row, place: str) -> Prompt:
     """`instruction` and `input`, or EAGLE's `turns`."""
-    if isinstance(row.get("turns"), list):
-        return read_turns(row, place)
-    instruction, extra = row.get("instruction"), row.get("input")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise DataError(f"{place}: expected a text under 'instruction'")
-    text = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    return Prompt(place, "all", (text,), place=place)
+    extra = row.get("input")
+    added = f"\n\n{extra}" if isinstance(extra, str) and extra.strip() else ""
+    return _reader(f"TEXT{added}", "all", "instruction")(row, place)
 
 
-def read_mbpp(row: dict[str, Any], place: str) -> Prompt:
+def read_mbpp(row: Row, place: str) -> Prompt:
     """`text` (or `prompt`, in the sanitized set) and `test_list`, asked as the authors do (Austin et al. 2021, 3.1)."""
-    text, tests = row.get("text", row.get("prompt")), row.get("test_list")
-    if not isinstance(text, str) or not text.strip() or not isinstance(tests, list):
+    tests = row.get("test_list")
+    if not isinstance(tests, list):
         raise DataError(f"{place}: expected a text under 'text' and a list under 'test_list'")
-    form = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}"
-    number = row.get("task_id", place)
-    return Prompt(str(number), "code", (form.format(text, "\n".join(map(str, tests))),), place=place)
+    text = "You are an expert Python programmer, and here is your task: "
+    text += f"{_text_of(row, place, 'text', 'prompt')} Your code should pass these tests:\n\n"
+    return Prompt(str(row.get("task_id", place)), "code", (text + "\n".join(map(str, tests)),), place=place)
 
 
-def read_livecodebench(row: dict[str, Any], place: str) -> Prompt:
+def read_livecodebench(row: Row, place: str) -> Prompt:
     """`question_content`, with `starter_code` where there is some; categories are the difficulties."""
-    text, starter = row.get("question_content"), row.get("starter_code")
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{place}: expected a text under 'question_content'")
+    text, starter, level = _text_of(row, place, "question_content"), row.get("starter_code"), row.get("difficulty")
     if isinstance(starter, str) and starter.strip():
         text += f"\n\nUse this starter code:\n\n```python\n{starter}\n```"
-    number, category = row.get("question_id", place), row.get("difficulty")
-    return Prompt(str(number), category if isinstance(category, str) and category else "code", (text,), place=place)
+    category = level if isinstance(level, str) and level else "code"
+    return Prompt(str(row.get("question_id", place)), category, (text,), place=place)
 
 
-def read_file_row(row: dict[str, Any], place: str) -> Prompt:
+def read_file_row(row: Row, place: str) -> Prompt:
     """A row of a user's file: of a benchmark above that no conversation looks like, else of any form."""
     if "question_content" in row:
         return read_livecodebench(row, place)
     return read_mbpp(row, place) if "test_list" in row else read_prompt(row, place)
 
 
-BENCHMARKS: dict[str, Benchmark] = {
-    bench.name: bench
-    for bench in (
-        Benchmark(
-            "mtbench",
-            HubDataset("HuggingFaceH4/mt_bench_prompts"),
-            "mtbench.jsonl",
-            ("mtbench", "mt_bench", "question"),
-            read_turns,
-        ),
-        Benchmark(
-            "gsm8k",
-            HubDataset("openai/gsm8k", split="test", configuration="main"),
-            "gsm8k_test.jsonl",
-            ("gsm8k", "gsm8k_test", "test"),
-            _text_reader(("question",), "math", "{}"),
-        ),
-        Benchmark(
-            "humaneval",
-            HubDataset("openai/openai_humaneval", split="test"),
-            "humaneval.jsonl",
-            ("humaneval", "HumanEval"),
-            _text_reader(("prompt",), "code", "Complete the code I provided.\n\n{}"),
-        ),
-        Benchmark(
-            "math500",
-            HubDataset("HuggingFaceH4/MATH-500", split="test"),
-            "math500.jsonl",
-            ("math500", "MATH-500", "test"),
-            _text_reader(("problem",), "math", "{}" + MATH_SUFFIX.replace("{}", "{{}}")),
-        ),
-        Benchmark(
-            "mbpp",
-            HubDataset("google-research-datasets/mbpp", split="test"),
-            None,
-            ("mbpp", "sanitized-mbpp"),
-            read_mbpp,
-        ),
-        Benchmark(
-            "aime",
-            HubDataset("HuggingFaceH4/aime_2024"),
-            None,
-            ("aime", "aime24", "aime_2024", "aime25", "aime_2025"),
-            _text_reader(("problem", "question", "Problem"), "math", "{}" + MATH_SUFFIX.replace("{}", "{{}}")),
-        ),
-        Benchmark(
-            "livecodebench",
-            HubDataset("livecodebench/code_generation_lite", split="test"),
-            None,
-            ("livecodebench", "test6", "test5", "test"),
-            read_livecodebench,
-        ),
-        Benchmark("alpaca", HubDataset("tatsu-lab/alpaca"), None, ("alpaca", "alpaca80", "alpaca_data"), read_alpaca),
+_MATH = "TEXT\nPlease reason step by step, and put your final answer within \\boxed{}."
+_AIME_FILES = ("aime", "aime24", "aime_2024", "aime25", "aime_2025")
+BENCHMARKS = {
+    name: Benchmark(hub, shipped, file_names, read)
+    for name, hub, shipped, file_names, read in (
+        ("mtbench", HubDataset("HuggingFaceH4/mt_bench_prompts"), "mtbench.jsonl",
+         ("mtbench", "mt_bench", "question"), read_turns),
+        ("gsm8k", HubDataset("openai/gsm8k", split="test", configuration="main"), "gsm8k_test.jsonl",
+         ("gsm8k", "gsm8k_test", "test"), _reader("TEXT", "math", "question")),
+        ("humaneval", HubDataset("openai/openai_humaneval", split="test"), "humaneval.jsonl",
+         ("humaneval", "HumanEval"), _reader("Complete the code I provided.\n\nTEXT", "code", "prompt")),
+        ("math500", HubDataset("HuggingFaceH4/MATH-500", split="test"), "math500.jsonl",
+         ("math500", "MATH-500", "test"), _reader(_MATH, "math", "problem")),
+        ("mbpp", HubDataset("google-research-datasets/mbpp", split="test"), None,
+         ("mbpp", "sanitized-mbpp"), read_mbpp),
+        ("aime", HubDataset("HuggingFaceH4/aime_2024"), None,
+         _AIME_FILES, _reader(_MATH, "math", "problem", "question", "Problem")),
+        ("livecodebench", HubDataset("livecodebench/code_generation_lite", split="test"), None,
+         ("livecodebench", "test6", "test5", "test"), read_livecodebench),
+        ("alpaca", HubDataset("tatsu-lab/alpaca"), None, ("alpaca", "alpaca80", "alpaca_data"), read_alpaca),
     )
-}
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -199,14 +168,15 @@ def _source(request: BenchmarkRequest, bench: Benchmark | None, data_dir: Path |
     if data_dir is not None:
         if not data_dir.is_dir():
             raise DataError(f"data_dir {data_dir}: no such directory")
-        for name in bench.file_names:
-            for ending in FILE_ENDINGS:
-                if (data_dir / f"{name}{ending}").exists():
-                    return Source(bench.name, path=data_dir / f"{name}{ending}")
+        for name, ending in product(bench.file_names, FILE_ENDINGS):
+            if (data_dir / f"{name}{ending}").exists():
+                return Source(request.name, path=data_dir / f"{name}{ending}")
     if bench.shipped is not None and not from_hub:
-        return Source(bench.name, path=shipped_file(bench.shipped))
-    info(f"{bench.name}: reading {bench.hub.repository} through `datasets` (--data-dir DIR reads a local copy instead)")
-    return Source(bench.name, hub=bench.hub)
+        return Source(request.name, path=shipped_file(bench.shipped))
+    info(
+        f"{request.name}: reading {bench.hub.repository} through `datasets` (--data-dir DIR reads a local copy instead)"
+    )
+    return Source(request.name, hub=bench.hub)
 
 
 def _gsm8k_shots(count: int) -> str:

@@ -11,20 +11,19 @@ from statistics import fmean
 from typing import Any
 
 from specforge_lite.benchmark.configs import BenchConfig, Speculation
-from specforge_lite.benchmark.measure import Measurement
 from specforge_lite.benchmark.statistics import (
+    Measurement,
     Record,
     acceptance_length,
     agreement,
     bootstrap_ratio,
-    by_category,
     quantile,
     scaled,
     share_per_position,
     sums_by_prompt,
 )
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, quick_fingerprint, user_errors
+from specforge_lite.core.files import atomic_file, quick_fingerprint, read_jsonl, user_errors
 from specforge_lite.core.log import warn
 
 Interval = tuple[float, float]
@@ -94,9 +93,12 @@ class SpeedupRow:
         return self.settings.get("draft_kind")
 
     @property
+    def speculation(self) -> Speculation:
+        return Speculation(self.steps, self.topk, self.num_draft_tokens)
+
+    @property
     def key(self) -> RowKey:
-        speculation = Speculation(self.steps, self.topk, self.num_draft_tokens)
-        return RowKey(self.benchmark, self.num_prompts, BenchConfig(self.batch_size, speculation))
+        return RowKey(self.benchmark, self.num_prompts, BenchConfig(self.batch_size, self.speculation))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -112,113 +114,80 @@ def make_row(
 ) -> SpeedupRow:
     """Statistics of one measurement. baseline: row and records of the same prompts without a draft, at the same batch
     size; for a row without a draft those at the smallest batch size, to compare the answers with."""
-    speculation = key.config.speculation
-    records = trusted_passes(measured)
-    passes = _num_passes(records, measured)
-    num_tokens = sum(record.num_tokens for record in records)
-    sums = sums_by_prompt(records)
-    throughput = num_tokens / measured.duration
-    in_flight = bootstrap_ratio([sums.tokens], [sums.seconds])
-    per_token = [value for record in records if (value := record.latency_per_token) is not None]
+    records, counted = measured.records, measured.counters
+    # Passes of single requests count only where they add up to the engine's own count over all of them.
+    passes = sum(record.passes or 0 for record in records)
+    known = counted.passes in (None, passes) and all(record.passes is not None for record in records)
+    passes = passes if counted.passes is None else counted.passes
+    accepted_at = [record.accepted_at for record in records] if known else [counted.accepted_at]
+    categories: dict[str, list[Record]] = {}
+    for record in records:
+        categories.setdefault(record.category, []).append(record)
+    tokens, _, seconds = sums_by_prompt(records)
+    throughput = tokens.sum() / measured.duration
+    in_flight = bootstrap_ratio([tokens], [seconds])
     first = [record.first_token_seconds for record in records]
     row = SpeedupRow(
+        **vars(key.config.speculation),
+        **_summary(records, known, passes),
         benchmark=key.benchmark,
         batch_size=key.config.batch_size,
-        steps=speculation.steps,
-        topk=speculation.topk,
-        num_draft_tokens=speculation.num_draft_tokens,
-        acc_length=num_tokens / passes if passes else 1.0,
-        acc_length_interval=bootstrap_ratio([sums.tokens], [sums.passes]) if _all_known(records) else None,
-        throughput=throughput,
-        throughput_interval=scaled(in_flight, throughput / (sums.tokens.sum() / sums.seconds.sum())),
-        completion_tokens=num_tokens,
+        throughput=float(throughput),
+        throughput_interval=scaled(in_flight, float(throughput / (tokens.sum() / seconds.sum()))),
         duration=measured.duration,
         num_prompts=key.num_prompts,
-        num_requests=len(records),
         verification_passes=passes or None,
-        acceptance_per_position=_positions(records, measured, passes),
-        per_category=_categories(records),
-        latency_per_token_ms=_ms(quantile(per_token, 0.5)),
-        latency_per_token_p95_ms=_ms(quantile(per_token, 0.95)),
+        acceptance_per_position=share_per_position(accepted_at, passes),
+        per_category={name: _summary(c, known) for name, c in categories.items()} if len(categories) > 1 else {},
+        latency_per_token_p95_ms=_ms(quantile(_latencies(records), 0.95)),
         time_to_first_token_ms=_ms(quantile(first, 0.5)),
         time_to_first_token_p95_ms=_ms(quantile(first, 0.95)),
         num_left_out=measured.num_left_out,
-        seconds_per_pass=_seconds_per_pass(records, passes, speculation),
+        seconds_per_pass=_seconds_per_pass(records, passes, key.config.speculation),
         mean_first_token_seconds=fmean(first),
-        draft_share=measured.counters.draft_share,
+        draft_share=counted.draft_share,
         backend=str(settings.get("backend", "")),
         settings=settings,
     )
     if greedy and baseline is not None and (found := agreement(records, baseline[1])) is not None:
         differing = found.num_prompts - found.num_identical
-        row = replace(
-            row,
-            identical_share=found.identical_share,
-            num_differing=differing,
-            tokens_before_difference=found.tokens_before,
-        )
-    if speculation.is_baseline:
+        row = replace(row, identical_share=found.identical_share, num_differing=differing)
+        row = replace(row, tokens_before_difference=found.tokens_before)
+    if key.config.speculation.is_baseline:
         return replace(row, speedup=1.0)
-    return _with_speedup(row, records, baseline) if baseline is not None else row
+    if baseline is None:
+        return row
+    speedup = row.throughput / baseline[0].throughput
+    return replace(row, speedup=speedup, speedup_interval=_speedup_interval(speedup, records, baseline[1]))
 
 
-def _with_speedup(
-    row: SpeedupRow, records: Sequence[Record], baseline: tuple[SpeedupRow, Sequence[Record]]
-) -> SpeedupRow:
-    base_row, base_records = baseline
-    both = {r.prompt for r in records} & {r.prompt for r in base_records}
-    mine = sums_by_prompt([r for r in records if r.prompt in both])
-    theirs = sums_by_prompt([r for r in base_records if r.prompt in both])
-    speedup = row.throughput / base_row.throughput
-    interval = None
-    if len(both) > 1:
-        point = (mine.tokens.sum() / mine.seconds.sum()) / (theirs.tokens.sum() / theirs.seconds.sum())
-        ratios = bootstrap_ratio([mine.tokens, theirs.seconds], [mine.seconds, theirs.tokens])
-        interval = scaled(ratios, speedup / point)
-    return replace(row, speedup=speedup, speedup_interval=interval)
+def _summary(records: Sequence[Record], known: bool, passes: int | None = None) -> dict[str, Any]:
+    """Figures of all requests, or of those of a category. known: each record's passes are; passes: of them all."""
+    tokens, by_prompt, _ = sums_by_prompt(records)
+    num_tokens = int(tokens.sum())
+    length = acceptance_length(records) if known else None
+    return {
+        "acc_length": length if passes is None else num_tokens / passes if passes else 1.0,
+        "acc_length_interval": bootstrap_ratio([tokens], [by_prompt]) if known else None,
+        "completion_tokens": num_tokens,
+        "num_requests": len(records),
+        "latency_per_token_ms": _ms(quantile(_latencies(records), 0.5)),
+    }
 
 
-def trusted_passes(measured: Measurement) -> list[Record]:
-    """Records whose passes are left out where the engine's own count over all requests differs from their sum."""
-    counted, records = measured.counters.passes, measured.records
-    if counted is None or counted == sum(record.passes or 0 for record in records):
-        return records
-    return [replace(record, passes=None, accepted_at=()) for record in records]
+def _speedup_interval(speedup: float, records: Sequence[Record], baseline: Sequence[Record]) -> Interval | None:
+    """From the prompts that both sides answered, paired."""
+    both = {record.prompt for record in records} & {record.prompt for record in baseline}
+    if len(both) < 2:
+        return None
+    tokens, _, seconds = sums_by_prompt([record for record in records if record.prompt in both])
+    base_tokens, _, base_seconds = sums_by_prompt([record for record in baseline if record.prompt in both])
+    point = (tokens.sum() / seconds.sum()) / (base_tokens.sum() / base_seconds.sum())
+    return scaled(bootstrap_ratio([tokens, base_seconds], [seconds, base_tokens]), speedup / point)
 
 
-def _all_known(records: Sequence[Record]) -> bool:
-    return all(record.passes is not None for record in records)
-
-
-def _num_passes(records: Sequence[Record], measured: Measurement) -> int:
-    if measured.counters.passes is not None:
-        return measured.counters.passes
-    return sum(record.passes or 0 for record in records)
-
-
-def _positions(records: Sequence[Record], measured: Measurement, passes: int) -> list[float]:
-    if _all_known(records):
-        return share_per_position([record.accepted_at for record in records], passes)
-    return share_per_position([measured.counters.accepted_at], passes)
-
-
-def _categories(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """acc_length with its interval, tokens, requests and latency per category, where there is more than one."""
-    groups = by_category(records)
-    if len(groups) < 2:
-        return {}
-    found = {}
-    for name, group in groups.items():
-        per_token = [value for record in group if (value := record.latency_per_token) is not None]
-        sums, known = sums_by_prompt(group), _all_known(group)
-        found[name] = {
-            "acc_length": acceptance_length(group) if known else None,
-            "acc_length_interval": bootstrap_ratio([sums.tokens], [sums.passes]) if known else None,
-            "completion_tokens": sum(record.num_tokens for record in group),
-            "num_requests": len(group),
-            "latency_per_token_ms": _ms(quantile(per_token, 0.5)),
-        }
-    return found
+def _latencies(records: Sequence[Record]) -> list[float]:
+    return [value for record in records if (value := record.latency_per_token) is not None]
 
 
 def _seconds_per_pass(records: Sequence[Record], passes: int, speculation: Speculation) -> float | None:
@@ -295,16 +264,11 @@ def _record(values: dict[str, Any]) -> Record:
 def read_rows(path: Path) -> list[SpeedupRow]:
     """Rows of a result file. Raises DataError with the line of one that is not ours."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, values in enumerate(read_jsonl(path), 1):
         try:
-            row = SpeedupRow(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            rows.append(SpeedupRow(**values))
+        except TypeError as error:
             raise DataError(f"{path}:{number}: not a row of bench_model_speedup.py: {error}") from None
-        rows.append(row)
     return rows
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, plan
-from specforge_lite.benchmark.measure import measure
+from specforge_lite.benchmark.measure import Session, measure
 from specforge_lite.benchmark.rows import ResultFile, RowKey, SpeedupRow, make_row
-from specforge_lite.benchmark.session import Session
 from specforge_lite.benchmark.statistics import Record
 from specforge_lite.core.log import info, progress
 from specforge_lite.data.prompts import ChatEncoder, Prompt

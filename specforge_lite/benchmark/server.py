@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from specforge_lite.benchmark.session import Ask, Counters, Reply
+from specforge_lite.benchmark.measure import Ask
+from specforge_lite.benchmark.statistics import Counters, Reply
 from specforge_lite.core.errors import EngineError
 from specforge_lite.core.http import HttpFailure, HttpLoop
 from specforge_lite.serving.environment import SERVING_ENGINES

@@ -16,9 +16,9 @@ seconds in flight, scaled to the measured value; that of the speed-up resamples 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -27,15 +27,11 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Record:
-    """One answered request. prompt: index of the conversation; passes: verification passes (None: not known for this
-    request alone); accepted_at[k]: passes that accepted drafted token k. Seconds count from sending the request;
-    num_first_tokens came together with the first (a slow client gets several at once)."""
+class Reply:
+    """One answer. passes: verification passes (None: not known for this request alone); accepted_at[k]: passes that
+    accepted drafted token k. Seconds count from sending the request; num_first_tokens came together with the first (a
+    slow client gets several at once)."""
 
-    prompt: int
-    turn: int
-    category: str
-    num_prompt_tokens: int
     token_ids: tuple[int, ...]
     passes: int | None
     accepted_at: tuple[int, ...]
@@ -56,6 +52,36 @@ class Record:
         return (self.seconds - self.first_token_seconds) / (self.num_tokens - self.num_first_tokens)
 
 
+@dataclass(frozen=True)
+class Record(Reply):
+    """An answered request. prompt: index of the conversation."""
+
+    prompt: int = 0
+    turn: int = 0
+    category: str = "all"
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an engine counted over all requests of a run. draft_share: part of the decoding time spent in the draft;
+    None where it is not known."""
+
+    passes: int | None = None
+    accepted_at: tuple[int, ...] = ()
+    draft_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All requests of one run. num_left_out: turns that did not fit the context."""
+
+    records: list[Record]
+    duration: float
+    counters: Counters
+    num_left_out: int
+
+
 def acceptance_length(records: Sequence[Record]) -> float | None:
     """Completion tokens / passes; None where no passes are known."""
     passes = sum(record.passes or 0 for record in records)
@@ -64,53 +90,25 @@ def acceptance_length(records: Sequence[Record]) -> float | None:
 
 def share_per_position(accepted_at: Iterable[Sequence[int]], passes: int) -> list[float]:
     """Sums of `accepted_at` over requests / passes."""
-    total: list[int] = []
-    for counts in accepted_at:
-        total += [0] * (len(counts) - len(total))
-        for k, count in enumerate(counts):
-            total[k] += count
-    return [count / passes for count in total] if passes else []
+    columns = zip_longest(*accepted_at, fillvalue=0)
+    return [sum(column) / passes for column in columns] if passes else []
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """Linear interpolation between order statistics (numpy's default); None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    """Linear interpolation between order statistics; None of nothing."""
+    return float(np.quantile(values, share)) if values else None
 
 
-def by_category(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each category, categories in order of appearance."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.category, []).append(record)
-    return groups
+def sums_by_prompt(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, passes and seconds in flight of each prompt, all its turns together: float64 [P] each, in the order of
+    prompt index."""
+    prompts, place = np.unique([record.prompt for record in records], return_inverse=True)
 
+    def summed(values: list[float]) -> np.ndarray:
+        return np.bincount(place, values, len(prompts))
 
-@dataclass(frozen=True)
-class PromptSums:
-    """Per prompt, in the order of prompt index: tokens, passes, seconds in flight (float64 arrays [P])."""
-
-    prompts: tuple[int, ...]
-    tokens: np.ndarray
-    passes: np.ndarray
-    seconds: np.ndarray
-
-
-def sums_by_prompt(records: Sequence[Record]) -> PromptSums:
-    """Add up the turns of each prompt."""
-    sums: dict[int, list[float]] = {}
-    for record in records:
-        row = sums.setdefault(record.prompt, [0.0, 0.0, 0.0])
-        for i, value in enumerate((record.num_tokens, record.passes or 0, record.seconds)):
-            row[i] += value
-    prompts = tuple(sorted(sums))
-    columns = np.array([sums[p] for p in prompts], dtype=np.float64).reshape(len(prompts), 3).T
-    return PromptSums(prompts, columns[0], columns[1], columns[2])
+    tokens, passes = summed([r.num_tokens for r in records]), summed([r.passes or 0 for r in records])
+    return tokens, passes, summed([r.seconds for r in records])
 
 
 def bootstrap_ratio(

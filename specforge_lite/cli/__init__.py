@@ -1,7 +1,7 @@
 """The console command `specforge-lite COMMAND [FLAGS]`; the scripts call the same functions.
 
-A module here holds the flags of a stage and the lines that call it. What is heavy (torch, transformers, our own rooms
-that need them) is imported after the flags are read, so that --help and a mistyped flag answer at once.
+A module here holds the flags of some stages and the lines that call them. What is heavy (torch, transformers, our own
+rooms that need them) is imported after the flags are read, so that --help and a mistyped flag answer at once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from specforge_lite.core.log import run_script
 
 # command -> (module and function, what it does)
 COMMANDS = {
-    "prepare": ("prepare:main", "turn a data set into the normal form"),
-    "regenerate": ("regenerate:main", "replace the answers of a data set by the target's own"),
-    "cache": ("cache:main", "tokenize once and count the draft vocabulary"),
-    "capture": ("capture:main", "write hidden states to disk, for training without the target"),
+    "prepare": ("data:prepare", "turn a data set into the normal form"),
+    "regenerate": ("data:regenerate", "replace the answers of a data set by the target's own"),
+    "cache": ("data:cache", "tokenize once and count the draft vocabulary"),
+    "capture": ("target:capture", "write hidden states to disk, for training without the target"),
     "train": ("train:main", "train an EAGLE-3 draft"),
     "train eagle1": ("train:eagle1", "train an EAGLE-1 draft"),
-    "export": ("export:main", "write a checkpoint's draft as SGLang and vLLM load it"),
-    "check": ("check:main", "check a draft directory against what the engines load"),
+    "export": ("draft:export", "write a checkpoint's draft as SGLang and vLLM load it"),
+    "check": ("draft:check", "check a draft directory against what the engines load"),
     "evaluate": ("evaluate:main", "accuracy, loss and acceptance of a draft"),
     "evaluate checkpoints": ("evaluate:checkpoints", "the same for every checkpoint of a run"),
     "evaluate completions": ("evaluate:completions", "fill holes in code with and without the draft"),
@@ -30,7 +30,7 @@ COMMANDS = {
     "compare serving": ("compare:serving", "the same in SGLang or vLLM, against our decoder"),
     "chat": ("chat:main", "chat in the terminal, drafted tokens highlighted"),
     "record": ("record:main", "record the chats of a running server as training data"),
-    "serve": ("serve:main", "run a target as a capture server"),
+    "serve": ("target:serve", "run a target as a capture server"),
     "bench": ("bench:main", "speed-up of a draft on benchmark prompts"),
     "report": ("report:main", "write report.html of a run"),
     "report curves": ("report:curves", "write training_curves.png of a run"),

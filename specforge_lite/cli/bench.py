@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from specforge_lite.cli.options import serving_options
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.provenance import collect_provenance
 from specforge_lite.core.sections import DRAFT_FLAGS, Dtype, EngineFlags, TargetPathSection
-from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.core.settings import Section, flag, parse_config
 
 if TYPE_CHECKING:
     from specforge_lite.serving.session import ServingOptions
@@ -37,35 +38,33 @@ class EngineSection(TargetPathSection, EngineFlags):
     """The target, its draft and the engine that runs them."""
 
     draft_model_path: str | None = Field(None, description="exported draft", json_schema_extra=DRAFT_FLAGS)
-    backend: Literal["auto", "sglang", "vllm", "hf"] = Field(
-        "auto",
-        description="auto: sglang where installed, else vllm, else hf",
-        json_schema_extra={"flags": ["--engine"]},
+    backend: Literal["auto", "sglang", "vllm", "hf"] = flag(
+        "auto", "auto: sglang where installed, else vllm, else hf", "--engine"
     )
-    port: int | None = Field(None, ge=1, le=65535, description="of the server, on loopback; default: a free one")
-    target_dtype: Dtype = Field("auto", description="auto: as stored", json_schema_extra={"flags": ["--dtype"]})
-    startup_minutes: float = Field(20.0, gt=0, description="how long a server may take to start")
+    port: int | None = flag(None, "of the server, on loopback; default: a free one", ge=1, le=65535)
+    target_dtype: Dtype = flag("auto", "auto: as stored", "--dtype")
+    startup_minutes: float = flag(20.0, "how long a server may take to start", gt=0)
 
 
 class WorkSection(Section):
     """What is asked, and how often at a time."""
 
-    config_list: tuple[str, ...] = Field(("1,3,1,4",), description="B,STEPS,TOPK,VERIFY; STEPS 0: no draft")
-    benchmark_list: tuple[str, ...] = Field(
+    config_list: tuple[str, ...] = flag(("1,3,1,4",), "B,STEPS,TOPK,VERIFY; STEPS 0: no draft")
+    benchmark_list: tuple[str, ...] = flag(
         DEFAULT_BENCHMARKS,
-        description="mtbench, gsm8k, humaneval, math500, mbpp, aime, livecodebench, alpaca, or a file of prompts (with"
+        "mtbench, gsm8k, humaneval, math500, mbpp, aime, livecodebench, alpaca, or a file of prompts (with"
         " `category`, if you like); NAME:COUNT",
     )
-    data_dir: Path | None = Field(None, description="local copies of the benchmarks' files")
-    from_hub: bool = Field(False, description="fetch benchmarks through `datasets` rather than from the package")
-    num_shots: int = Field(0, ge=0, le=5, description="worked examples before each gsm8k question")
+    data_dir: Path | None = flag(None, "local copies of the benchmarks' files")
+    from_hub: bool = flag(False, "fetch benchmarks through `datasets` rather than from the package")
+    num_shots: int = flag(0, "worked examples before each gsm8k question", ge=0, le=5)
     max_new_tokens: int = Field(1024, ge=1, json_schema_extra={"flags": ["--max-tokens"]})
     temperature: float = Field(0.0, ge=0)
-    system_prompt: str | None = Field(None, description="added to prompts that have none")
-    chat_template_kwargs: str | None = Field(None, description='JSON for the template: {"enable_thinking": false}')
-    raw_prompts: bool = Field(False, description="no chat template (base models)")
-    seed: int = Field(0, description="of sampling with --backend hf")
-    output: Path = Field(Path("outputs/speedup/results.jsonl"), description="JSON lines")
+    system_prompt: str | None = flag(None, "added to prompts that have none")
+    chat_template_kwargs: str | None = flag(None, 'JSON for the template: {"enable_thinking": false}')
+    raw_prompts: bool = flag(False, "no chat template (base models)")
+    seed: int = flag(0, "of sampling with --backend hf")
+    output: Path = flag(Path("outputs/speedup/results.jsonl"), "JSON lines")
 
 
 class BenchmarkConfig(Section):
@@ -78,31 +77,43 @@ class BenchmarkConfig(Section):
 def main() -> None:
     config = parse_config(BenchmarkConfig, description=__doc__ or "")
     from specforge_lite.benchmark.configs import BenchConfig, check_backend
-    from specforge_lite.benchmark.engines import check_options, exported_draft, session_opener
-    from specforge_lite.benchmark.present import print_table
+    from specforge_lite.benchmark.engines import (
+        check_options,
+        choose_backend,
+        exported_draft,
+        resolve_draft,
+        session_opener,
+    )
     from specforge_lite.benchmark.prompts import BenchmarkRequest, load_prompts
     from specforge_lite.benchmark.rows import ResultFile
     from specforge_lite.benchmark.run import Workload, run_benchmark
     from specforge_lite.core.hub import load_config
     from specforge_lite.data.prompts import ChatEncoder
     from specforge_lite.report import write_report
-    from specforge_lite.report.speedup import save_chart
+    from specforge_lite.report.speedup import print_speedup, save_chart
 
-    configs = [BenchConfig.parse(text) for text in config.work.config_list]
-    requests = [BenchmarkRequest.parse(text) for text in config.work.benchmark_list]
-    options = _serving_options(config)
+    engine, work = config.engine, config.work
+    configs = [BenchConfig.parse(text) for text in work.config_list]
+    requests = [BenchmarkRequest.parse(text) for text in work.benchmark_list]
+    options = serving_options(
+        choose_backend(engine.backend),
+        engine,
+        resolve_draft(engine.draft_model_path),
+        port=engine.port,
+        startup_minutes=engine.startup_minutes,
+        log_dir=work.output.parent / "logs",
+    )
     check_backend(configs, options.backend)
     check_options(options, any(not c.speculation.is_baseline for c in configs))
 
     chat = ChatEncoder.of_model(
         options.model_path,
         options.trust_remote_code,
-        template_kwargs=_template_kwargs(config.work.chat_template_kwargs),
-        system_prompt=config.work.system_prompt,
-        raw=config.work.raw_prompts,
+        template_kwargs=_template_kwargs(work.chat_template_kwargs),
+        system_prompt=work.system_prompt,
+        raw=work.raw_prompts,
         raw_flag="--raw-prompts",
     )
-    work = config.work
     prompts = {r.label: load_prompts(r, work.data_dir, work.num_shots, work.from_hub) for r in requests}
     if len(prompts) < len(requests):
         raise ConfigError("benchmark_list: two entries have the same name")
@@ -119,8 +130,8 @@ def main() -> None:
     dtype = options.dtype
     if dtype == "auto":  # as stored
         dtype = str(load_config(options.model_path, options.trust_remote_code).dtype or "float32")
-    print_table(rows, dtype.removeprefix("torch."), greedy=work.temperature == 0)
     found = [row.to_dict() for row in rows]
+    print_speedup(found, dtype.removeprefix("torch."), greedy=work.temperature == 0)
     save_chart(found, work.output.with_suffix(".png"))
     page = write_report(
         work.output.with_suffix(".html"),
@@ -129,28 +140,6 @@ def main() -> None:
         provenance=collect_provenance(config.model_dump(mode="json")),
     )
     info(f"wrote {work.output}, {work.output.with_suffix('.png').name}, {page.name}")
-
-
-def _serving_options(config: BenchmarkConfig) -> ServingOptions:
-    from specforge_lite.benchmark.engines import choose_backend, resolve_draft
-    from specforge_lite.serving.session import ServingOptions
-
-    engine = config.engine
-    return ServingOptions(
-        backend=choose_backend(engine.backend),
-        model_path=engine.target_model_path,
-        draft_path=resolve_draft(engine.draft_model_path),
-        dtype=engine.target_dtype,
-        tp_size=engine.tp_size,
-        port=engine.port,
-        mem_frac=engine.mem_frac,
-        engine_python=engine.engine_python,
-        engine_args=engine.engine_arg,
-        engine_devices=engine.engine_devices,
-        startup_minutes=engine.startup_minutes,
-        trust_remote_code=engine.trust_remote_code,
-        log_dir=config.work.output.parent / "logs",
-    )
 
 
 def _template_kwargs(text: str | None) -> dict[str, Any]:
@@ -170,7 +159,8 @@ def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, 
     from specforge_lite.checkpoints.training_run import read_config
     from specforge_lite.model.block_config import block_kind_of
 
-    engine, work = config.engine, config.work
+    work = config.work
+    names = {"temperature", "max_new_tokens", "system_prompt", "raw_prompts", "num_shots", "seed"}
     file = Path(options.draft_path or "") / "config.json"
     kind = block_kind_of(read_config(file)) if file.is_file() else None
     return {
@@ -180,12 +170,7 @@ def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, 
         "draft": fingerprint(options.draft_path),
         "dtype": options.dtype,
         "tp_size": options.tp_size,
-        "engine_arg": list(engine.engine_arg),
-        "temperature": work.temperature,
-        "max_new_tokens": work.max_new_tokens,
-        "system_prompt": work.system_prompt,
+        "engine_arg": list(options.engine_args),
         "chat_template_kwargs": _template_kwargs(work.chat_template_kwargs),
-        "raw_prompts": work.raw_prompts,
-        "num_shots": work.num_shots,
-        "seed": work.seed,
+        **work.model_dump(include=names),
     }

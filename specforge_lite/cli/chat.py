@@ -16,9 +16,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from specforge_lite.cli.options import TreeFlags, open_model
 from specforge_lite.core.errors import SpecforgeError, suggest
 from specforge_lite.core.sections import DRAFT_FLAGS, LocalTargetSection
-from specforge_lite.core.settings import parse_config
+from specforge_lite.core.settings import flag, parse_config
 
 if TYPE_CHECKING:
     from specforge_lite.inference.chat import Chat, Piece
@@ -33,40 +34,26 @@ COMMANDS = {
 }
 
 
-class ChatConfig(LocalTargetSection):
+class ChatConfig(LocalTargetSection, TreeFlags):
     """Who talks, and how."""
 
     draft_model_path: Path | None = Field(None, description="exported draft directory", json_schema_extra=DRAFT_FLAGS)
-    total_token: int = Field(60, ge=2, description="tree: tokens verified at once")
-    depth: int = Field(7, ge=0, description="tree: expansions after the first")
-    top_k: int = Field(10, ge=1, description="tree: candidates per expansion")
-    num_draft_tokens: int | None = Field(None, ge=1, description="a chain of so many tokens instead of a tree")
-    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    num_draft_tokens: int | None = flag(None, "a chain of so many tokens instead of a tree", ge=1)
+    temperature: float = flag(0.0, "0: greedy", ge=0)
     top_p: float = Field(1.0, ge=0, le=1)
     max_new_tokens: int = Field(512, ge=1)
     system_prompt: str | None = None
-    prompt: tuple[str, ...] = Field((), description="ask these, one after another, and leave")
+    prompt: tuple[str, ...] = flag((), "ask these, one after another, and leave")
 
 
 def main() -> None:
     config = parse_config(ChatConfig, description=__doc__ or "")
-    from specforge_lite.inference import GenerationSettings, SpeculativeModel
+    from specforge_lite.inference import GenerationSettings
     from specforge_lite.inference.chat import Chat
 
-    model = SpeculativeModel.from_pretrained(
-        config.target_model_path,
-        config.draft_model_path,
-        total_token=config.total_token,
-        depth=config.depth,
-        top_k=config.top_k,
-        num_draft_tokens=config.num_draft_tokens,
-        dtype=config.target_dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    settings = GenerationSettings(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p
-    )
+    shape = config.model_dump(include={"total_token", "depth", "top_k", "num_draft_tokens"})
+    settings = GenerationSettings(**config.model_dump(include={"max_new_tokens", "temperature", "top_p"}))
+    model = open_model(config, config.draft_model_path, **shape)
     chat = Chat(model, settings, config.system_prompt)
     console = Console()
     for prompt in config.prompt:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.table import Table
 
+from specforge_lite.cli.options import open_model
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import (
@@ -30,13 +28,7 @@ from specforge_lite.core.sections import (
     MeasureSection,
     TargetSection,
 )
-from specforge_lite.core.settings import Section, parse_config
-
-if TYPE_CHECKING:
-    from specforge_lite.data.store import TokenizedDataset
-    from specforge_lite.evaluation.acceptance import Decoded
-    from specforge_lite.evaluation.checkpoints import Checkpoint, CheckpointResults
-    from specforge_lite.evaluation.completions import CompletionResult
+from specforge_lite.core.settings import Section, flag, parse_config
 
 CHECKPOINTS_HELP = """Evaluate every checkpoint of a run: a table, a curve, and the best one.
 
@@ -59,11 +51,11 @@ class EvaluationSection(MeasureSection):
     draft_model_path: Path = Field(
         description="exported draft directory, a checkpoint step_N, or EAGLE's state_N", json_schema_extra=DRAFT_FLAGS
     )
-    decode: bool = Field(False, description="decode the same prompts too and compare, per position")
-    error_analysis: Path | None = Field(
-        None, description="directory for errors.json and errors.html: where the draft fails, with samples"
+    decode: bool = flag(False, "decode the same prompts too and compare, per position")
+    error_analysis: Path | None = flag(
+        None, "directory for errors.json and errors.html: where the draft fails, with samples"
     )
-    save_results: Path | None = Field(None, description="write everything as JSON: a file, or a directory for it")
+    save_results: Path | None = flag(None, "write everything as JSON: a file, or a directory for it")
 
 
 class EvaluateConfig(Section):
@@ -81,95 +73,75 @@ def main() -> None:
         words = [re.sub(r"^--model[-_]path(?==|$)", "--draft-model-path", word) for word in words]
     config = parse_config(EvaluateConfig, words, description=__doc__ or "")
     from specforge_lite.core.hub import load_tokenizer
-    from specforge_lite.evaluation.acceptance import Acceptance
+    from specforge_lite.evaluation import run
+    from specforge_lite.evaluation.acceptance import Acceptance, decode_answers, disagreement
     from specforge_lite.evaluation.error_analysis import ErrorAnalysis
-    from specforge_lite.evaluation.run import (
-        engine_for,
-        evaluate_draft,
-        load_evaluated,
-        open_eval_data,
-        open_target_files,
-        position_rows,
-        prepare_place,
-        save_results,
-    )
-    from specforge_lite.report.terminal import print_comparison, print_positions, write_errors
+    from specforge_lite.report.errors import write_errors
+    from specforge_lite.report.tables import acceptance_table, positions_table, print_table
 
-    options = config.evaluation
-    results_file = options.save_results
-    if results_file is not None:
-        holds_checkpoints = results_file.is_dir() and any(results_file.glob("st*_*"))
-        if results_file.suffix != ".json" and not holds_checkpoints:  # a directory, as EAGLE's users give it
-            results_file = results_file / "results.json"
-        prepare_place(results_file, "save_results")
+    options, target = config.evaluation, config.target
+    name = str(options.draft_model_path)
+    results_file = run.prepare_results(options.save_results) if options.save_results else None
     if options.error_analysis is not None:
-        prepare_place(options.error_analysis / "errors.json", "error_analysis")
-    dataset = open_eval_data(config.target, config.data)
-    files = open_target_files(config.target, options.device)
-    draft = load_evaluated(options.draft_model_path, files)
+        run.prepare_place(options.error_analysis / "errors.json", "error_analysis")
+    dataset = run.open_eval_data(target, config.data)
+    files = run.open_target_files(target, options.device)
+    draft = files.load_draft(options.draft_model_path)
+    analysis = None
     if options.error_analysis is not None and draft.config.tokens_per_block:
         kind = draft.config.algorithm
         raise ConfigError(f"error_analysis: it unrolls EAGLE drafts; a {kind} draft fills blocks; leave it out")
-    with engine_for(draft, config.target, config.data, files.device) as engine:
-        analysis = None
-        if options.error_analysis is not None:
-            analysis = ErrorAnalysis(
-                draft,
-                files.head,
-                load_tokenizer(config.target.target_model_path, config.target.trust_remote_code),
-                options.ttt_length,
-            )
-        observers = [analysis] if analysis is not None else []
-        result = evaluate_draft(draft, files, dataset, engine, options, observers)
+    if options.error_analysis is not None:
+        tokenizer = load_tokenizer(target.target_model_path, target.trust_remote_code)
+        analysis = ErrorAnalysis(draft, files.head, tokenizer, options.ttt_length)
+    with run.engine_for(draft, target, config.data, files.device) as engine:
+        result = run.evaluate_draft(draft, files, dataset, engine, options, [analysis] if analysis else [])
     estimated = Acceptance.estimated(result)
     results: dict[str, Any] = {
-        "draft_model_path": str(options.draft_model_path),
+        "draft_model_path": name,
         "eval_data_path": str(config.data.eval_data_path),
         "batch_size": options.batch_size,
-        "positions": position_rows(result),
+        "positions": run.position_rows(result),
         **result.to_dict(),
         "estimated": estimated.to_dict(),
     }
-    print_positions(result, str(options.draft_model_path))
-    if analysis is not None and options.error_analysis is not None:
-        info(f"errors: {write_errors(options.error_analysis, analysis, str(options.draft_model_path))}")
-    if options.decode:
-        decoded = _decode(config, dataset, result.chain_length)
-        results["decoded"] = decoded.to_dict()
-        print_comparison(estimated, decoded)
-    if results_file is not None:
-        save_results(results_file, results)
-        info(f"results: {results_file}")
-
-
-def _decode(config: EvaluateConfig, dataset: TokenizedDataset, chain_length: int) -> Decoded:
-    """Decode the answers of the evaluated samples."""
-    from specforge_lite.evaluation.acceptance import decode_answers
-    from specforge_lite.evaluation.run import num_samples
-    from specforge_lite.inference import SpeculativeModel
-
-    model = SpeculativeModel.from_pretrained(
-        config.target.target_model_path,
-        config.evaluation.draft_model_path,
-        num_draft_tokens=chain_length,
-        dtype=config.target.target_dtype,
-        device=config.evaluation.device,
-        trust_remote_code=config.target.trust_remote_code,
+    print_table(positions_table(result, name))
+    info(
+        f"estimated acceptance length, chains of {result.chain_length}: greedy {result.tau_walk:.3f}, mean over all"
+        f" {result.tau_chain:.3f}, sampling {result.tau_sampling:.3f}"
     )
-    samples = [dataset[i] for i in range(num_samples(dataset, config.evaluation))]
-    return decode_answers(model, samples, chain_length)
+    if analysis is not None and options.error_analysis is not None:
+        info(f"errors: {write_errors(options.error_analysis, analysis, name)}")
+    if options.decode:
+        shared = target.model_dump(include={"target_model_path", "target_dtype", "trust_remote_code"})
+        local = LocalTargetSection(**shared, device=options.device)
+        model = open_model(local, options.draft_model_path, num_draft_tokens=result.chain_length)
+        samples = [dataset[i] for i in range(run.num_samples(dataset, options))]
+        decoded = decode_answers(model, samples, result.chain_length)
+        results["decoded"] = decoded.to_dict()
+        info("share of verification passes that accepted drafted token k:")
+        print_table(acceptance_table(estimated, decoded))
+        own = decoded.reproduced_share > 0.9
+        info(
+            f"estimate and decoding differ by {disagreement(estimated, decoded):.1%};"
+            f" {decoded.reproduced_share:.1%} of the file's answers came out before the first difference"
+            + ("" if own else ": they are not the target's own, so the two need not agree")
+        )
+    if results_file is not None:
+        run.save_results(results_file, results)
+        info(f"results: {results_file}")
 
 
 class CheckpointsSection(MeasureSection):
     """Which checkpoints, and what makes one the best."""
 
-    run_dir: Path = Field(description="output directory of a run, with step_N or EAGLE's state_N in it")
-    output_dir: Path | None = Field(None, description="default: RUN_DIR/evaluation")
-    metric: Literal["tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss"] = Field(
-        "tau_walk", description="the best checkpoint by this; accuracy and loss: of position 0"
+    run_dir: Path = flag(..., "output directory of a run, with step_N or EAGLE's state_N in it")
+    output_dir: Path | None = flag(None, "default: RUN_DIR/evaluation")
+    metric: Literal["tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss"] = flag(
+        "tau_walk", "the best checkpoint by this; accuracy and loss: of position 0"
     )
-    draft_model_config: Path | None = Field(
-        None, description="config.json of the drafts in state_N; default: beside them, else told from their tensors"
+    draft_model_config: Path | None = flag(
+        None, "config.json of the drafts in state_N; default: beside them, else told from their tensors"
     )
 
 
@@ -195,59 +167,20 @@ class CheckpointsConfig(Section):
 
 def checkpoints() -> None:
     config = parse_config(CheckpointsConfig, description=CHECKPOINTS_HELP, positional="--run-dir")
-    from specforge_lite.evaluation.checkpoints import CheckpointResults, find_checkpoints, settings_of
-    from specforge_lite.evaluation.run import open_eval_data
+    from specforge_lite.evaluation.checkpoints import best_entry, evaluate_checkpoints, find_checkpoints
     from specforge_lite.report.figures import plot_checkpoints
+    from specforge_lite.report.tables import checkpoints_table, print_table
 
     options = config.checkpoints
     found = find_checkpoints(options.run_dir)
-    dataset = open_eval_data(config.target, config.data)
     output_dir = options.output_dir or options.run_dir / "evaluation"
-    settings = settings_of(
-        options, config.target.target_model_path, str(config.data.eval_data_path), dataset.fingerprint
+    file, figure = output_dir / "checkpoints.json", output_dir / "checkpoints.png"
+    entries = evaluate_checkpoints(
+        found, file, config.target, config.data, options, options.metric, options.draft_model_config
     )
-    results = CheckpointResults(output_dir / "checkpoints.json", settings, options.metric)
-    todo = [checkpoint for checkpoint in found if not results.take_earlier(checkpoint)]
-    info(f"{options.run_dir}: {len(found)} checkpoints, {len(found) - len(todo)} evaluated before")
-    if todo:
-        _evaluate_all(todo, config, dataset, results)
-    order = {checkpoint.name: place for place, checkpoint in enumerate(found)}
-    results.entries.sort(key=lambda entry: order[entry["name"]])
-    results.finish()
-    figure = output_dir / "checkpoints.png"
-    plot_checkpoints(figure, results.entries, options.metric, options.run_dir.resolve().name)
-    _print_entries(results.entries, options.metric)
-    info(f"results: {results.path}, {figure}")
-
-
-def _evaluate_all(
-    todo: Sequence[Checkpoint], config: CheckpointsConfig, dataset: Any, results: CheckpointResults
-) -> None:
-    """Evaluate checkpoints one after another, with one engine."""
-    from specforge_lite.evaluation.run import engine_for, evaluate_draft, open_target_files, position_rows
-
-    options = config.checkpoints
-    files = open_target_files(config.target, options.device)
-    first = todo[0].load(files, options.draft_model_config)
-    with engine_for(first, config.target, config.data, files.device) as engine:
-        for place, checkpoint in enumerate(todo):
-            draft = first if place == 0 else checkpoint.load(files, options.draft_model_config)
-            title = f"{checkpoint.name} ({place + 1}/{len(todo)})"
-            result = evaluate_draft(draft, files, dataset, engine, options, title=title)
-            results.add(checkpoint, {"positions": position_rows(result), **result.to_dict()})
-
-
-def _print_entries(entries: list[dict[str, Any]], metric: str) -> None:
-    from specforge_lite.evaluation.checkpoints import best_entry
-
-    best = best_entry(entries, metric)
-    table = Table(title=f"best by {metric}: {best['name'] if best else 'none'}")
-    for column in ("", "checkpoint", "tau walk", "tau chain", "tau sampling", "accuracy 0", "loss 0"):
-        table.add_column(column, justify="right")
-    for entry in entries:
-        values = (entry["tau_walk"], entry["tau_chain"], entry["tau_sampling"], entry["accuracy"][0], entry["loss"][0])
-        table.add_row("*" if entry is best else "", entry["name"], *(f"{value:.4f}" for value in values))
-    Console().print(table)
+    plot_checkpoints(figure, entries, options.metric, options.run_dir.resolve().name)
+    print_table(checkpoints_table(entries, best_entry(entries, options.metric), options.metric))
+    info(f"results: {file}, {figure}")
 
 
 class CompletionsConfig(LocalTargetSection):
@@ -256,56 +189,28 @@ class CompletionsConfig(LocalTargetSection):
     draft_model_path: Path = Field(
         description="exported draft directory, or a training checkpoint step_N", json_schema_extra=DRAFT_FLAGS
     )
-    eval_data_path: Path = Field(
-        description="jsonl of {prefix, middle, suffix}", json_schema_extra={"flags": ["--testpath"]}
-    )
-    num_rows: int | None = Field(None, ge=1, description="the first so many rows (default: all)")
-    num_draft_tokens: int = Field(5, ge=1, description="chain of drafted tokens per pass")
-    max_new_tokens: int = Field(64, ge=1, description="tokens of a completion at most")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and completion; the code around the hole is cut")
-    fim_order: FimOrder = Field("psm", description=FIM_ORDER_HELP)
-    target_dtype: Dtype = Field("float32", description="float32 makes equality exact")
-    save_results: Path | None = Field(None, description="write everything as JSON")
+    eval_data_path: Path = flag(..., "jsonl of {prefix, middle, suffix}", "--testpath")
+    num_rows: int | None = flag(None, "the first so many rows (default: all)", ge=1)
+    num_draft_tokens: int = flag(5, "chain of drafted tokens per pass", ge=1)
+    max_new_tokens: int = flag(64, "tokens of a completion at most", ge=1)
+    max_length: int = flag(512, "tokens of prompt and completion; the code around the hole is cut", ge=8)
+    fim_order: FimOrder = flag("psm", FIM_ORDER_HELP)
+    target_dtype: Dtype = flag("float32", "float32 makes equality exact")
+    save_results: Path | None = flag(None, "write everything as JSON")
 
 
 def completions() -> None:
     config = parse_config(CompletionsConfig, description=COMPLETIONS_HELP)
     from specforge_lite.evaluation.completions import CompletionSettings, complete, read_fim_file
     from specforge_lite.evaluation.run import save_results
-    from specforge_lite.inference.speculative import SpeculativeModel
     from specforge_lite.inference.tree import TreeShape
+    from specforge_lite.report.tables import completions_table, print_table
 
     rows = read_fim_file(config.eval_data_path, config.num_rows)
-    model = SpeculativeModel.from_pretrained(
-        config.target_model_path,
-        config.draft_model_path,
-        dtype=config.target_dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
     shape = TreeShape.chain(config.num_draft_tokens)
     settings = CompletionSettings(config.max_new_tokens, config.max_length, config.fim_order, shape)
-    result = complete(model, rows, settings)
-    Console().print(_completions_table(result))
+    result = complete(open_model(config, config.draft_model_path), rows, settings)
+    print_table(completions_table(result))
     if config.save_results is not None:
         save_results(config.save_results, result.to_dict())
         info(f"results: {config.save_results}")
-
-
-def _completions_table(result: CompletionResult) -> Table:
-    title = f"{result.num_rows} holes in {result.num_files} files, {result.num_tokens} tokens, greedy"
-    table = Table(title=title, caption=result.with_draft.bleu_signature)
-    for column in ("", "without draft", "with draft"):
-        table.add_column(column, justify="right" if column else "left")
-    both = (result.without_draft, result.with_draft)
-    tokens = max(result.num_tokens, 1)
-    table.add_row("acceptance length (tokens per verification pass)", "1.00", f"{result.acceptance_length:.2f}")
-    passes = (result.target_passes_without, result.target_passes)
-    table.add_row("target passes per token", *(f"{count / tokens:.2f}" for count in passes))
-    speeds = (result.tokens_per_second_without, result.tokens_per_second)
-    table.add_row("tokens/s", *(f"{speed:.0f}" for speed in speeds))
-    table.add_row("exact match", *(f"{quality.exact_match:.1%}" for quality in both))
-    table.add_row("first line matches", *(f"{quality.first_line_match:.1%}" for quality in both))
-    table.add_row("BLEU (of 100)", *(f"{quality.bleu:.1f}" for quality in both))
-    table.add_row("outputs identical", "", f"{result.num_identical} of {result.num_rows}")
-    return table

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
-
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
-from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.core.settings import Section, flag, parse_config
 
 FIGURE_FILE = "training_curves.png"
 CURVES_HELP = """\
@@ -26,21 +24,22 @@ python scripts/plot_training.py wandb_export.csv               (or .json: histor
 class ReportConfig(Section):
     """Write one self-contained report.html: training curves, acceptance, generations, speed-up, provenance."""
 
-    run_dir: Path | None = Field(None, description="output directory of a training run: metrics and provenance")
-    metrics: Path | None = Field(None, description="metrics.jsonl, where it is not in --run-dir")
-    evaluation: Path | None = Field(None, description="JSON of evaluate_draft.py --save-results")
-    decoding: Path | None = Field(None, description="JSON of decoded prompts (specforge_lite.report.Decoding)")
-    errors: Path | None = Field(None, description="errors.json of evaluate_draft.py --error-analysis")
-    speedup: Path | None = Field(None, description="JSON lines of bench_model_speedup.py")
-    provenance: Path | None = Field(None, description="provenance.json, where it is not in --run-dir")
-    title: str | None = Field(None, description="default: the name of the run")
-    output: Path | None = Field(None, description="default: report.html in --run-dir")
+    run_dir: Path | None = flag(None, "output directory of a training run: metrics and provenance")
+    metrics: Path | None = flag(None, "metrics.jsonl, where it is not in --run-dir")
+    evaluation: Path | None = flag(None, "JSON of evaluate_draft.py --save-results")
+    decoding: Path | None = flag(None, "JSON of decoded prompts (specforge_lite.report.Decoding)")
+    errors: Path | None = flag(None, "errors.json of evaluate_draft.py --error-analysis")
+    speedup: Path | None = flag(None, "JSON lines of bench_model_speedup.py")
+    provenance: Path | None = flag(None, "provenance.json, where it is not in --run-dir")
+    title: str | None = flag(None, "default: the name of the run")
+    output: Path | None = flag(None, "default: report.html in --run-dir")
 
 
 def main() -> None:
     config = parse_config(ReportConfig, positional="--run-dir")
+    from specforge_lite.core.files import read_json, read_jsonl
     from specforge_lite.report import write_report
-    from specforge_lite.report.sources import find_run_files, read_json, read_jsonl
+    from specforge_lite.report.sources import find_run_files
 
     found = find_run_files(config.run_dir) if config.run_dir else None
     output = config.output or (config.run_dir / "report.html" if config.run_dir else None)
@@ -63,12 +62,11 @@ def main() -> None:
 class PlotConfig(Section):
     """What to plot, and where."""
 
-    input: Path = Field(
-        description="a run's directory, metrics.jsonl, or a wandb export (.csv, .json, .jsonl)",
-        json_schema_extra={"flags": ["--run-dir", "--wandb-export"]},
+    input: Path = flag(
+        ..., "a run's directory, metrics.jsonl, or a wandb export (.csv, .json, .jsonl)", "--run-dir", "--wandb-export"
     )
-    output: Path | None = Field(None, description=f"default: {FIGURE_FILE} beside the input")
-    title: str | None = Field(None, description="default: the name of the run or file")
+    output: Path | None = flag(None, f"default: {FIGURE_FILE} beside the input")
+    title: str | None = flag(None, "default: the name of the run or file")
 
 
 def curves() -> None:

@@ -9,6 +9,7 @@ and 130. Exit code 2: something about the input, reported in one line.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -54,12 +55,14 @@ def main() -> int:
 
 def asked_kind(argv: list[str]) -> str | None:
     """`--draft-kind` of the flags, else of the YAML file: it decides which settings there are."""
-    kind = _flag(argv, "--draft-kind")
-    file = _flag(argv, "--config")
-    if kind is not None or file is None:
-        return kind
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--draft-kind", "--draft_kind", nargs="?")
+    parser.add_argument("--config", nargs="?")
+    given, _ = parser.parse_known_args(argv)
+    if given.draft_kind is not None or given.config is None:
+        return given.draft_kind  # type: ignore[no-any-return]
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):  # reported where the whole file is read
         return None
     if not isinstance(values, dict):
@@ -67,14 +70,6 @@ def asked_kind(argv: list[str]) -> str | None:
     section = values.get("draft")
     found = values.get("draft_kind", section.get("draft_kind") if isinstance(section, dict) else None)
     return found if isinstance(found, str) else None
-
-
-def _flag(argv: list[str], name: str) -> str | None:
-    for place, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == name:
-            return value if equals else next(iter(argv[place + 1 : place + 2]), None)
-    return None
 
 
 def eagle1() -> int:

@@ -259,6 +259,46 @@ def lock_directory(directory: Path, flag: str) -> IO[str]:
     return stream
 
 
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises DataError naming the place of a mistake."""
+    try:
+        return _object(json.loads(read_text(path)), str(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+
+
+def read_jsonl(path: Path, last_may_be_cut: bool = False) -> list[dict[str, Any]]:
+    """One JSON object per line; `last_may_be_cut`: leave out a half-written last line. Raises DataError with the line
+    of a mistake."""
+    lines = read_text(path).splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [_object(json.loads(line), f"{path}:{number}")] if line.strip() else []
+        except ValueError as error:
+            if last_may_be_cut and number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+    return rows
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 # -------------------------------------------------------------------------------------------------------------- hashes
 
 

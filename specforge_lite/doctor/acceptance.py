@@ -14,14 +14,14 @@ from typing import Any
 
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
+from specforge_lite.core.files import read_jsonl
 from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.doctor import Problem
 from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.model.draft import DraftConfig
-from specforge_lite.training.reporting import METRICS_FILE, read_metrics
+from specforge_lite.training.reporting import METRICS_FILE
 from specforge_lite.training.wiring import open_dataset
-
-Problem = tuple[str, str]  # (level, message)
 
 # Of the tokens gained beyond one per pass. On answers that are the target's own greedy ones the estimate describes the
 # very passes of decoding (evaluation/acceptance.py) and differs by rounding and by which samples are decoded; on others
@@ -68,7 +68,7 @@ def read_run(checkpoint: Path) -> RunRecord:
     metrics = checkpoint.parent / METRICS_FILE
     if not metrics.is_file():
         raise CheckpointError(f"{metrics}: missing; it holds the acceptance that the run estimated")
-    recorded = recorded_acceptance(read_metrics(metrics), step, min(chain_length, num_steps), num_steps)
+    recorded = recorded_acceptance(read_jsonl(metrics), step, min(chain_length, num_steps), num_steps)
     return RunRecord(recorded, data, path, dtype)
 
 
@@ -103,7 +103,7 @@ def check_acceptance(
         trust_remote_code=target.trust_remote_code,
     )
     decoded = decode_answers(model, samples, run.recorded.chain_length)
-    yield from compare(run.recorded, decoded.acceptance.tokens_per_pass, decoded.reproduced_share)
+    yield from compare(run.recorded, decoded.tokens_per_pass, decoded.reproduced_share)
 
 
 def compare(recorded: Recorded, decoded: float, reproduced_share: float) -> Iterator[Problem]:

@@ -17,12 +17,12 @@ from specforge_lite.core.weight_files import weight_files
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.templates.auto import template_warning
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
+from specforge_lite.doctor import Problem
+from specforge_lite.doctor.settings import VerifyConfig
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.types import CapturedStates, Conversation, TokenizedSample
-
-Problem = tuple[str, str]  # (level, message)
 
 QUESTION, ANSWER = "Name a colour and a number.", "Blue, and 42. Is that what you wanted?"
 FOLLOW_UP, SECOND_ANSWER = "Another one, please.", "Green, and 7."
@@ -31,25 +31,11 @@ MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 DRAFT_VOCAB = 32000
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What to check. load_model: run the model, not only its files. engines: which serving engines to ask."""
-
-    target_model_path: str
-    trust_remote_code: bool = False
-    chat_template: str = "auto"
-    aux_layer_ids: tuple[int, ...] | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    load_model: bool = True
-    engines: tuple[str, ...] = ("sglang", "vllm")
-
-
 @dataclass
 class Examination:
     """Results so far; each check fills in what later ones need (target.CHECKS names these grounds)."""
 
-    options: VerifyOptions
+    options: VerifyConfig
     config: Any = None
     text_config: Any = None
     tokenizer: Any = None

@@ -19,9 +19,8 @@ from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.devices import num_gpus
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import format_bytes
+from specforge_lite.doctor import Problem
 from specforge_lite.serving.environment import check_plugin, find_interpreter
-
-Problem = tuple[str, str]  # (level, message)
 
 REQUIRED = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "pydantic")
 TRACKERS = ("wandb", "tensorboard", "trackio")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from specforge_lite.capture.base import check_capture
 from specforge_lite.capture.hf import HfEngine, find_decoder
-from specforge_lite.doctor.files import Examination, Problem
+from specforge_lite.doctor import Problem
+from specforge_lite.doctor.files import Examination
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.model.draft import TTTSettings
@@ -27,13 +28,8 @@ def check_load(x: Examination) -> Iterator[Problem]:
     if not options.load_model:
         yield "skipped", "not loaded (--no-load-model)"
         return
-    x.engine = HfEngine(
-        options.target_model_path,
-        x.aux_layer_ids or None,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-    )
+    target, layers = options.target_model_path, x.aux_layer_ids or None
+    x.engine = HfEngine(target, layers, options.target_dtype, options.device, options.trust_remote_code)
     dtype = str(x.engine.model.dtype).removeprefix("torch.")
     yield "ok", f"{type(x.engine.model).__name__}, {dtype}, {time.perf_counter() - start:.1f} s to load"
 

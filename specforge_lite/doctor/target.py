@@ -9,33 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from specforge_lite.checkpoints.contract import Finding
-from specforge_lite.core.errors import SpecforgeError
-from specforge_lite.doctor.engines import check_engine
-from specforge_lite.doctor.files import (
-    Examination,
-    Problem,
-    VerifyOptions,
-    check_aux_layers,
-    check_config,
-    check_draft_shape,
-    check_head,
-    check_mask,
-    check_prompt,
-    check_template,
-    check_tokenizer,
-    check_weights,
-)
-from specforge_lite.doctor.model import (
-    check_decoding,
-    check_final_norm,
-    check_load,
-    check_logits,
-    check_states,
-    check_training,
-)
+from specforge_lite.core.errors import ConfigError, SpecforgeError
+from specforge_lite.doctor import Problem, files, model
+from specforge_lite.doctor.files import Examination
+from specforge_lite.doctor.settings import VerifyConfig
+from specforge_lite.serving.environment import SERVING_ENGINES, ask_registry, check_plugin, find_interpreter
+from specforge_lite.serving.families import support_of
 
 
-def verify_target(options: VerifyOptions) -> list[Finding]:
+def verify_target(options: VerifyConfig) -> list[Finding]:
     """Run all checks; at least one finding each."""
     examination = Examination(options)
     findings: list[Finding] = []
@@ -84,22 +66,50 @@ def check_engines(x: Examination) -> Iterator[Problem]:
         yield from check_engine(engine, architecture)
 
 
+def check_engine(engine: str, architecture: str, python: str | None = None) -> Iterator[Problem]:
+    """Findings about `sglang` or `vllm` for a model architecture such as `LlamaForCausalLM`."""
+    try:
+        interpreter = find_interpreter(engine, python)
+        check_plugin(interpreter)
+    except ConfigError as error:
+        yield "warning", f"{error}; capture with --target-backend hf works without it"
+        return
+    name = f"{engine} {interpreter.version}"
+    support = support_of(SERVING_ENGINES[engine], architecture)
+    if support is not None and support.status == "refused":
+        yield "warning", f"{name}: no EAGLE-3 capture of {architecture}: {support.note}; use --target-backend hf"
+        return
+    answer, problem = ask_registry(interpreter, architecture)
+    if answer is None:
+        yield "warning", f"{name} could not be asked: {problem}"
+    elif not answer["known"]:
+        yield "warning", f"{name} does not serve {architecture}; use another engine, or --target-backend hf"
+    elif not answer["eagle3"]:
+        yield (
+            "warning",
+            f"{name} serves {architecture}, but hands out no aux hidden states for it: no EAGLE-3 capture or serving",
+        )
+    else:
+        condition = f" ({support.note})" if support is not None and support.note else ""
+        yield "ok", f"{name} serves {architecture}, with EAGLE-3{condition}"
+
+
 # name -> (check, names of the checks whose results it needs)
 CHECKS: dict[str, tuple[Callable[[Examination], Iterator[Problem]], tuple[str, ...]]] = {
-    "config": (check_config, ()),
-    "weights": (check_weights, ("config",)),
-    "embedding and head": (check_head, ("weights",)),
-    "aux layers": (check_aux_layers, ("config",)),
-    "draft": (check_draft_shape, ("aux layers",)),
-    "tokenizer": (check_tokenizer, ("config",)),
-    "chat template": (check_template, ("tokenizer",)),
-    "prompt": (check_prompt, ("chat template",)),
-    "loss mask": (check_mask, ("chat template",)),
-    "model": (check_load, ("weights",)),
-    "hidden states": (check_states, ("model", "aux layers")),
-    "teacher logits": (check_logits, ("hidden states", "embedding and head")),
-    "final norm": (check_final_norm, ("hidden states", "embedding and head")),
-    "training": (check_training, ("hidden states", "embedding and head", "draft")),
-    "decoding": (check_decoding, ("model", "training")),
+    "config": (files.check_config, ()),
+    "weights": (files.check_weights, ("config",)),
+    "embedding and head": (files.check_head, ("weights",)),
+    "aux layers": (files.check_aux_layers, ("config",)),
+    "draft": (files.check_draft_shape, ("aux layers",)),
+    "tokenizer": (files.check_tokenizer, ("config",)),
+    "chat template": (files.check_template, ("tokenizer",)),
+    "prompt": (files.check_prompt, ("chat template",)),
+    "loss mask": (files.check_mask, ("chat template",)),
+    "model": (model.check_load, ("weights",)),
+    "hidden states": (model.check_states, ("model", "aux layers")),
+    "teacher logits": (model.check_logits, ("hidden states", "embedding and head")),
+    "final norm": (model.check_final_norm, ("hidden states", "embedding and head")),
+    "training": (model.check_training, ("hidden states", "embedding and head", "draft")),
+    "decoding": (model.check_decoding, ("model", "training")),
     "engines": (check_engines, ("config",)),
 }

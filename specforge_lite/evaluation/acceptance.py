@@ -8,35 +8,29 @@ only; on other answers decoding leaves the text of the file at once, and the sha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from specforge_lite.core.log import progress
+from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.training.evaluate import EvalResult, answers_of
 from specforge_lite.types import TokenizedSample
 
 
-@dataclass
+@dataclass(frozen=True)
 class Acceptance:
     """Passes of chain drafts and what they accepted. accepted_at[k]: passes that accepted drafted token k (0-based)."""
 
-    num_passes: int = 0
-    num_tokens: int = 0
-    accepted_at: list[int] = field(default_factory=list)
+    num_passes: int
+    num_tokens: int
+    accepted_at: list[int]
 
     @classmethod
     def estimated(cls, result: EvalResult) -> Acceptance:
         """That of the walk over teacher-forced answers."""
         return cls(result.num_passes, result.num_tokens, list(result.accepted_at))
-
-    def add(self, num_tokens: int, num_accepted: int) -> None:
-        """One pass that gave `num_tokens` tokens, `num_accepted` of them drafted."""
-        self.num_passes += 1
-        self.num_tokens += num_tokens
-        for k in range(num_accepted):
-            self.accepted_at[k] += 1
 
     @property
     def tokens_per_pass(self) -> float:
@@ -53,10 +47,9 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Result of decoding: acceptance, and tokens of the file's answers that came out before the first difference."""
+class Decoded(Acceptance):
+    """That of decoding, and how many of the file's answer tokens came out before the first difference."""
 
-    acceptance: Acceptance
     num_answers: int
     num_file_tokens: int
     num_reproduced: int
@@ -67,31 +60,33 @@ class Decoded:
         return self.num_reproduced / max(self.num_file_tokens, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        counts = {name: getattr(self, name) for name in ("num_answers", "num_file_tokens", "num_reproduced")}
-        return {**self.acceptance.to_dict(), **counts, "reproduced_share": self.reproduced_share}
+        return {**super().to_dict(), "reproduced_share": self.reproduced_share}
 
 
 def decode_answers(model: SpeculativeModel, samples: Iterable[TokenizedSample], chain_length: int) -> Decoded:
     """Decode every answer of `samples` greedily, as long as the file's, from the tokens before it."""
-    shape = TreeShape.chain(chain_length)
-    acceptance = Acceptance(accepted_at=[0] * chain_length)
-    jobs = [(sample, first, end) for sample in samples for first, end in answers_of(sample.loss_mask_L.tolist())]
-    jobs = [job for job in jobs if job[1] > 0]
-    reproduced = 0
+    jobs = [
+        (sample.input_ids_L.tolist(), first, end)
+        for sample in samples
+        for first, end in answers_of(sample.loss_mask_L.tolist())
+        if first > 0
+    ]
+    stats, reproduced = DecodeStats(accepted_at=[0] * chain_length), 0
     with progress(len(jobs), "decode", "answer") as bar:
-        for sample, first, end in jobs:
-            ids = sample.input_ids_L.tolist()
-            settings = GenerationSettings(max_new_tokens=end - first, shape=shape)
-            tokens: list[int] = []
-            for index, chunk in enumerate(model.stream(ids[:first], settings)):
-                tokens += chunk.tokens
-                if index and chunk.tokens:
-                    acceptance.add(len(chunk.tokens), sum(chunk.drafted))
-            pairs = list(zip(tokens, ids[first:end]))
+        for ids, first, end in jobs:
+            output = model.run(ids[:first], GenerationSettings(end - first, shape=TreeShape.chain(chain_length)))
+            stats.add(output.stats)
+            pairs = list(zip(output.new_tokens[0], ids[first:end]))
             reproduced += next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
             bar.update(1)
-    return Decoded(acceptance, len(jobs), sum(end - first for _, first, end in jobs), reproduced)
+    return Decoded(
+        num_passes=stats.verification_passes,
+        num_tokens=stats.num_tokens - stats.num_prompts,  # each first token is from the pass over its prompt
+        accepted_at=stats.accepted_at,
+        num_answers=len(jobs),
+        num_file_tokens=sum(end - first for _, first, end in jobs),
+        num_reproduced=reproduced,
+    )
 
 
 def disagreement(estimated: Acceptance, decoded: Acceptance) -> float:

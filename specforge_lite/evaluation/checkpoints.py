@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_of, state_directories
-from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, DataError
 from specforge_lite.core.log import info, warn
-from specforge_lite.core.sections import MeasureSection
-from specforge_lite.evaluation.run import TargetFiles, save_results
-from specforge_lite.model.draft import Draft
+from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
+from specforge_lite.evaluation.run import (
+    engine_for,
+    evaluate_draft,
+    open_eval_data,
+    open_target_files,
+    position_rows,
+    save_results,
+)
 
 # metric -> +1 where more is better, -1 where less is
 METRICS = {"tau_walk": 1, "tau_chain": 1, "tau_sampling": 1, "accuracy": 1, "loss": -1}
@@ -49,11 +52,6 @@ class Checkpoint:
             return describe_state(self.path)
         manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest["files"]["draft.safetensors"]["sha256"])
-
-    def load(self, files: TargetFiles, draft_config: Path | None) -> Draft:
-        """The draft in fp32 on the target's device."""
-        config_file = draft_config if self.is_state else None
-        return load_draft(self.path, files.config, torch.float32, files.device, config_file)
 
 
 def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
@@ -92,60 +90,71 @@ def run_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
     return {}
 
 
+def evaluate_checkpoints(
+    found: Sequence[Checkpoint],
+    path: Path,
+    target: TargetSection,
+    data: DataSection,
+    measure: MeasureSection,
+    metric: str,
+    draft_config: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Entries of `found`, in their order: those of the file at `path` that still hold, and new ones, each written to it
+    when it is known. draft_config: config.json of the drafts in state_N. Raises DataError for another file."""
+    dataset = open_eval_data(target, data)
+    settings = measure.model_dump(include={"ttt_length", "chain_length", "batch_size", "eval_max_samples"})
+    settings |= {"target": target.target_model_path, "data": str(data.eval_data_path)}
+    results = CheckpointResults(path, metric, {**settings, "data_fingerprint": dataset.fingerprint})
+    todo = [checkpoint for checkpoint in found if not results.holds(checkpoint)]
+    info(f"{found[0].path.parent}: {len(found)} checkpoints, {len(found) - len(todo)} evaluated before")
+    if todo:
+        files = open_target_files(target, measure.device)
+        drafts = (files.load_draft(c.path, draft_config if c.is_state else None) for c in todo)
+        draft = next(drafts)
+        with engine_for(draft, target, data, files.device) as engine:
+            for place, checkpoint in enumerate(todo):
+                draft = next(drafts) if place else draft
+                title = f"{checkpoint.name} ({place + 1}/{len(todo)})"
+                result = evaluate_draft(draft, files, dataset, engine, measure, title=title)
+                results.add(checkpoint, {"positions": position_rows(result), **result.to_dict()})
+    results.entries = {checkpoint.name: results.entries[checkpoint.name] for checkpoint in found}
+    results.write()  # without entries of checkpoints that are gone
+    return list(results.entries.values())
+
+
 class CheckpointResults:
-    """checkpoints.json: read at the start, written after each checkpoint."""
+    """checkpoints.json: read at the start, written after each checkpoint. entries: by name."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], metric: str) -> None:
-        self.path, self.settings, self.metric = path, settings, metric
-        self.entries: list[dict[str, Any]] = []
-        self._earlier = self._read()
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.path.exists():
-            return {}
+    def __init__(self, path: Path, metric: str, settings: dict[str, Any]) -> None:
+        self.path, self.metric, self.settings = path, metric, settings
+        self.entries: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            same = values["format"] == FORMAT and values["settings"] == self.settings
-            entries = {entry["name"]: entry for entry in values["checkpoints"]}
+            values = json.loads(path.read_text(encoding="utf-8"))
+            same = values["format"] == FORMAT and values["settings"] == settings
+            self.entries = {entry["name"]: entry for entry in values["checkpoints"] if same}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{self.path}: not a file of evaluate_checkpoints.py: {error}; delete it") from None
+            raise DataError(f"{path}: not a file of evaluate_checkpoints.py: {error}; delete it") from None
         if not same:
-            info(f"{self.path}: of other settings or data; evaluating all checkpoints again")
-        return entries if same else {}
+            info(f"{path}: of other settings or data; evaluating all checkpoints again")
 
-    def take_earlier(self, checkpoint: Checkpoint) -> bool:
-        """True if this checkpoint was evaluated before; its entry is kept."""
-        entry = self._earlier.get(checkpoint.name)
-        if entry is None or entry["identity"] != checkpoint.identity():
-            return False
-        self.entries.append(entry)
-        return True
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """True if this checkpoint, with these weights, was evaluated before."""
+        return self.entries.get(checkpoint.name, {}).get("identity") == checkpoint.identity()
 
     def add(self, checkpoint: Checkpoint, result: dict[str, Any]) -> None:
         """Keep a new result and write the file."""
         key = "epoch" if checkpoint.is_state else "step"
         entry = {"name": checkpoint.name, key: checkpoint.number, "identity": checkpoint.identity(), **result}
-        self.entries.append(entry)
+        self.entries[checkpoint.name] = entry
         self.write()
 
     def write(self) -> None:
-        """Write what is known so far, and entries not reached yet of the earlier file."""
-        names = {entry["name"] for entry in self.entries}
-        later = [entry for name, entry in self._earlier.items() if name not in names]
-        best = best_entry(self.entries, self.metric)
-        values = {
-            "format": FORMAT,
-            "metric": self.metric,
-            "best": best["name"] if best else None,
-            "settings": self.settings,
-            "checkpoints": [*self.entries, *later],
-        }
-        save_results(self.path, values)
-
-    def finish(self) -> None:
-        """Forget entries of checkpoints that are gone, and write."""
-        self._earlier = {}
-        self.write()
+        entries = list(self.entries.values())
+        best = best_entry(entries, self.metric)
+        values = {"format": FORMAT, "metric": self.metric, "best": best["name"] if best else None}
+        save_results(self.path, {**values, "settings": self.settings, "checkpoints": entries})
 
 
 def metric_of(entry: dict[str, Any], metric: str) -> float:
@@ -158,10 +167,3 @@ def best_entry(entries: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]
     """The best entry; of equals the earliest."""
     sign = METRICS[metric]
     return max(entries, key=lambda entry: sign * metric_of(entry, metric), default=None)
-
-
-def settings_of(measure: MeasureSection, target: str, data: str, fingerprint: str) -> dict[str, Any]:
-    """What results depend on besides the checkpoint."""
-    values = measure.model_dump(mode="json", exclude={"device"})
-    keep = ("ttt_length", "chain_length", "batch_size", "eval_max_samples")
-    return {**{name: values[name] for name in keep}, "target": target, "data": data, "data_fingerprint": fingerprint}

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Strict, model_validator
+from pydantic.dataclasses import dataclass
 
 from specforge_lite.core.log import progress
 from specforge_lite.data.prompts import Prompt
-from specforge_lite.inference.output import DecodeStats, token_texts
+from specforge_lite.inference.output import DecodeStats, GenerationOutput, token_texts
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.target import rounding_units
 
+CHECKED = ConfigDict(extra="forbid")  # these are read from files, too
+Count = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CHECKED)
 class Sample:
     """One generation. `token_texts` joined are the answer; `tokens_per_pass` tells how many of them each verification
     pass of the target gave (the last one of a pass is the target's own, the others were drafted)."""
 
     prompt: str
     token_texts: tuple[str, ...]
-    tokens_per_pass: tuple[int, ...]
+    tokens_per_pass: tuple[Count, ...]
     category: str = ""
 
+    @model_validator(mode="after")
+    def _every_token_has_a_pass(self) -> Sample:
+        texts, total = len(self.token_texts), sum(self.tokens_per_pass)
+        if total < texts:
+            raise ValueError(f"{texts} tokens, but tokens_per_pass adds up to {total}")
+        return self
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CHECKED)
 class Decoding:
     """Decoding with a draft, and without it where that was done too.
 
@@ -37,22 +50,33 @@ class Decoding:
     settings: a few words, e.g. "greedy, chains of 5".
     """
 
-    acceptance_length: float
-    num_prompts: int
-    num_tokens: int = 0
+    acceptance_length: Number
+    num_prompts: Count
+    num_tokens: Count = 0
     settings: str = ""
-    accepted_per_position: tuple[float, ...] = ()
-    num_identical: int | None = None
-    num_near_ties: int | None = None
-    num_passes: int | None = None
-    num_passes_without: int | None = None
-    tokens_per_second: float | None = None
-    tokens_per_second_without: float | None = None
+    accepted_per_position: tuple[Number, ...] = ()
+    num_identical: Count | None = None
+    num_near_ties: Count | None = None
+    num_passes: Count | None = None
+    num_passes_without: Count | None = None
+    tokens_per_second: Number | None = None
+    tokens_per_second_without: Number | None = None
     samples: tuple[Sample, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+
+def decode_both_ways(
+    model: SpeculativeModel, prompts: Sequence[list[int]], settings: GenerationSettings
+) -> Iterator[tuple[GenerationOutput, GenerationOutput]]:
+    """Answers without and with the draft, a prompt at a time and in turn, so that a machine whose speed drifts favours
+    neither."""
+    with progress(len(prompts), "decode with and without the draft", "prompt") as bar:
+        for token_ids in prompts:
+            yield model.run(token_ids, settings, speculative=False), model.run(token_ids, settings, speculative=True)
+            bar.update(1)
 
 
 def compare_generation(
@@ -61,26 +85,22 @@ def compare_generation(
     settings: GenerationSettings,
     num_samples: int = 8,
 ) -> Decoding:
-    """Decode every prompt (and its token ids) twice, one at a time and in turn, so that a machine whose speed drifts
-    favours neither."""
+    """Decode every prompt (and its token ids) with and without the draft."""
     with_draft, without = DecodeStats(), DecodeStats()
     num_identical = num_near_ties = 0
     samples: list[Sample] = []
-    with progress(len(prompts), "decode with and without the draft", "prompt") as bar:
-        for prompt, prompt_ids in prompts:
-            plain = model.run(prompt_ids, settings, speculative=False)
-            drafted = model.run(prompt_ids, settings, speculative=True)
-            without.add(plain.stats)
-            with_draft.add(drafted.stats)
-            if plain.new_tokens == drafted.new_tokens:
-                num_identical += 1
-            elif settings.sampling.is_greedy:
-                num_near_ties += is_near_tie(model, prompt_ids, plain.new_tokens[0], drafted.new_tokens[0])
-            if len(samples) < num_samples:
-                chunks = [len(c.tokens) for c in model.stream(prompt_ids, settings) if c.tokens]
-                texts = token_texts(model.tokenizer, drafted.new_tokens[0])
-                samples.append(Sample(str(prompt.steps[0][-1]["content"]), tuple(texts), tuple(chunks)))
-            bar.update(1)
+    answered = decode_both_ways(model, [token_ids for _, token_ids in prompts], settings)
+    for (prompt, prompt_ids), (plain, drafted) in zip(prompts, answered):
+        without.add(plain.stats)
+        with_draft.add(drafted.stats)
+        if plain.new_tokens == drafted.new_tokens:
+            num_identical += 1
+        elif settings.sampling.is_greedy:
+            num_near_ties += is_near_tie(model, prompt_ids, plain.new_tokens[0], drafted.new_tokens[0])
+        if len(samples) < num_samples:
+            chunks = [len(c.tokens) for c in model.stream(prompt_ids, settings) if c.tokens]
+            texts = token_texts(model.tokenizer, drafted.new_tokens[0])
+            samples.append(Sample(str(prompt.steps[0][-1]["content"]), tuple(texts), tuple(chunks)))
     return Decoding(
         acceptance_length=with_draft.tokens_per_pass,
         num_prompts=len(prompts),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
-from pathlib import Path
+from dataclasses import dataclass
 
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.errors import ConfigError, EngineError
-from specforge_lite.core.files import write_json
-from specforge_lite.core.log import progress
+from specforge_lite.evaluation.compare_generation import decode_both_ways
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.serving.session import ServingOptions, ServingSession
@@ -83,10 +80,6 @@ class ServingComparison:
             )
         return Finding(name, "broken", f"{table}; {cause}")
 
-    def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
-        write_json(path, asdict(self))
-
 
 def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_tokens: int) -> ServingComparison:
     """Decode token-id prompts with our chain decoder, then in the server. Raises ConfigError, EngineError."""
@@ -95,16 +88,11 @@ def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_t
     model = SpeculativeModel.from_pretrained(
         options.model_path, options.draft_path, num_draft_tokens=options.num_steps, dtype=options.dtype
     )
-    settings = GenerationSettings(max_new_tokens=max_new_tokens)
     stats = DecodeStats()
     plain: list[list[int]] = []
-    with progress(len(prompts), "decode the same prompts ourselves", "prompt") as bar:
-        for prompt in prompts:
-            plain += model.run(prompt, settings, speculative=False).new_tokens
-            one = model.run(prompt, settings).stats
-            stats.verification_passes += one.verification_passes
-            stats.accepted_at = [a + b for a, b in zip_longest(stats.accepted_at, one.accepted_at, fillvalue=0)]
-            bar.update(1)
+    for without, drafted in decode_both_ways(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens)):
+        plain += without.new_tokens
+        stats.add(drafted.stats)
     del model
     with ServingSession(options) as session:
         run = session.generate(prompts, max_new_tokens)
@@ -117,6 +105,6 @@ def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_t
         acceptance_length_ours=1 + sum(stats.accepted_at) / max(stats.verification_passes, 1),
         tokens_per_second=run.tokens_per_second,
         accepted_at=tuple(count / max(acceptance.num_passes, 1) for count in acceptance.accepted_at),
-        accepted_at_ours=tuple(count / max(stats.verification_passes, 1) for count in stats.accepted_at),
+        accepted_at_ours=tuple(stats.acceptance_per_position),
         num_passes=stats.verification_passes,
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.log import progress
 from specforge_lite.data.fim import FimRow, to_fim_row
 from specforge_lite.data.prompts import read_rows
+from specforge_lite.evaluation.compare_generation import decode_both_ways
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
@@ -81,19 +81,16 @@ def complete(model: SpeculativeModel, rows: Sequence[FimRow], settings: Completi
     prompts = FimPrompts(tokenizer, settings.fim_order, settings.max_length, settings.max_new_tokens)
     eos = [*model.eos_token_ids, *prompts.end_token_ids]
     generation = GenerationSettings(prompts.max_tokens, eos_token_id=eos, shape=settings.shape)
-    stats = {True: DecodeStats(), False: DecodeStats()}
-    texts: dict[bool, list[str]] = {True: [], False: []}
+    with_draft, without = DecodeStats(), DecodeStats()
+    texts: list[str] = []
+    plain_texts: list[str] = []
     num_identical = 0
-    with progress(len(rows), "complete with and without the draft", "hole") as bar:
-        for row in rows:
-            ids = prompts.prompt_ids(row)
-            answers = {drafted: model.run(ids, generation, speculative=drafted) for drafted in (False, True)}
-            for drafted, output in answers.items():
-                stats[drafted].add(output.stats)
-                texts[drafted].append(tokenizer.decode(output.new_tokens[0], skip_special_tokens=True))
-            num_identical += answers[True].new_tokens == answers[False].new_tokens
-            bar.update(1)
-    with_draft, without = stats[True], stats[False]
+    for plain, drafted in decode_both_ways(model, [prompts.prompt_ids(row) for row in rows], generation):
+        without.add(plain.stats)
+        with_draft.add(drafted.stats)
+        num_identical += plain.new_tokens == drafted.new_tokens
+        texts.append(tokenizer.decode(drafted.new_tokens[0], skip_special_tokens=True))
+        plain_texts.append(tokenizer.decode(plain.new_tokens[0], skip_special_tokens=True))
     references = [row.middle for row in rows]
     return CompletionResult(
         num_rows=len(rows),
@@ -107,11 +104,11 @@ def complete(model: SpeculativeModel, rows: Sequence[FimRow], settings: Completi
         target_passes_without=without.target_forwards,
         tokens_per_second=with_draft.tokens_per_second,
         tokens_per_second_without=without.tokens_per_second,
-        with_draft=quality_of(texts[True], references),
-        without_draft=quality_of(texts[False], references),
+        with_draft=quality_of(texts, references),
+        without_draft=quality_of(plain_texts, references),
         samples=[
             {"id": row.id, "prefix_end": row.prefix[-200:], "middle": row.middle, "completion": text}
-            for row, text in list(zip(rows, texts[True]))[:NUM_SHOWN]
+            for row, text in list(zip(rows, texts))[:NUM_SHOWN]
         ],
     )
 

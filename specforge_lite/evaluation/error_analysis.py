@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -34,55 +34,6 @@ SHOWN_CHARACTERS = 60
 ANSWER_PLACES = (0, 1, 4, 16, 64, 256)
 
 
-@dataclass
-class Tally:
-    """Tokens seen, and those of them missed."""
-
-    total: int = 0
-    missed: int = 0
-
-    def add(self, missed: bool) -> None:
-        self.total += 1
-        self.missed += missed
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, accuracy included."""
-        return {"total": self.total, "missed": self.missed, "accuracy": 1 - self.missed / max(self.total, 1)}
-
-
-@dataclass(frozen=True, order=True)
-class Miss:
-    """One failure for a person to look at. `key` orders them at random, the same in every run."""
-
-    key: str
-    sample_id: str
-    place: int
-    kind: str
-    before: str
-    expected: str
-    guessed: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `place`: index of the token in its sample, `before`: the text in front of it."""
-        return {name: getattr(self, name) for name in ("sample_id", "place", "kind", "before", "expected", "guessed")}
-
-
-@dataclass
-class Document:
-    """A sample as text. pieces[i]: text of token i, pieces joined are the whole; starts[i]: where it begins."""
-
-    ids: list[int]
-    pieces: list[str]
-    starts: list[int] = field(init=False)
-    text: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.text = "".join(self.pieces)
-        self.starts = [0]
-        for piece in self.pieces:
-            self.starts.append(self.starts[-1] + len(piece))
-
-
 class ErrorAnalysis:
     """Add every evaluated batch (an observer of `evaluate_draft`), then read `to_dict`."""
 
@@ -95,163 +46,166 @@ class ErrorAnalysis:
         self._code_ids = fim_token_ids(tokenizer)
         self._in_vocabulary = draft.t2d.cpu()
         self.num_documents = 0
-        self.by_step: list[dict[str, Tally]] = [defaultdict(Tally) for _ in range(num_steps)]
-        self.by_place = [Tally() for _ in ANSWER_PLACES]
-        self.by_token: dict[int, Tally] = defaultdict(Tally)
-        self.by_context: dict[tuple[int, ...], Tally] = defaultdict(Tally)
+        # Keys: ("step", k, kind), and at position 0 ("place", group), ("token", id, kind), ("context", ids)
+        self.seen: Counter[Any] = Counter()
+        self.missed: Counter[Any] = Counter()
         self.pairs: Counter[tuple[int, int]] = Counter()
         self.outside: Counter[str] = Counter()  # misses at position 0 that no draft of this vocabulary could avoid
-        self._token_kind: dict[int, Counter[str]] = defaultdict(Counter)
-        self._samples: dict[str, list[tuple[str, Miss]]] = defaultdict(list)
+        self._samples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
 
     def __call__(self, output: StepOutput, batch: DraftBatch) -> None:
         """Count one batch; `output` with `collect_rows`."""
         assert output.correct_NK is not None
         assert output.supervised_NK is not None
         predicted_NK = predict_tokens(self._draft, self._head, batch, self._num_steps).cpu()
-        expected_N = self._target_choices(batch)
+        with torch.no_grad():  # the target's most probable token after token u, at place u
+            expected_N = torch.cat([self._head.logits(part).argmax(-1).cpu() for part in batch.last_NH.split(256)])
         correct_NK, supervised_NK = output.correct_NK.cpu(), output.supervised_NK.cpu()
         for index, (start, stop) in enumerate(zip(batch.doc_offsets[:-1], batch.doc_offsets[1:])):
             rows = slice(start, stop)
-            ids = batch.input_ids_N[rows].tolist()
-            self._add_document(
-                batch.sample_ids[index],
-                Document(ids, token_texts(self._tokenizer, ids)),
-                answers_of(batch.loss_mask_N[rows].tolist()),
-                expected_N[rows].tolist(),
-                predicted_NK[rows].tolist(),
-                (supervised_NK[rows], correct_NK[rows]),
-            )
+            document = Document(batch.sample_ids[index], batch.input_ids_N[rows].tolist(), self._tokenizer)
+            first_of = {
+                place: first
+                for first, end in answers_of(batch.loss_mask_N[rows].tolist())
+                for place in range(first, end)
+            }
+            expected, predicted = expected_N[rows].tolist(), predicted_NK[rows, 0].tolist()
+            kinds: dict[int, str] = {}
+            for row, k in supervised_NK[rows].nonzero().tolist():
+                place = row + 2 + k  # of the token that is guessed
+                token = expected[place - 1]
+                if place not in kinds:
+                    kinds[place] = self._kind(document, place, token)
+                missed = not bool(correct_NK[start + row, k])
+                self._count(missed, ("step", k, kinds[place]))
+                if k == 0:
+                    group = place_group(place - first_of.get(place, place))
+                    context = tuple(document.ids[max(0, place - CONTEXT_TOKENS) : place])
+                    self._count(missed, ("place", group), ("token", token, kinds[place]), ("context", context))
+                    if missed:
+                        self._add_miss(document, place, kinds[place], token, predicted[row])
+        self.num_documents += len(batch.sample_ids)
 
-    def _target_choices(self, batch: DraftBatch) -> torch.Tensor:
-        """[N] int64: the target's most probable token after token u, at place u."""
-        with torch.no_grad():
-            return torch.cat([self._head.logits(part).argmax(-1).cpu() for part in batch.last_NH.split(256)])
+    def _count(self, missed: bool, *keys: Any) -> None:
+        self.seen.update(keys)
+        if missed:
+            self.missed.update(keys)
 
-    def _add_document(
-        self,
-        sample_id: str,
-        document: Document,
-        answers: list[tuple[int, int]],
-        expected: list[int],
-        predicted: list[list[int]],
-        flags: tuple[torch.Tensor, torch.Tensor],
-    ) -> None:
-        supervised_LK, correct_LK = flags
-        self.num_documents += 1
-        in_code = bool(self._code_ids & set(document.ids))
-        first_of = {place: first for first, end in answers for place in range(first, end)}
-        kinds: dict[int, str] = {}
-        for row, k in supervised_LK.nonzero().tolist():
-            place = row + 2 + k  # of the token that is guessed
-            token = expected[place - 1]
-            if place not in kinds:
-                kinds[place] = self._kind(document, place, token, in_code)
-            missed = not bool(correct_LK[row, k])
-            self.by_step[k][kinds[place]].add(missed)
-            if k == 0:
-                self._add_first(document, place, kinds[place], token, missed)
-                self.by_place[place_group(place - first_of.get(place, place))].add(missed)
-                if missed:
-                    self._add_miss(sample_id, document, place, kinds[place], token, predicted[row][0])
-
-    def _kind(self, document: Document, place: int, token: int, in_code: bool) -> str:
+    def _kind(self, document: Document, place: int, token: int) -> str:
         if token in self._control:
             return "control"
         before = document.text[: document.starts[place]]
-        in_code = in_code or is_in_fence(before)
+        in_code = bool(self._code_ids & document.id_set) or is_in_fence(before)
         if document.ids[place] == token:
             return classify(document.pieces[place], before, document.text[document.starts[place + 1] :][:64], in_code)
         return classify(self._text(token), before, "", in_code)
 
-    def _add_first(self, document: Document, place: int, kind: str, token: int, missed: bool) -> None:
-        self.by_token[token].add(missed)
-        self._token_kind[token][kind] += 1
-        self.by_context[tuple(document.ids[max(0, place - CONTEXT_TOKENS) : place])].add(missed)
-
-    def _add_miss(self, sample_id: str, document: Document, place: int, kind: str, token: int, guess: int) -> None:
+    def _add_miss(self, document: Document, place: int, kind: str, token: int, guess: int) -> None:
         self.pairs[token, guess] += 1
         self.outside[kind] += not bool(self._in_vocabulary[token])
-        key = hashlib.sha256(f"{sample_id}:{place}".encode()).hexdigest()
-        before = document.text[: document.starts[place]][-SHOWN_CHARACTERS:]
-        miss = Miss(key, sample_id, place, kind, before, self._text(token), self._text(guess))
+        miss = {
+            "sample_id": document.sample_id,
+            "place": place,  # index of the token in its sample
+            "kind": kind,
+            "before": document.text[: document.starts[place]][-SHOWN_CHARACTERS:],
+            "expected": self._text(token),
+            "guessed": self._text(guess),
+        }
+        key = hashlib.sha256(f"{document.sample_id}:{place}".encode()).hexdigest()  # random, the same in every run
         kept = self._samples[kind]
         kept.append((key, miss))
         if len(kept) > 4 * self._num_samples:
-            self._samples[kind] = heapq.nsmallest(self._num_samples, kept)
+            self._samples[kind] = self._shown_samples(kind)
 
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+    def _shown_samples(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        return heapq.nsmallest(self._num_samples, self._samples.get(kind, []), key=itemgetter(0))
+
+    def _text(self, *tokens: int) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     # -------------------------------------------------------------------------------------------------------- results
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the lists of tokens, contexts and pairs hold the `num_top` with most misses."""
-        missed = sum(tally.missed for tally in self.by_step[0].values())
+        whole = self._tally(*(("step", 0, kind) for kind in CLASSES))
+        pairs = sorted(self.pairs.items(), key=lambda item: (-item[1], item[0]))
+        places = [("place", group) for group in range(len(ANSWER_PLACES)) if self.seen["place", group]]
         return {
             "num_samples": self.num_documents,
-            "num_tokens": sum(tally.total for tally in self.by_step[0].values()),
-            "num_missed": missed,
+            "num_tokens": whole["total"],
+            "num_missed": whole["missed"],
             "positions": [self._position(k) for k in range(self._num_steps)],
-            "classes": [self._class(kind, missed) for kind in CLASSES if self.by_step[0][kind].total],
-            "answer_places": [
-                {"from": first, **tally.to_dict()} for first, tally in zip(ANSWER_PLACES, self.by_place) if tally.total
-            ],
-            "tokens": [
+            "classes": [
                 {
-                    "token": self._text(token),
-                    "id": token,
-                    "class": self._token_kind[token].most_common(1)[0][0],
-                    "in_draft_vocabulary": bool(self._in_vocabulary[token]),
-                    **tally.to_dict(),
-                    "guessed_instead": self._guesses_for(token),
+                    "class": kind,
+                    **tally,
+                    "share_of_misses": tally["missed"] / max(whole["missed"], 1),
+                    "outside_draft_vocabulary": self.outside[kind],
                 }
-                for token, tally in worst(self.by_token.items(), self._num_top)
+                for kind, tally in self._by_kind(0).items()
             ],
+            "answer_places": [{"from": ANSWER_PLACES[key[1]], **self._tally(key)} for key in places],
+            "tokens": self._worst_tokens(),
             "contexts": [
-                {"before": str(self._tokenizer.decode(list(ids), skip_special_tokens=False)), **tally.to_dict()}
-                for ids, tally in worst(self.by_context.items(), self._num_top)
+                {"before": self._text(*ids), **self._tally(("context", ids))}
+                for ids in self._worst({key[1]: [key] for key in self.missed if key[0] == "context"})
             ],
             "pairs": [
                 {"expected": self._text(token), "guessed": self._text(guess), "count": count}
-                for (token, guess), count in sorted(self.pairs.items(), key=lambda item: (-item[1], item[0]))
-            ][: self._num_top],
-            "samples": [
-                miss.to_dict()
-                for kind in CLASSES
-                for _, miss in heapq.nsmallest(self._num_samples, self._samples.get(kind, []))
+                for (token, guess), count in pairs[: self._num_top]
             ],
+            "samples": [miss for kind in CLASSES for _, miss in self._shown_samples(kind)],
         }
+
+    def _tally(self, *keys: Any) -> dict[str, Any]:
+        total, missed = (sum(counts[key] for key in keys) for counts in (self.seen, self.missed))
+        return {"total": total, "missed": missed, "accuracy": 1 - missed / max(total, 1)}
+
+    def _by_kind(self, k: int) -> dict[str, dict[str, Any]]:
+        return {kind: self._tally(("step", k, kind)) for kind in CLASSES if self.seen["step", k, kind]}
 
     def _position(self, k: int) -> dict[str, Any]:
-        classes = {kind: self.by_step[k][kind].to_dict() for kind in CLASSES if self.by_step[k][kind].total}
-        whole = Tally(sum(c["total"] for c in classes.values()), sum(c["missed"] for c in classes.values()))
-        return {"position": k, **whole.to_dict(), "classes": classes}
+        whole = self._tally(*(("step", k, kind) for kind in CLASSES))
+        return {"position": k, **whole, "classes": self._by_kind(k)}
 
-    def _class(self, kind: str, all_missed: int) -> dict[str, Any]:
-        tally = self.by_step[0][kind]
-        share = tally.missed / max(all_missed, 1)
-        return {
-            "class": kind,
-            **tally.to_dict(),
-            "share_of_misses": share,
-            "outside_draft_vocabulary": self.outside[kind],
-        }
+    def _worst(self, keys_of: dict[Any, list[Any]]) -> list[Any]:
+        """Those with most misses, of equals the rarer one first. keys_of: with at least one miss each."""
+        tallies = {name: self._tally(*keys) for name, keys in keys_of.items()}
+        order = sorted(tallies, key=lambda name: (-tallies[name]["missed"], tallies[name]["total"], name))
+        return order[: self._num_top]
 
-    def _guesses_for(self, token: int) -> list[dict[str, Any]]:
-        found = sorted(((n, guess) for (wanted, guess), n in self.pairs.items() if wanted == token), reverse=True)
-        return [{"guessed": self._text(guess), "count": count} for count, guess in found[:3]]
+    def _worst_tokens(self) -> list[dict[str, Any]]:
+        missed = {key[1] for key in self.missed if key[0] == "token"}
+        kinds = {token: [("token", token, kind) for kind in CLASSES] for token in missed}
+        found = []
+        for token in self._worst(kinds):
+            guesses = sorted(((n, guess) for (wanted, guess), n in self.pairs.items() if wanted == token), reverse=True)
+            found.append(
+                {
+                    "token": self._text(token),
+                    "id": token,
+                    "class": max(kinds[token], key=self.seen.__getitem__)[2],
+                    "in_draft_vocabulary": bool(self._in_vocabulary[token]),
+                    **self._tally(*kinds[token]),
+                    "guessed_instead": [{"guessed": self._text(guess), "count": n} for n, guess in guesses[:3]],
+                }
+            )
+        return found
+
+
+class Document:
+    """A sample as text. pieces[i]: text of token i, pieces joined are the whole; starts[i]: where it begins."""
+
+    def __init__(self, sample_id: str, ids: list[int], tokenizer: Any) -> None:
+        self.sample_id, self.ids, self.id_set = sample_id, ids, set(ids)
+        self.pieces = token_texts(tokenizer, ids)
+        self.starts = list(accumulate(map(len, self.pieces), initial=0))
+        self.text = "".join(self.pieces)
 
 
 def place_group(place: int) -> int:
     """Index into ANSWER_PLACES of a place in an answer."""
     return max(index for index, first in enumerate(ANSWER_PLACES) if place >= first)
-
-
-def worst(tallies: Iterable[tuple[Any, Tally]], count: int) -> Sequence[tuple[Any, Tally]]:
-    """Those with most misses, of equals the rarer one first; none without a miss."""
-    found = [item for item in tallies if item[1].missed]
-    return sorted(found, key=lambda item: (-item[1].missed, item[1].total, item[0]))[:count]
 
 
 def fim_token_ids(tokenizer: Any) -> set[int]:

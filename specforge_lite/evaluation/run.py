@@ -39,10 +39,10 @@ class TargetFiles:
     head: TargetHead
     device: torch.device
 
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return int(self.config.get_text_config().num_hidden_layers)
+    def load_draft(self, path: Path, config_file: Path | None = None) -> Draft:
+        """A draft to evaluate, fp32 on the target's device: exported, a checkpoint step_N, or EAGLE's state_N (with its
+        config.json, where that is elsewhere)."""
+        return load_draft(path, self.config, torch.float32, self.device, config_file)
 
 
 def open_target_files(target: TargetSection, device: str | None) -> TargetFiles:
@@ -60,26 +60,18 @@ def open_eval_data(target: TargetSection, data: DataSection) -> TokenizedDataset
     return open_dataset(data.eval_data_path, target, data)
 
 
-def with_aux_layers(target: TargetSection, draft: Draft) -> TargetSection:
-    """The target section with the aux layers that the draft was trained on."""
+@contextmanager
+def engine_for(draft: Draft, target: TargetSection, data: DataSection, device: torch.device) -> Iterator[TargetEngine]:
+    """An engine that captures the aux layers that this draft was trained on (an EAGLE-1 draft names none), closed at the
+    end."""
     ids = draft.config.aux_layer_ids
     if ids is None:
         text = load_config(target.target_model_path, target.trust_remote_code).get_text_config()
         ids = target.aux_layer_ids or unnamed_aux_layer_ids(int(text.num_hidden_layers))
     if target.aux_layer_ids not in (None, ids):
         raise ConfigError(f"aux_layer_ids {list(target.aux_layer_ids or ())}: the draft was trained on {list(ids)}")
-    return target.model_copy(update={"aux_layer_ids": ids})
-
-
-def load_evaluated(path: Path, files: TargetFiles) -> Draft:
-    """A draft to evaluate, fp32 on the target's device: exported, a checkpoint step_N, or EAGLE's state_N."""
-    return load_draft(path, files.config, torch.float32, files.device)
-
-
-@contextmanager
-def engine_for(draft: Draft, target: TargetSection, data: DataSection, device: torch.device) -> Iterator[TargetEngine]:
-    """An engine that captures what this draft reads, closed at the end."""
-    engine = open_engine(with_aux_layers(target, draft), data.max_length, device=str(device))
+    target = target.model_copy(update={"aux_layer_ids": ids})
+    engine = open_engine(target, data.max_length, device=str(device))
     try:
         yield engine
     finally:
@@ -154,6 +146,16 @@ def prepare_place(path: Path, flag: str) -> None:
         raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: is a directory, expected a file name")
+
+
+def prepare_results(path: Path) -> Path:
+    """The file that `--save-results` means, its directory made: a directory gets results.json, as EAGLE's users expect;
+    one with checkpoints in it is a mistake."""
+    holds_checkpoints = path.is_dir() and any(path.glob("st*_*"))
+    if path.suffix != ".json" and not holds_checkpoints:
+        path = path / "results.json"
+    prepare_place(path, "save_results")
+    return path
 
 
 def save_results(path: Path, results: dict[str, Any]) -> None:

@@ -17,19 +17,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from specforge_lite.report.figures import Bar, Curve, curve_colours, draw_bars, draw_curves, svg_chart, visible
+from specforge_lite.report.figures import Bar, Curve, curve_colours, draw_bars, draw_curves, svg_chart
+from specforge_lite.report.tables import Table, visible
 
 MAX_POINTS = 240  # a line on 290 units cannot show more
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table, for a terminal or a page; the first `text_columns` columns are text, the others numbers."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    text_columns: int = 1
 
 
 @dataclass(frozen=True)

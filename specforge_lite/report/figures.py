@@ -20,6 +20,7 @@ from markupsafe import Markup
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import user_errors, write_atomically
 from specforge_lite.evaluation.checkpoints import best_entry, metric_of
+from specforge_lite.report.tables import visible
 
 # A chart in a page is 340 units wide, about its width on a phone, so that its text is readable there.
 PAGE_WIDTH, PAGE_HEIGHT = 340.0, 200.0
@@ -33,16 +34,6 @@ COLOURS = {
 # In an SVG each colour is first a value that nothing else has, and then `var(--NAME)`.
 _MARKS = {name: f"#0102{index:02x}" for index, name in enumerate(COLOURS, 1)}
 CATEGORIES = ("accent", "second", "third", "fourth")
-
-
-# C0 controls other than tab and newline, DEL, C1 controls: shown as pictures, because HTML does not allow them. Lone
-# surrogates cannot be written as UTF-8 at all.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """`text` with characters that HTML cannot carry replaced by a picture of them."""
-    return _CONTROLS.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 0x20 else "\ufffd", text)
 
 
 @dataclass
@@ -196,42 +187,48 @@ def save_figure(figure: Any, path: Path) -> None:
         write_atomically(path, data.getvalue())
 
 
-def legend_below(ax: Any, columns: int = 4) -> None:
-    """The legend under the panel, never over a curve."""
-    handles, _ = ax.get_legend_handles_labels()
-    if len(handles) > 1:
-        legend = ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(columns, len(handles)), fontsize=7,
-            frameon=False, handlelength=2.6,
-        )  # fmt: skip
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+def plot_panels(
+    path: Path, title: str, panels: Sequence[tuple[str, Sequence[Curve]]], x_label: str, columns: int = 2,
+    mark: tuple[float, str] | None = None, ticks: tuple[Sequence[float], Sequence[str]] | None = None,
+) -> None:  # fmt: skip
+    """A PNG of (title, curves), each with its legend under it. mark: a line across at x, and what it is called."""
+    figure, axes = new_figure(len(panels), columns)
+    for ax, (name, curves) in zip(axes, panels):
+        draw_curves(ax, curves)
+        if mark is not None:
+            ax.axvline(mark[0], color="crimson", linestyle="--", linewidth=1, label=mark[1])
+        ax.set_title(name)
+        ax.set_xlabel(x_label)
+        if ticks is not None:
+            ax.set_xticks(*ticks, rotation=45, ha="right")
+        handles, _ = ax.get_legend_handles_labels()
+        if len(handles) > 1:
+            legend = ax.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(4, len(handles)), fontsize=7,
+                frameon=False, handlelength=2.6,
+            )  # fmt: skip
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path)
 
 
 def plot_checkpoints(path: Path, entries: Sequence[dict[str, Any]], metric: str, title: str) -> None:
     """Acceptance lengths, accuracies and losses over checkpoints; the best one by `metric` is marked."""
-    figure, panels = new_figure(3, columns=3)
     places, label = _places(entries)
     names = {"tau_walk": "greedy decoding", "tau_chain": "mean over all positions", "tau_sampling": "sampling"}
     lengths = [Curve(text, "", None, True, places, [e[name] for e in entries]) for name, text in names.items()]
-    groups = [("estimated acceptance length", lengths)]
+    panels = [("estimated acceptance length", lengths)]
     for key in ("accuracy", "loss"):
         steps = range(len(entries[0][key]))
         curves = [Curve(f"position {k}", "", k, True, places, [entry[key][k] for entry in entries]) for k in steps]
-        groups.append((f"{key} by position", curves))
+        panels.append((f"{key} by position", curves))
     best = best_entry(entries, metric)
     assert best is not None
-    at = places[list(entries).index(best)]
-    for ax, (name, curves) in zip(panels, groups):
-        draw_curves(ax, curves)
-        ax.axvline(at, color="crimson", linestyle="--", linewidth=1, label=f"best: {best['name']}")
-        ax.set_title(name)
-        ax.set_xlabel(label)
-        if label == "checkpoint":
-            ax.set_xticks(places, [entry["name"] for entry in entries], rotation=45, ha="right")
-        legend_below(ax)
-    figure.suptitle(f"{title}: best {best['name']} by {metric} ({metric_of(best, metric):.4g})", parse_math=False)
-    save_figure(figure, path)
+    mark = (places[list(entries).index(best)], f"best: {best['name']}")
+    ticks = (places, [entry["name"] for entry in entries]) if label == "checkpoint" else None
+    title = f"{title}: best {best['name']} by {metric} ({metric_of(best, metric):.4g})"
+    plot_panels(path, title, panels, label, 3, mark, ticks)
 
 
 def _places(entries: Sequence[dict[str, Any]]) -> tuple[list[float], str]:

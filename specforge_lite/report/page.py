@@ -13,11 +13,12 @@ from typing import Any
 from specforge_lite.core.files import write_atomically
 from specforge_lite.core.provenance import redact
 from specforge_lite.evaluation.compare_generation import Decoding, Sample
-from specforge_lite.report.cards import Card, PageSection, Table, bars_card, curves_card, percent, render, short_number
+from specforge_lite.report.cards import Card, PageSection, bars_card, curves_card, percent, render, short_number
 from specforge_lite.report.errors import errors_section
 from specforge_lite.report.figures import Bar, Curve
 from specforge_lite.report.sources import is_number, read_decoding, read_metrics
 from specforge_lite.report.speedup import headline, speedup_section
+from specforge_lite.report.tables import Table
 from specforge_lite.report.training_curves import curves_of
 
 FOLDED_KEYS = ("config", "packages", "environment")

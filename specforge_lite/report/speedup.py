@@ -1,4 +1,4 @@
-"""Speed-up bars and the table behind them, from the JSON lines of benchmarks/bench_model_speedup.py."""
+"""Speed-up bars and tables, from the JSON lines of benchmarks/bench_model_speedup.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report.cards import Card, PageSection, Table, bars_card, percent
+from specforge_lite.report.cards import Card, PageSection, bars_card, percent
 from specforge_lite.report.figures import CATEGORIES, Bar, draw_bars, new_figure, save_figure
 from specforge_lite.report.sources import is_number
+from specforge_lite.report.tables import Table, print_table
 
 NEEDED = ("benchmark", "batch_size", "steps", "topk", "num_draft_tokens", "acc_length", "throughput")
 FEW_PROMPTS = 20
@@ -20,7 +21,13 @@ HEADER = [
     "first token ms", "identical",
 ]  # fmt: skip
 AXIS = "speed-up (1 = without a draft)"
-Rows = Sequence[Mapping[str, Any]]
+STATISTIC = (
+    "tokens per pass = completion tokens / verification passes, over all requests; speed-up = throughput / throughput"
+    " without a draft at the same batch size; [95% intervals over prompts]; ms/token after the first token"
+)
+MIN_WIDTH = 140
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 def speedup_section(rows: Rows) -> PageSection:
@@ -38,24 +45,71 @@ def speedup_section(rows: Rows) -> PageSection:
     return PageSection("Speed-up", [*cards, Card("All figures", tables=(table,), wide=True)], note)
 
 
+def print_speedup(rows: Rows, dtype: str = "float32", greedy: bool = True) -> None:
+    """The table in the terminal, benchmarks together, and the acceptance of each category."""
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        lines += [[cell for k, cell in enumerate(_cells(row)) if k != 1] for row in rows if row["benchmark"] == name]
+        lines.append([])
+    header = [name for name in HEADER if name != "configuration"]
+    caption = f"{STATISTIC}\n{exactness(rows, dtype, greedy)}"
+    print_table(Table("", header, lines, 2, caption), MIN_WIDTH)
+    lines = []
+    for row in rows:
+        for category, found in row["per_category"].items() if row["steps"] else ():
+            counts = [str(found["completion_tokens"]), str(found["num_requests"])]
+            latency = _number(found["latency_per_token_ms"], 2)
+            length = _with_interval(found, "acc_length", 2)
+            lines.append([row["benchmark"], _configuration(row), category, length, *counts, latency])
+        if lines and lines[-1]:
+            lines.append([])
+    if lines:
+        header = [*HEADER[:1], HEADER[2], "category", "tokens/pass", "tokens", "requests", "ms/token"]
+        print_table(Table("per category", header, lines, 3), MIN_WIDTH)
+
+
+def exactness(rows: Rows, dtype: str, greedy: bool) -> str:
+    """When output with a draft is the output without one, and what was counted here."""
+    if not greedy:
+        return "identical: not compared; sampling keeps the target's distribution, not its single draws"
+    text = "identical: prompts whose greedy answer is that without a draft, token for token"
+    compared = [row for row in rows if row["num_differing"] is not None]
+    drafted, batched = [r for r in compared if r["steps"]], [r for r in compared if not r["steps"]]
+    num, differing = _sum(drafted, "num_prompts"), _sum(drafted, "num_differing")
+    if dtype == "float32":
+        found = f"yet {differing} of {num} differ here, a fault to report" if differing else "so it is here"
+        return f"{text}; in float32 that is all of them: {found}" if drafted else text
+    text += (
+        f"; in {dtype} up to near ties of two tokens, which a pass over several tokens may round the other way:"
+        f" {differing} of {num} differ here"
+    )
+    firsts = [at for row in drafted if (at := row["tokens_before_difference"]) is not None]
+    if firsts:
+        text += f", the first difference after {min(firsts):.0f} to {max(firsts):.0f} tokens (medians)"
+    if batched:
+        alone = f"{_sum(batched, 'num_differing')} of {_sum(batched, 'num_prompts')}"
+        text += f"; without a draft, {alone} differ by batch size alone"
+    return text
+
+
 def headline(rows: Rows) -> list[tuple[str, str]]:
     """The tile: the one configuration with the highest mean over all benchmarks, not the best of all bars."""
     names = {row["benchmark"] for row in rows}
-    by_config: dict[str, list[Mapping[str, Any]]] = {}
+    by_config: dict[str, list[Row]] = {}
     for row in _measured(rows):
         by_config.setdefault(config_label(row), []).append(row)
     complete = {name: found for name, found in by_config.items() if {row["benchmark"] for row in found} == names}
     if not complete:
         return []
     best, found = max(complete.items(), key=lambda item: fmean(row["speedup"] for row in item[1]))
-    prompts = [sum(_count(row.get("num_requests")) for row in found)]
+    num_requests = _sum(found, "num_requests")
     words = f"mean speed-up on {', '.join(sorted(map(str, names)))} ({best})"
-    if 0 < prompts[0] < FEW_PROMPTS:
-        words += f", from {prompts[0]} requests only"
+    if 0 < num_requests < FEW_PROMPTS:
+        words += f", from {num_requests} requests only"
     return [(f"{fmean(row['speedup'] for row in found):.2f}×", words)]
 
 
-def config_label(row: Mapping[str, Any]) -> str:
+def config_label(row: Row) -> str:
     """`batch 4, tree 7×10, 60 verified`, or `batch 1, chain of 3`."""
     if not row["steps"]:
         return f"batch {row['batch_size']}, no draft"
@@ -92,20 +146,20 @@ def _bars(rows: Rows) -> tuple[dict[str, list[Bar]], float]:
     return groups, 1.02 * max([*tops, 1.0])
 
 
-def _measured(rows: Rows) -> list[Mapping[str, Any]]:
+def _measured(rows: Rows) -> list[Row]:
     return [row for row in rows if row["steps"] and is_number(row.get("speedup")) and math.isfinite(row["speedup"])]
 
 
-def _count(value: Any) -> int:
-    return int(value) if is_number(value) else 0
+def _sum(rows: Rows, key: str) -> int:
+    return sum(int(row[key]) for row in rows if is_number(row.get(key)))
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     share: Any = row.get("identical_share")
     return [
         str(row["benchmark"]),
         config_label(row),
-        ",".join(str(row[key]) for key in ("batch_size", "steps", "topk", "num_draft_tokens")) if row["steps"] else "",
+        _configuration(row),
         _with_interval(row, "acc_length", 2),
         _with_interval(row, "throughput", 1),
         _with_interval(row, "speedup", 2),
@@ -116,12 +170,17 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _with_interval(row: Mapping[str, Any], key: str, digits: int) -> str:
+def _configuration(row: Row) -> str:
+    keys = ("batch_size", "steps", "topk", "num_draft_tokens")
+    return ",".join(str(row[key]) for key in keys) if row["steps"] else f"{row['batch_size']},0"
+
+
+def _with_interval(row: Row, key: str, digits: int) -> str:
     interval, text = _interval(row, key), _number(row.get(key), digits)
     return f"{text} [{interval[0]:,.{digits}f}, {interval[1]:,.{digits}f}]" if interval else text
 
 
-def _interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+def _interval(row: Row, key: str) -> tuple[float, float] | None:
     value = row.get(f"{key}_interval")
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_number, value)):
         return None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report.figures import Curve, draw_curves, legend_below, new_figure, save_figure
-from specforge_lite.report.sources import read_jsonl
+from specforge_lite.core.files import read_jsonl
+from specforge_lite.report.figures import Curve, plot_panels
 from specforge_lite.training.reporting import METRICS_FILE
 
 PANELS = {
@@ -160,12 +160,5 @@ def recognise(column: str) -> Curve | None:
 
 def plot_curves(curves: list[Curve], path: Path, title: str) -> None:
     """One panel per kind of metric that is there; training as lines, held-out and per epoch as dots on dashes."""
-    panels = [panel for panel in PANELS if any(curve.panel == panel for curve in curves)]
-    figure, axes = new_figure(len(panels))
-    for panel, ax in zip(panels, axes):
-        draw_curves(ax, [curve for curve in curves if curve.panel == panel])
-        ax.set_title(PANELS[panel])
-        ax.set_xlabel("step")
-        legend_below(ax)
-    figure.suptitle(title, parse_math=False)
-    save_figure(figure, path)
+    panels = [(name, [curve for curve in curves if curve.panel == panel]) for panel, name in PANELS.items()]
+    plot_panels(path, title, [panel for panel in panels if panel[1]], "step")

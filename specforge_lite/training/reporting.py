@@ -24,7 +24,7 @@ from typing import Any
 
 from specforge_lite.checkpoints.training_run import checkpoints
 from specforge_lite.core import log
-from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import lock_directory, remove_leftovers, write_atomically, write_json
 from specforge_lite.core.log import info, warn
 from specforge_lite.core.provenance import collect_provenance, redact, wall_time, without_secrets
@@ -60,17 +60,6 @@ class JsonLines:
     def close(self) -> None:
         with self._lock:
             self._stream.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl; raises DataError with the line number of a broken one."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from None
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ trackers

@@ -15,8 +15,8 @@ import torch
 from specforge_lite.benchmark.configs import BASELINE, Speculation
 from specforge_lite.benchmark.engines import exported_draft, resolve_draft
 from specforge_lite.benchmark.hf import HfSession
-from specforge_lite.benchmark.session import Ask, Counters
-from specforge_lite.benchmark.statistics import Record, acceptance_length, share_per_position
+from specforge_lite.benchmark.measure import Ask
+from specforge_lite.benchmark.statistics import Counters, Record, acceptance_length, share_per_position
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.cli import bench
@@ -53,7 +53,7 @@ def test_counts_are_the_decoder_s(model: SpeculativeModel, speculation: Speculat
     expected = own.stats.acceptance_per_position
     assert shares == expected[: len(shares)]
     assert not any(expected[len(shares) :])
-    records = [Record(i, 0, "", 1, r.token_ids, r.passes, r.accepted_at, 0, 1) for i, r in enumerate(replies)]
+    records = [Record(**vars(reply), prompt=i) for i, reply in enumerate(replies)]
     assert acceptance_length(records) == own.stats.acceptance_length
     assert max(len(reply.accepted_at) for reply in replies) == speculation.steps
     assert all(0 < reply.first_token_seconds < reply.seconds for reply in replies)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation
-from specforge_lite.benchmark.measure import measure
+from specforge_lite.benchmark.measure import Ask, Session, measure
 from specforge_lite.benchmark.rows import ResultFile
 from specforge_lite.benchmark.run import Workload, run_benchmark
-from specforge_lite.benchmark.session import Ask, Counters, Reply, Session
+from specforge_lite.benchmark.statistics import Counters, Reply
 from specforge_lite.core.errors import DataError, EngineError
 from specforge_lite.data.prompts import ChatEncoder, Prompt
 

@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import pytest
 
+from specforge_lite.benchmark.measure import Ask
 from specforge_lite.benchmark.server import ServerSession, reserved_tokens
-from specforge_lite.benchmark.session import Ask, Counters
+from specforge_lite.benchmark.statistics import Counters
 from specforge_lite.core.errors import EngineError
 from specforge_lite.serving.environment import SERVING_ENGINES
 from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession

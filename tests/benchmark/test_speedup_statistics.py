@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, check_backend, plan
-from specforge_lite.benchmark.measure import Measurement
-from specforge_lite.benchmark.present import exactness, print_table
-from specforge_lite.benchmark.rows import ResultFile, RowKey, fingerprint, make_row, read_rows
-from specforge_lite.benchmark.session import Counters
+from specforge_lite.benchmark.rows import ResultFile, RowKey, SpeedupRow, fingerprint, make_row, read_rows
 from specforge_lite.benchmark.statistics import (
     Agreement,
+    Counters,
+    Measurement,
     Record,
     acceptance_length,
     agreement,
@@ -26,6 +26,7 @@ from specforge_lite.benchmark.statistics import (
     share_per_position,
 )
 from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.report import speedup
 
 
 def record(
@@ -40,7 +41,8 @@ def record(
     start_token: int = 0,
 ) -> Record:
     ids = tuple(range(start_token, start_token + tokens))
-    return Record(prompt, turn, category, 5, ids, passes, accepted_at, first, seconds)
+    asked = {"prompt": prompt, "turn": turn, "category": category, "num_prompt_tokens": 5}
+    return Record(ids, passes, accepted_at, first, seconds, **asked)
 
 
 # 11 tokens in 4 passes (3, 2 and 1 passes accepted one, two, three drafted tokens: 1 + 4 + 6 = 11),
@@ -109,7 +111,7 @@ def test_categories_have_intervals_and_a_table(capsys: pytest.CaptureFixture[str
     assert math["acc_length"] == 17 / 8
     assert math["acc_length_interval"] == (6 / 4, 11 / 4)
     assert row.per_category["code"]["acc_length_interval"] is None  # one prompt
-    print_table([row])
+    speedup.print_speedup([row.to_dict()])
     table = capsys.readouterr().out.split("per category")[1]
     assert "2.12 [1.50, 2.75]" in table
     assert "code" in table
@@ -148,6 +150,10 @@ def test_cost_of_a_pass_is_not_fooled_by_tokens_that_came_together() -> None:
     row = make_row(KEY, Measurement(slept, 1.7, Counters(), 0), {}, True)
     assert row.seconds_per_pass == pytest.approx((1.0 + 2.0) / 15 * 23 / 10)
     assert row.latency_per_token_ms == pytest.approx(1000 * (0.1 + 0.4) / 2)
+
+
+def exactness(rows: Sequence[SpeedupRow], dtype: str, greedy: bool) -> str:
+    return speedup.exactness([row.to_dict() for row in rows], dtype, greedy)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0, 1))

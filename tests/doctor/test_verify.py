@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from specforge_lite.capture.remote import PLUGIN_VERSION
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.cli import doctor as script
-from specforge_lite.doctor import engines, installation, model
-from specforge_lite.doctor.files import VerifyOptions
+from specforge_lite.doctor import installation, model, target
+from specforge_lite.doctor.settings import VerifyConfig
 from specforge_lite.doctor.target import CHECKS, verify_target
 from specforge_lite.model import losses, target_head
 from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter, ask_registry
@@ -37,7 +37,9 @@ def message(findings: list[Finding], check: str, level: str) -> str:
 
 
 def examine(directory: Path, **changes) -> list[Finding]:
-    return verify_target(VerifyOptions(str(directory), dtype="float32", device="cpu", engines=(), **changes))
+    return verify_target(
+        VerifyConfig(target_model_path=str(directory), target_dtype="float32", device="cpu", engines=(), **changes)
+    )
 
 
 @pytest.fixture
@@ -174,19 +176,19 @@ def test_script_ends_with_2_and_says_why(
 def test_engine_answers(answer: dict, level: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     interpreter = Interpreter(sys.executable, "sglang", "0.5.23", PLUGIN_VERSION)
-    monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
+    monkeypatch.setattr(target, "find_interpreter", lambda engine, python: interpreter)
     first = f"import sys; print('noise'); print({json.dumps(answer)!r})"
     for query in (first, "raise SystemExit('asked again')"):  # the answer is kept
         monkeypatch.setattr(type(SERVING_ENGINES["sglang"]), "registry_query", query)
-        ((found, text),) = engines.check_engine("sglang", "Arch")
+        ((found, text),) = target.check_engine("sglang", "Arch")
         assert found == level
         assert words in text
 
 
 def test_a_family_that_an_engine_gets_wrong_is_not_called_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = Interpreter(sys.executable, "sglang", "0.5.23", PLUGIN_VERSION)
-    monkeypatch.setattr(engines, "find_interpreter", lambda engine, python: interpreter)
-    ((found, text),) = engines.check_engine("sglang", "Gemma3ForCausalLM")
+    monkeypatch.setattr(target, "find_interpreter", lambda engine, python: interpreter)
+    ((found, text),) = target.check_engine("sglang", "Gemma3ForCausalLM")
     assert found == "warning"
     assert "without the residual stream" in text
 
@@ -202,7 +204,7 @@ def test_an_engine_that_fails_to_answer_is_asked_again(monkeypatch: pytest.Monke
 
 
 def test_an_interpreter_without_the_engine() -> None:
-    ((level, text),) = engines.check_engine("vllm", "Arch", sys.executable)
+    ((level, text),) = target.check_engine("vllm", "Arch", sys.executable)
     assert level == "warning"
     assert "vllm is not installed there; capture with --target-backend hf works without it" in text
 

@@ -20,9 +20,8 @@ from specforge_lite.inference.output import token_texts
 from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
-from specforge_lite.report.errors import error_tables, shown
+from specforge_lite.report.errors import error_tables, shown, write_errors
 from specforge_lite.report.page import write_report
-from specforge_lite.report.terminal import write_errors
 from tests.inference_drafts import random_draft
 from tests.training_runs import make_head
 

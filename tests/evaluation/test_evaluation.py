@@ -153,7 +153,7 @@ def test_estimated_and_decoded_acceptance_agree(trained) -> None:
             rows.append(batch_row(output, batch, CHAIN))
     decoded = decode_answers(SpeculativeModel(engine.model, draft), samples, CHAIN)
     assert decoded.reproduced_share == 1
-    estimated, real = Acceptance.estimated(result_of(rows, CHAIN, CHAIN)), decoded.acceptance
+    estimated, real = Acceptance.estimated(result_of(rows, CHAIN, CHAIN)), decoded
     assert 1.3 < real.tokens_per_pass < CHAIN + 0.5  # neither hopeless nor perfect, or nothing would be compared
     assert estimated.num_tokens == real.num_tokens == sum(int(s.loss_mask_L.sum()) - 1 for s in samples)
     assert disagreement(estimated, real) < 0.05
@@ -180,7 +180,7 @@ def test_the_walk_over_blocks_is_what_they_decode(answered, kind: str, block_siz
     assert (result.chain_length, len(result.accuracy)) == (chain, chain)
     model = SpeculativeModel(engine.model, draft)
     decoded = decode_answers(model, samples, chain)
-    estimated, real = Acceptance.estimated(result), decoded.acceptance
+    estimated, real = Acceptance.estimated(result), decoded
     assert decoded.reproduced_share == 1
     assert 1.3 < real.tokens_per_pass < chain
     assert disagreement(estimated, real) < 0.05

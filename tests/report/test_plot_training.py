@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.report import training_curves
+from specforge_lite.report import figures
 from specforge_lite.report.training_curves import curves_of, plot_curves, read_rows, recognise
 from tests.script_runner import run_in_process
 
@@ -124,7 +124,7 @@ def test_other_columns_are_left_alone() -> None:
 
 def test_the_figure_shows_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr(training_curves, "save_figure", lambda figure, path: shown.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: shown.append(figure))
     plot_curves(curves_of(OURS, "x"), tmp_path / "c.png", "run")
     drawn = {
         (ax.get_title(), line.get_label()): line.get_xydata().tolist()
@@ -157,7 +157,7 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("x.csv", "", "numbers found: none"),
         ("x.json", '{"loss": 3}', r"x\.json: expected a list of rows or columns of values, found dict"),
         ("x.json", "{bad", r"x\.json:1: not JSON"),
-        ("metrics.jsonl", '{"step": 1}\n[]\n', r"metrics\.jsonl:2: expected an object"),
+        ("metrics.jsonl", '{"step": 1}\n[]\n', r"metrics\.jsonl:2: expected a JSON object"),
     ],
 )
 def test_clear_errors(tmp_path: Path, name: str, text: str | None, message: str) -> None:

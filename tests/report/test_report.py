@@ -19,17 +19,17 @@ from specforge_lite.inference.output import token_texts
 from specforge_lite.report import write_report
 from specforge_lite.report.cards import (
     MAX_POINTS,
-    Table,
     bars_card,
     curves_card,
     render,
     short_number,
     thinned,
 )
-from specforge_lite.report.figures import Bar, Curve, visible
+from specforge_lite.report.figures import Bar, Curve
 from specforge_lite.report.page import generations_section
 from specforge_lite.report.sources import read_decoding
 from specforge_lite.report.speedup import headline, speedup_section
+from specforge_lite.report.tables import Table, visible
 from tests.report_data import EVALUATION, SPEEDUP_ROWS, metric_rows
 from tests.training_runs import run_script
 
@@ -280,7 +280,7 @@ def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
     [
         ("{}\n{}\n", r"m\.jsonl:1: expected an object with a number 'step'"),
         ('{"step": 1}\nnonsense\n{"step": 2}\n', r"m\.jsonl:2: not JSON"),
-        ("[1]\n", r"m\.jsonl:1: expected an object"),
+        ("[1]\n", r"m\.jsonl:1: expected a JSON object"),
     ],
 )
 def test_broken_metrics_are_named(tmp_path: Path, text: str, message: str) -> None:

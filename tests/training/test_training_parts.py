@@ -12,14 +12,14 @@ import torch
 
 from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.core.files import write_atomically
+from specforge_lite.core.files import read_jsonl, write_atomically
 from specforge_lite.core.log import format_bytes
 from specforge_lite.core.provenance import REMOVED, collect_provenance, redact, redact_argv
 from specforge_lite.core.settings import parse_config
 from specforge_lite.training.evaluate import evaluation_batches, result_of, walk_document
 from specforge_lite.training.metrics import SpikeDetector, step_line, summarize_sums
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
-from specforge_lite.training.reporting import open_trackers, read_metrics
+from specforge_lite.training.reporting import open_trackers
 from specforge_lite.training.settings import LoggingSection, OptimizerSection, TrainConfig, TrainingSection, run_length
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -261,7 +261,7 @@ def test_metrics_file_forgets_steps_that_are_trained_again(tmp_path: Path) -> No
     (tracker,) = open_trackers(LoggingSection(), tmp_path, {}, resume_step=2)
     tracker.log(3, {"loss": 1.5})
     tracker.close()
-    assert read_metrics(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 1.5}]
+    assert read_jsonl(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 1.5}]
 
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ STATISTIC = (
     "tokens per pass = completion tokens / verification passes, over all requests; speed-up = throughput / throughput"
     " without a draft at the same batch size; [95% intervals over prompts]; ms/token after the first token"
 )
-MIN_WIDTH = 140
+MIN_WIDTH = 152
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 

@@ -6,7 +6,6 @@ python scripts/compare_generation.py --base-model-path TARGET --draft-model-path
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +76,6 @@ def main() -> None:
 
 def serving() -> None:
     config = parse_config(CompareServingConfig, description=SERVING_HELP)
-    from specforge_lite.core.files import write_json
     from specforge_lite.data.prompts import encode_prompt_file
     from specforge_lite.evaluation.compare_serving import compare_serving
 
@@ -107,4 +105,4 @@ def serving() -> None:
     )
     found.check(config.tolerance)
     if config.output is not None:
-        write_json(config.output, asdict(found))
+        found.write(config.output)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from specforge_lite.checkpoints.contract import Finding
 from specforge_lite.core.errors import ConfigError, EngineError
+from specforge_lite.core.files import write_json
 from specforge_lite.evaluation.compare_generation import decode_both_ways
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
@@ -79,6 +81,10 @@ class ServingComparison:
                 " its position (RoPE), or the draft's cache"
             )
         return Finding(name, "broken", f"{table}; {cause}")
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        write_json(path, asdict(self))
 
 
 def compare_serving(options: ServingOptions, prompts: list[list[int]], max_new_tokens: int) -> ServingComparison:

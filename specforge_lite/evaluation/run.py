@@ -62,8 +62,7 @@ def open_eval_data(target: TargetSection, data: DataSection) -> TokenizedDataset
 
 @contextmanager
 def engine_for(draft: Draft, target: TargetSection, data: DataSection, device: torch.device) -> Iterator[TargetEngine]:
-    """An engine that captures the aux layers that this draft was trained on (an EAGLE-1 draft names none), closed at the
-    end."""
+    """An engine that captures the aux layers that this draft was trained on, closed at the end."""
     ids = draft.config.aux_layer_ids
     if ids is None:
         text = load_config(target.target_model_path, target.trust_remote_code).get_text_config()

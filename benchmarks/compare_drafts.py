@@ -33,7 +33,7 @@ from specforge_lite.core.log import run_script
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.core.settings import parse_config
 from specforge_lite.evaluation.acceptance import decode_answers
-from specforge_lite.evaluation.run import engine_for, evaluate_draft, load_evaluated, open_eval_data, open_target_files
+from specforge_lite.evaluation.run import engine_for, evaluate_draft, open_eval_data, open_target_files
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers
@@ -192,7 +192,7 @@ def measure(
     path, steps, flops, cpu_seconds = train_draft(config, kind, seed, out, train)
     target, data = sections_of(config, out, evaluation)
     files = open_target_files(target, "cpu")
-    draft = load_evaluated(path, files)
+    draft = files.load_draft(path)
     options = MeasureSection(ttt_length=config.chain, chain_length=config.chain, eval_max_samples=len(samples))
     with engine_for(draft, target, data, files.device) as engine:
         estimated = evaluate_draft(draft, files, open_eval_data(target, data), engine, options).tau_walk

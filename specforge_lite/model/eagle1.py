@@ -103,11 +103,11 @@ class Eagle1Draft(EagleDraft):
     ) -> tuple[Tensor, RowResults]:
         """The results hold the cross-entropy alone, the sum both terms with their weights."""
         tokens, loss_MK, correct_MK = chunked_cross_entropy(states_MKD, weight_MK, teacher, target_head)
-        alpha_MK: Tensor | None = None
+        results = RowResults(loss_MK, correct_MK, weight_MK > 0)
         if ttt.collect_rows:
-            correct_MK, alpha_MK = judge_rows(states_MKD, teacher, target_head)
+            results.guess_MK, results.correct_MK, results.alpha_MK = judge_rows(states_MKD, teacher, target_head)
         loss = ttt.v_weight * hidden_state_loss(states_MKD, weight_MK, teacher.target_MH) + ttt.p_weight * tokens
-        return loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK)
+        return loss, results
 
 
 def hidden_state_loss(states_MKD: Tensor, weight_MK: Tensor, target_MD: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class Eagle3Draft(EagleDraft):
         weight_MK = weight_MK * self.t2d[teacher.argmax_M][:, None]
         head = self.lm_head.weight
         loss, loss_MK, correct_MK = chunked_cross_entropy(head_in_MKD, weight_MK, teacher, head, ttt.loss, ttt.compile)
-        alpha_MK: Tensor | None = None
+        results = RowResults(loss_MK, correct_MK, weight_MK > 0)
         if ttt.collect_rows:
-            correct_MK, alpha_MK = judge_rows(head_in_MKD, teacher, head)
-        return loss, RowResults(loss_MK, correct_MK, weight_MK > 0, alpha_MK)
+            guess_MK, results.correct_MK, results.alpha_MK = judge_rows(head_in_MKD, teacher, head)
+            results.guess_MK = self.draft_to_target(guess_MK)
+        return loss, results

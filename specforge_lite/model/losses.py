@@ -287,19 +287,21 @@ def lk_pass(
 
 
 @torch.no_grad()
-def judge_rows(head_in_MKD: Tensor, teacher: TeacherChunks, head: Tensor | TargetHead) -> tuple[Tensor, Tensor]:
-    """For evaluation: (argmax equals the teacher's [M, K] bool, alpha [M, K] fp32).
+def judge_rows(head_in_MKD: Tensor, teacher: TeacherChunks, head: Tensor | TargetHead) -> tuple[Tensor, Tensor, Tensor]:
+    """For evaluation: (argmax [M, K] draft ids, whether it is the teacher's [M, K] bool, alpha [M, K] fp32).
 
     alpha = sum over v of min(p, q): the chance that speculative sampling keeps the token; p is the target's
     probability over its FULL vocabulary, q the draft's.
     """
-    correct_MK = torch.empty(head_in_MKD.shape[:2], dtype=torch.bool, device=head_in_MKD.device)
-    alpha_MK = torch.empty(head_in_MKD.shape[:2], device=head_in_MKD.device)
+    guess_MK = torch.empty(head_in_MKD.shape[:2], dtype=torch.int64, device=head_in_MKD.device)
+    correct_MK = torch.empty_like(guess_MK, dtype=torch.bool)
+    alpha_MK = torch.empty_like(guess_MK, dtype=torch.float32)
     for chunk, logits_mKV, _slope in _logit_chunks(head_in_MKD, head, _matrix(head, head_in_MKD.dtype)):
         teacher_mV, teacher_id_m, lse_m = teacher.chunk(chunk, want_lse=True)
         assert lse_m is not None
-        correct_MK[chunk] = logits_mKV.argmax(-1) == teacher_id_m[:, None]
+        guess_MK[chunk] = logits_mKV.argmax(-1)
+        correct_MK[chunk] = guess_MK[chunk] == teacher_id_m[:, None]
         target_mV = (teacher_mV.float() - lse_m[:, None]).exp()
         draft_mKV = torch.softmax(logits_mKV, -1, dtype=torch.float32)
         alpha_MK[chunk] = torch.minimum(draft_mKV, target_mV.unsqueeze(1)).sum(-1)
-    return correct_MK, alpha_MK
+    return guess_MK, correct_MK, alpha_MK

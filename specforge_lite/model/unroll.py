@@ -243,18 +243,20 @@ def _head_inputs(states: list[Tensor], places_MK: Tensor) -> Tensor:
 
 @dataclass
 class RowResults:
-    """Per predicted token and step [M, K]: loss, hit, whether the row exists and counts, alpha."""
+    """Per predicted token and step [M, K]: loss, hit, whether the row exists and counts; for evaluation alpha and the
+    guess, a target id."""
 
     loss_MK: Tensor
     correct_MK: Tensor
     counted_MK: Tensor
-    alpha_MK: Tensor | None
+    alpha_MK: Tensor | None = None
+    guess_MK: Tensor | None = None
 
 
 @torch.no_grad()
 def summarize(num_tokens: int, plan: RowPlan, loss: Tensor, results: RowResults) -> StepOutput:
     """Sums per step, and the run of correct steps of each row t = u - 2 - k."""
-    counted_MK, alpha_MK = results.counted_MK, results.alpha_MK
+    counted_MK, alpha_MK, guess_MK = results.counted_MK, results.alpha_MK, results.guess_MK
     exists_MK = plan.head_places_MK >= 0
     correct_MK = results.correct_MK & counted_MK
     rows_MK = torch.where(exists_MK, plan.head_rows_MK, num_tokens)  # one row more takes those that do not exist
@@ -273,4 +275,5 @@ def summarize(num_tokens: int, plan: RowPlan, loss: Tensor, results: RowResults)
         alpha_sum_K=None if alpha_MK is None else torch.where(counted_MK, alpha_MK, 0).sum(0),
         correct_NK=None if alpha_MK is None else correct_NK,
         supervised_NK=None if alpha_MK is None else supervised_NK,
+        guess_NK=None if guess_MK is None else false_NK.long().scatter(0, rows_MK, guess_MK)[:-1],
     )

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from specforge_lite.core.errors import DataError
 from specforge_lite.evaluation import error_analysis
 from specforge_lite.evaluation.error_analysis import ErrorAnalysis, place_group
-from specforge_lite.evaluation.predictions import predict_tokens
 from specforge_lite.evaluation.token_classes import classify, is_in_fence
 from specforge_lite.inference.output import token_texts
 from specforge_lite.model.draft import DraftConfig, TTTSettings
@@ -23,6 +22,7 @@ from specforge_lite.model.registry import build_draft
 from specforge_lite.report.errors import error_tables, shown, write_errors
 from specforge_lite.report.page import write_report
 from tests.inference_drafts import random_draft
+from tests.predictions import predict_tokens
 from tests.training_runs import make_head
 
 HIDDEN, VOCAB = 16, 48
@@ -72,7 +72,9 @@ def test_guesses_hit_where_the_training_pass_hits(algorithm: str, bias: bool) ->
         output = draft(batch, head, TTTSettings(num_steps=4, collect_rows=True))
     guesses_NK = predict_tokens(draft, head, batch, 4)
     assert output.supervised_NK is not None
+    assert output.guess_NK is not None
     rows, steps = output.supervised_NK.nonzero().T
+    assert torch.equal(output.guess_NK[rows, steps], guesses_NK[rows, steps])
     expected = head.logits(batch.last_NH).argmax(-1)[rows + 1 + steps]
     assert torch.equal(guesses_NK[rows, steps] == expected, output.correct_NK[rows, steps])
     # hits at every step, or nothing would be compared
@@ -165,7 +167,6 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> ErrorAnalysis:
     correct[:4, 1] = torch.tensor([True, True, True, False])
     supervised = torch.zeros(7, 2, dtype=torch.bool)
     supervised[:5, 0] = supervised[:4, 1] = True
-    monkeypatch.setattr(error_analysis, "predict_tokens", lambda *_: guesses)
     monkeypatch.setattr(error_analysis, "fim_token_ids", lambda _: set())
     draft = SimpleNamespace(t2d=torch.tensor([True] * 5 + [False] + [True] * 2))
     head = SimpleNamespace(logits=lambda states: torch.nn.functional.one_hot(states[:, 0].long(), 8).float())
@@ -177,7 +178,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> ErrorAnalysis:
         last_NH=torch.tensor(expected)[:, None].float(),
         sample_ids=["doc"],
     )
-    analysis(SimpleNamespace(correct_NK=correct, supervised_NK=supervised), batch)  # type: ignore[arg-type]
+    output = SimpleNamespace(correct_NK=correct, supervised_NK=supervised, guess_NK=guesses)
+    analysis(output, batch)  # type: ignore[arg-type]
     return analysis
 
 

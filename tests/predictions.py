@@ -1,8 +1,7 @@
 """The draft's most probable token for every row and step, by plain unrolling of `Draft.step`.
 
-Training passes count hits; here the tokens are wanted, so each document is unrolled row by row with a materialised
-mask. Slow and plain: it reads every draft through the interface that decoding uses, and the tests hold its hits against
-those of the training pass.
+The oracle of the guesses of an evaluation pass (`StepOutput.guess_NK`): each document is unrolled row by row with a
+materialised mask, through the interface that decoding uses.
 
     row t, step k: state h_k[t], embedding of x_{t+1+k}, RoPE position t+k, predicts x_{t+2+k}
     attention: step-0 keys of rows <= t, and the keys of steps 1..k of row t itself

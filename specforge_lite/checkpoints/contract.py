@@ -2,7 +2,9 @@
 
 Both engines load many wrong directories without an error, and greedy output stays right with any draft, so a low
 acceptance length is all a user would see. Every check below names what an engine does with the fault; they were read
-off, and the silent ones tried on, SGLang 0.5.23 and vLLM 0.32.0. W: width of a tensor's last dimension.
+off, and the silent ones tried on, SGLang 0.5.23 and vLLM 0.32.0; of block drafts read off SGLang's `models/dspark.py`,
+`models/dflash.py`, `speculative/dspark_components/dspark_config.py`, `speculative/dflash_utils.py` and vLLM's
+`model_executor/models/qwen3_dspark.py`, `qwen3_dflash.py`, `v1/worker/gpu/spec_decode`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import eagle_aux_layer_ids
-from specforge_lite.checkpoints.block_files import Doubt, block_problems, check_block_length
 from specforge_lite.checkpoints.draft_files import (
     DraftFiles,
     algorithm_of,
@@ -28,8 +29,9 @@ from specforge_lite.checkpoints.loading import find_draft, read_draft_files
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.weight_files import unused_weight_files
-from specforge_lite.model.block_config import BLOCK_KINDS
+from specforge_lite.model.block_config import BLOCK_ARCHITECTURES, BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
+from specforge_lite.model.target_head import family_scales
 
 # What an engine does without a tensor.
 LOADED_SILENTLY = "both engines load the rest without an error and keep what was there, so almost nothing is accepted"
@@ -37,6 +39,26 @@ MISSING = {
     "fc.bias": "SGLang's EAGLE-1 fc has a bias and would keep random values; write zeros",
     "lm_head.weight": "both engines keep a random head without an error, and draft noise",
     "embed_tokens.weight": "the draft's width is not the target's, so it cannot share the target's table",
+    **dict.fromkeys(
+        ("confidence_head.proj.weight", "confidence_head.proj.bias"),
+        "vLLM drops the head, SGLang refuses in ragged verification mode",
+    ),
+}
+# Keys of a target's config that change what an engine builds when they are copied into a draft's.
+FOREIGN_KEYS = {
+    "quantization_config": "engines would read the weights as quantised",
+    "num_nextn_predict_layers": "engines would take the draft for a multi-token-prediction model",
+    "is_causal": "true makes the block causal; it attends to all of its slots",
+    "use_gemma_norm": "SGLang would add 1 to every norm's weight",
+    "add_swa_attention_sink_bias": "vLLM would add a sink to the attention, of random weights",
+    "logit_scale": "vLLM would scale the draft's logits, Markov bias included",
+}
+# The same below dflash_config.
+FOREIGN_NESTED_KEYS = {
+    "causal": "vLLM makes the block causal; it attends to all of its slots",
+    "use_swa": "vLLM gives every layer a sliding window",
+    "attention_value_scale": "both engines scale the values of the attention",
+    "attention_sink_bias": "both engines add a sink to the attention, of random weights",
 }
 
 
@@ -54,6 +76,10 @@ class Finding:
         return self.level == "broken"
 
 
+class Doubt(str):
+    """What may be meant; every other problem that a check yields is refused by an engine, or served wrong."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What the checks look at. `target` is the transformers config of the target, `trained_aux_layer_ids` the layer
@@ -67,6 +93,11 @@ class Subject:
     target: Any
     trained_aux_layer_ids: tuple[int, ...] | None
     num_draft_tokens: int | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """A DFlash or DSpark draft."""
+        return self.algorithm in BLOCK_KINDS
 
 
 def check_draft(
@@ -104,7 +135,7 @@ def check_draft(
     if unused := ", ".join(file.name for file in unused_weight_files(folder)):
         findings = [Finding("files", "broken", f"{unused} beside {files.weight_file}: engines read both; delete it")]
     findings.append(Finding("shape of the draft", "broken" if problem else "ok", problem or _describe(shape)))
-    for name, check in (BLOCK_CHECKS if algorithm in BLOCK_KINDS else CHECKS).items():
+    for name, check in CHECKS.items():
         problems = list(check(subject))
         findings += [Finding(name, "warning" if isinstance(text, Doubt) else "broken", text) for text in problems]
         if not problems:
@@ -119,11 +150,12 @@ def check_architecture(subject: Subject) -> Iterator[str]:
         return
     if not listed:
         yield f"architectures is missing; expected ['{ARCHITECTURES[subject.algorithm]}']"
-    elif listed[0] not in ARCHITECTURES.values():
-        hint = suggest(listed[0], ARCHITECTURES.values())
+    elif listed[0] not in (known := {*ARCHITECTURES.values(), *BLOCK_ARCHITECTURES}):
+        hint = suggest(listed[0], known)
         yield f"architectures {listed}: SGLang knows no such draft{hint}"
     if subject.files.config.get("model_type") is None:
-        yield "model_type is missing: neither engine can read config.json without it; expected 'llama'"
+        expected = "qwen3" if subject.is_block else "llama"
+        yield f"model_type is missing: neither engine can read config.json without it; expected '{expected}'"
 
 
 def check_names(subject: Subject) -> Iterator[str]:
@@ -132,16 +164,18 @@ def check_names(subject: Subject) -> Iterator[str]:
     prefixed = sorted(name for name in subject.files.tensors if name.startswith("model."))
     if prefixed:
         yield f"'model.' before {len(prefixed)} names (such as {prefixed[0]}): vLLM refuses, SGLang drops them"
-    wanted = subject.wanted.keys()
-    known = wanted | {"d2t", "t2d", "embed_tokens.weight"} | _variant_names(subject)
     stripped = {name.removeprefix("model.") for name in subject.tensors}
-    unknown = sorted(name for name in stripped - known if name != "fc.bias")
+    shared = {"embed_tokens.weight", "lm_head.weight"} if subject.is_block else {"embed_tokens.weight"}
+    known = subject.wanted.keys() | {"d2t", "t2d"} | shared | _variant_names(subject)
+    unknown = sorted(name for name in stripped - known if subject.is_block or name != "fc.bias")
     if unknown:
         hint = suggest(unknown[0], known).partition("; known")[0]
         shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
         yield f"unknown tensors {shown}: vLLM refuses, SGLang drops them silently{hint}"
-    for name in sorted(wanted - stripped):
+    for name in sorted(subject.wanted.keys() - stripped):
         yield f"{name} is missing: {MISSING.get(name, LOADED_SILENTLY)}"
+    for name in sorted(shared & stripped) if subject.is_block else ():
+        yield Doubt(f"{name}: vLLM uses the draft's where it differs from the target's, SGLang never does")
 
 
 def _variant_names(subject: Subject) -> set[str]:
@@ -174,7 +208,7 @@ def check_values(subject: Subject) -> Iterator[str]:
 
 def check_fc_bias(subject: Subject) -> Iterator[str]:
     bias = subject.tensors.get("fc.bias")
-    if bias is None:
+    if bias is None or subject.is_block:
         return
     if subject.algorithm == "eagle3":
         yield "fc.bias: an EAGLE-3 fc has none; SGLang drops it silently, vLLM refuses"
@@ -186,6 +220,13 @@ def check_vocabulary_map(subject: Subject) -> Iterator[str]:
     config, shape = subject.files.config, subject.shape
     d2t, t2d = subject.tensors.get("d2t"), subject.tensors.get("t2d")
     if shape is None or subject.algorithm == "eagle1":
+        return
+    if subject.is_block:
+        given = config.get("draft_vocab_size")
+        wrong = [name for name in ("d2t", "t2d") if name in subject.tensors]
+        wrong += [f"draft_vocab_size {given}"] if given not in (None, shape.vocab_size) else []
+        for name in wrong:
+            yield f"{name}: SGLang knows the whole vocabulary only"
         return
     full = shape.draft_vocab_size == shape.vocab_size
     if config.get("draft_vocab_size") is None:
@@ -242,8 +283,9 @@ def check_rope(subject: Subject) -> Iterator[str]:
 def check_ties(subject: Subject) -> Iterator[str]:
     tied = subject.files.config.get("tie_word_embeddings")
     if tied:
-        yield "tie_word_embeddings is true: SGLang would use the embedding table as the draft's head"
-    elif tied is None:
+        head = "the head is the target's" if subject.is_block else "SGLang would use the embedding table as the draft's"
+        yield f"tie_word_embeddings is true; expected false: {head}"
+    elif tied is None and not subject.is_block:
         yield Doubt("tie_word_embeddings is missing; write false, older servers take true for granted")
 
 
@@ -252,6 +294,9 @@ def check_aux_layers(subject: Subject) -> Iterator[str]:
     if subject.algorithm == "eagle1" or subject.shape is None:
         return
     config = subject.files.config
+    if subject.is_block:
+        yield from _check_block_layers(subject, list(subject.shape.aux_layer_ids or ()))
+        return
     sglang = (config.get("eagle_config") or {}).get(AUX_IDS_KEY)
     vllm = config.get(AUX_IDS_KEY) or sglang
     as_outputs = {"SGLang": sglang, "vLLM": None if vllm is None else [i - 1 for i in vllm]}
@@ -280,6 +325,16 @@ def check_aux_layers(subject: Subject) -> Iterator[str]:
         )
 
 
+def _check_block_layers(subject: Subject, ids: list[int]) -> Iterator[str]:
+    trained, target = subject.trained_aux_layer_ids, subject.target
+    if trained is not None and ids != list(trained):
+        yield f"target_layer_ids {ids}: it was trained on {list(trained)}"
+    if ids != sorted(set(ids)):
+        yield f"target_layer_ids {ids}: engines hand the states over by ascending layer"
+    if target is not None and ids and max(ids) > int(target.num_hidden_layers) - 2:
+        yield f"target_layer_ids {ids}; the target has outputs 0..{int(target.num_hidden_layers) - 2}"
+
+
 def check_sizes(subject: Subject) -> Iterator[str]:
     config, shape = subject.files.config, subject.shape
     if shape is None:
@@ -295,37 +350,76 @@ def check_target(subject: Subject) -> Iterator[str]:
     target, shape = subject.target, subject.shape
     if target is None or shape is None:
         return
+    width = "hidden_size" if subject.is_block else "target_hidden_size"
     for name, found, wanted in (
-        ("target_hidden_size", shape.target_hidden_size, target.hidden_size),
+        (width, shape.target_hidden_size, target.hidden_size),
         ("vocab_size", shape.vocab_size, target.vocab_size),
     ):
         if found != wanted:
             yield f"{name} {found} != the target's {wanted}"
-    limit = getattr(target, "max_position_embeddings", None)
-    if limit and shape.max_position_embeddings < limit:
-        yield Doubt(
-            f"max_position_embeddings {shape.max_position_embeddings} is below the target's {limit}: engines size"
-            " the draft's RoPE table by it, so limit the context length to it or raise it"
+    limit, found = getattr(target, "max_position_embeddings", None), shape.max_position_embeddings
+    if limit and subject.is_block and found != limit:
+        yield (
+            f"max_position_embeddings {found} != the target's {limit}: engines size the draft's RoPE table by it and do"
+            " not widen it"
         )
+    elif limit and found < limit:
+        yield Doubt(
+            f"max_position_embeddings {found} is below the target's {limit}: engines size the draft's RoPE table by it,"
+            " so limit the context length to it or raise it"
+        )
+    _, scale, cap = family_scales(target)
+    if subject.is_block and (scale != 1 or cap):
+        what = f"scaled by {scale:g}" if scale != 1 else f"capped at {cap:g}"
+        yield Doubt(f"the target's logits are {what}, and so the draft was trained; engines leave the draft's raw")
 
 
 def check_block(subject: Subject) -> Iterator[str]:
-    """DFlash and DSpark: keys, names, shapes and the target."""
-    files, shape = subject.files, subject.shape
-    trained, served = subject.trained_aux_layer_ids, subject.num_draft_tokens
-    if shape is None:
+    """DFlash and DSpark: their own keys, and what they are served with."""
+    config, shape, served = subject.files.config, subject.shape, subject.num_draft_tokens
+    if shape is None or not subject.is_block:
         return
-    yield from block_problems(files.config, files.tensors, shape, subject.wanted, subject.target)
-    if (files.directory / "mask_embedding.pt").exists():
+    if (subject.files.directory / "mask_embedding.pt").exists():
         yield "mask_embedding.pt: vLLM takes it for the target's row of a dflash draft, SGLang does not"
-    if trained is not None and shape.aux_layer_ids != trained:
-        yield f"target_layer_ids {list(shape.aux_layer_ids or ())}: it was trained on {list(trained)}"
-    if served is not None and (problem := check_block_length(served, shape)) is not None:
-        yield problem[1]
+    if served not in (None, shape.tokens_per_block):  # the block then has another number of MASK slots
+        yield (
+            f"{served} draft tokens, the block was trained with {shape.tokens_per_block}: fewer MASK slots are another"
+            " input, so acceptance falls; vLLM says nothing"
+        )
+    nested = config.get("dflash_config") or {}
+    for name in ("mask_token_id", "target_layer_ids"):
+        if nested.get(name) is None:
+            yield f"dflash_config.{name} is missing: vLLM looks there first"
+        elif config.get(name) is not None and config[name] != nested[name]:
+            yield f"{name} {config[name]} != dflash_config.{name} {nested[name]}: engines differ on which they read"
+    if subject.algorithm == "dspark":
+        if not config.get("markov_rank"):
+            yield "markov_rank is missing at the top level: both engines build the Markov head from there"
+        if config.get("sample_from_anchor") is not True:
+            yield Doubt("sample_from_anchor is missing; write true, converters take false for granted")
+        if not config.get("enable_confidence_head"):
+            yield Doubt("no confidence head: SGLang builds one in ragged verification mode and refuses to load")
+    elif config.get("markov_rank"):
+        yield f"markov_rank {config['markov_rank']} in a dflash draft: SGLang refuses it"
+    for name, consequence in FOREIGN_KEYS.items():
+        if config.get(name):
+            yield f"{name}: {config[name]!r} is the target's, not the draft's: {consequence}"
+    for name, consequence in FOREIGN_NESTED_KEYS.items():
+        if nested.get(name):
+            yield f"dflash_config.{name}: {nested[name]!r}: {consequence}"
+    for name, plain in (("partial_rotary_factor", 1), ("is_neox_style", True), ("rope_is_neox_style", True)):
+        if config.get(name, plain) != plain:
+            yield f"{name}: {config[name]!r}: engines would rotate other parts of the keys than training did"
+    types = config.get("layer_types") or ["full_attention"] * shape.num_hidden_layers
+    if any(layer != "full_attention" for layer in types) or config.get("use_sliding_window"):
+        yield f"layer_types {types}: engines make sliding layers causal; expected full_attention"
+    elif len(types) != shape.num_hidden_layers:
+        yield f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
+    if config.get("eagle_aux_hidden_state_layer_ids") is not None:
+        yield "eagle_aux_hidden_state_layer_ids: vLLM prefers it to target_layer_ids and does not add 1"
 
 
-Checks = dict[str, Callable[[Subject], Iterator[str]]]
-CHECKS: Checks = {
+CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
     "architecture": check_architecture,
     "tensor names": check_names,
     "tensor shapes": check_shapes,
@@ -337,8 +431,8 @@ CHECKS: Checks = {
     "aux layers": check_aux_layers,
     "sizes": check_sizes,
     "target": check_target,
+    "block": check_block,
 }
-BLOCK_CHECKS: Checks = {"block draft": check_block, "values": check_values, "rope": check_rope}
 
 
 def _describe(shape: DraftConfig | None) -> str:

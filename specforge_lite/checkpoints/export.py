@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specforge_lite import __version__
-from specforge_lite.checkpoints.block_files import block_exported_config
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, newest_complete, read_state, verify_checkpoint
@@ -123,11 +122,37 @@ def exported_config(config: DraftConfig, dtype: str, provenance: dict[str, Any] 
     outputs = list(config.aux_layer_ids or ())
     if config.algorithm in BLOCK_KINDS:
         del values["draft_vocab_size"], values["target_hidden_size"]
-        return values | block_exported_config(config)
+        return values | _block_keys(config)
     values["aux_layer_ids"] = outputs
     values[AUX_IDS_KEY] = [i + 1 for i in outputs]  # vLLM: layer inputs
     values["eagle_config"] = {AUX_IDS_KEY: outputs, "use_aux_hidden_state": True}  # SGLang: layer outputs
     values["norm_output"], values["fc_norm"] = config.norm_output, config.fc_norm
+    return values
+
+
+def _block_keys(config: DraftConfig) -> dict[str, Any]:
+    """What the config.json of a block draft has besides the keys of every draft, at every place where an engine looks.
+
+    `target_layer_ids` are 0-based layer OUTPUTS, ours; both engines add 1."""
+    layers, mask = list(config.aux_layer_ids or ()), config.mask_token_id
+    values: dict[str, Any] = {
+        "model_type": "qwen3",
+        "num_hidden_layers": config.num_hidden_layers,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "block_size": config.block_size,
+        "mask_token_id": mask,
+        "target_layer_ids": layers,
+        "dflash_config": {"mask_token_id": mask, "target_layer_ids": layers},
+        "loss_gamma": config.loss_gamma,
+    }
+    if config.algorithm == "dspark":
+        values |= {
+            "markov_rank": config.markov_rank,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": config.confidence_head,
+            "confidence_head_with_markov": bool(config.markov_rank),
+            "sample_from_anchor": True,
+        }
     return values
 
 

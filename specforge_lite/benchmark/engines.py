@@ -23,7 +23,7 @@ from specforge_lite.core.log import info
 from specforge_lite.inference.hf_generate import eos_token_ids_of
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.serving.environment import find_interpreter, first_installed_engine
-from specforge_lite.serving.session import ServingOptions
+from specforge_lite.serving.session import ServingOptions, ServingSession
 
 SERVER_FLAGS = {
     "engine_python": "--engine-python",
@@ -106,6 +106,6 @@ def session_opener(options: ServingOptions, longest: int, temperature: float, se
             temperature=temperature,
             engine_args=engine_args,
         )
-        return ServerSession(serving, temperature)
+        return ServerSession(ServingSession(serving), temperature)
 
     return open_server

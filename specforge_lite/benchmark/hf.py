@@ -13,10 +13,11 @@ from dataclasses import astuple, dataclass, field
 
 from specforge_lite.benchmark.configs import Speculation
 from specforge_lite.benchmark.measure import Ask
-from specforge_lite.benchmark.statistics import Counters, Reply
+from specforge_lite.benchmark.statistics import Counters
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
+from specforge_lite.serving.engine import Generation
 
 
 @dataclass
@@ -55,7 +56,7 @@ class HfSession:
         self._calls = 0
         self._target_seconds = self._draft_seconds = 0.0
 
-    def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+    def generate(self, asks: Sequence[Ask]) -> list[Generation]:
         """Answer `asks` as one batch."""
         shape = None if self.speculation.is_baseline else TreeShape.from_steps(*astuple(self.speculation))
         settings = GenerationSettings(
@@ -83,7 +84,7 @@ class HfSession:
         self._target_seconds += now[0] - networks[0]
         self._draft_seconds += now[1] - networks[1]
         return [
-            Reply(
+            Generation(
                 tuple(row.token_ids), row.stats.verification_passes if shape is not None else None,
                 tuple(row.stats.accepted_at), row.times[0], row.times[-1], row.finish_reason,
             )

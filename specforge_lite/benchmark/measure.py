@@ -8,9 +8,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from specforge_lite.benchmark.statistics import Counters, Measurement, Record, Reply
+from specforge_lite.benchmark.statistics import Counters, Measurement, Record
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.prompts import ChatEncoder, Prompt
+from specforge_lite.serving.engine import Generation
 
 MIN_NEW_TOKENS = 8  # a turn that has room for fewer is left out, with a note
 WARM_UP_TOKENS = 16
@@ -36,7 +37,7 @@ class Session(Protocol):
     context_length: int
     clock: Callable[[], float]
 
-    def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+    def generate(self, asks: Sequence[Ask]) -> list[Generation]:
         """Answer requests, in their order."""
         ...
 
@@ -81,7 +82,7 @@ class Dialogue:
         self._asked = Ask(tuple(token_ids), min(self.max_new_tokens, room))
         return self._asked
 
-    def take(self, reply: Reply) -> None:
+    def take(self, reply: Generation) -> None:
         """Note the answer and go on to the next turn."""
         prompt, asked = self.prompt, len(self._asked.token_ids)
         self.records.append(

@@ -22,38 +22,14 @@ from itertools import zip_longest
 
 import numpy as np
 
+from specforge_lite.serving.engine import Generation
+
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One answer. passes: verification passes (None: not known for this request alone); accepted_at[k]: passes that
-    accepted drafted token k. Seconds count from sending the request; num_first_tokens came together with the first (a
-    slow client gets several at once)."""
-
-    token_ids: tuple[int, ...]
-    passes: int | None
-    accepted_at: tuple[int, ...]
-    first_token_seconds: float
-    seconds: float
-    finish_reason: str = ""
-    num_first_tokens: int = 1
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def latency_per_token(self) -> float | None:
-        """Seconds per token after the first; None for an answer that came all at once."""
-        if self.num_tokens <= self.num_first_tokens:
-            return None
-        return (self.seconds - self.first_token_seconds) / (self.num_tokens - self.num_first_tokens)
-
-
-@dataclass(frozen=True)
-class Record(Reply):
+class Record(Generation):
     """An answered request. prompt: index of the conversation."""
 
     prompt: int = 0

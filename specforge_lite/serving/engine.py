@@ -89,13 +89,28 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. acceptance: None where the engine does not report it per request. num_first_tokens: tokens of the
-    first chunk of a stream."""
+    """One answer. passes: verification passes (None: not known for this request alone); accepted_at[k]: passes that
+    accepted drafted token k. Seconds count from sending the request; num_first_tokens came together with the first (a
+    slow client gets several at once)."""
 
     token_ids: tuple[int, ...]
-    acceptance: Acceptance | None
-    finish_reason: str
-    num_first_tokens: int
+    passes: int | None
+    accepted_at: tuple[int, ...]
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    finish_reason: str = ""
+    num_first_tokens: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def latency_per_token(self) -> float | None:
+        """Seconds per token after the first; None for an answer that came all at once."""
+        if self.num_tokens <= self.num_first_tokens:
+            return None
+        return (self.seconds - self.first_token_seconds) / (self.num_tokens - self.num_first_tokens)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpLoop
 from specforge_lite.serving.engine import (
-    Acceptance,
     Engine,
     Generation,
     Launch,
@@ -191,13 +190,15 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         found, tokens = chunks[-1]["meta_info"], tuple(chunks[-1]["output_ids"])
         if len(tokens) != found.get("completion_tokens", len(tokens)):
             raise ValueError(f"{len(tokens)} token ids, completion_tokens {found['completion_tokens']}")
-        acceptance = None
-        if speculative:  # [n] of the histogram: passes that accepted n drafted tokens
-            histogram = list(found.get("spec_correct_drafts_histogram") or [])
-            accepted_at = tuple(sum(histogram[n:]) for n in range(1, len(histogram)))
-            acceptance = Acceptance(int(found.get("spec_verify_ct", 0)), accepted_at)
-        reason = (found.get("finish_reason") or {}).get("type", "")
-        return Generation(tokens, acceptance, str(reason), len(chunks[0]["output_ids"]))
+        # [n] of the histogram: passes that accepted n drafted tokens
+        histogram = list(found.get("spec_correct_drafts_histogram") or []) if speculative else []
+        return Generation(
+            tokens,
+            passes=int(found.get("spec_verify_ct", 0)) if speculative else None,
+            accepted_at=tuple(sum(histogram[n:]) for n in range(1, len(histogram))),
+            finish_reason=str((found.get("finish_reason") or {}).get("type", "")),
+            num_first_tokens=len(chunks[0]["output_ids"]),
+        )
 
     def flush_request(self) -> tuple[str, str] | None:
         return "POST", "/flush_cache?timeout=30"  # refused while the last answer's request is not yet released

@@ -190,7 +190,8 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
         accepted_at = tuple(sum(n > k for n in accepted) for k in range(max(accepted, default=0)))
         return Generation(
             token_ids=tuple(token for step in steps for token in step),
-            acceptance=Acceptance(len(accepted), accepted_at) if speculative else None,
+            passes=len(accepted) if speculative else None,
+            accepted_at=accepted_at if speculative else (),
             finish_reason=next((str(c["finish_reason"]) for c in choices if c.get("finish_reason")), ""),
             num_first_tokens=len(steps[0]),
         )

@@ -15,9 +15,10 @@ from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation
 from specforge_lite.benchmark.measure import Ask, Session, measure
 from specforge_lite.benchmark.rows import ResultFile
 from specforge_lite.benchmark.run import Workload, run_benchmark
-from specforge_lite.benchmark.statistics import Counters, Reply
+from specforge_lite.benchmark.statistics import Counters
 from specforge_lite.core.errors import DataError, EngineError
 from specforge_lite.data.prompts import ChatEncoder, Prompt
+from specforge_lite.serving.engine import Generation
 
 CHAIN = Speculation(2, 1, 3)
 PROMPTS = [
@@ -67,7 +68,7 @@ class Parrot:
     def close(self) -> None:
         self.closed = True
 
-    def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+    def generate(self, asks: Sequence[Ask]) -> list[Generation]:
         with self.lock:
             self.num_asked += len(asks)
             self.in_flight += len(asks)
@@ -82,11 +83,11 @@ class Parrot:
             self.in_flight -= len(asks)
         return [self._reply(ask) for ask in asks]
 
-    def _reply(self, ask: Ask) -> Reply:
+    def _reply(self, ask: Ask) -> Generation:
         tokens = ask.token_ids[-min(9, ask.max_new_tokens) :]
         if self.speculation.is_baseline:
-            return Reply(tokens, None, (), 0.001, 0.010)
-        return Reply(tokens, (len(tokens) - 1) // 2, ((len(tokens) - 1) // 2,), 0.001, 0.006)
+            return Generation(tokens, None, (), 0.001, 0.010)
+        return Generation(tokens, (len(tokens) - 1) // 2, ((len(tokens) - 1) // 2,), 0.001, 0.006)
 
 
 CHAT = ChatEncoder(Words())
@@ -180,10 +181,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_different_answers_are_seen(tmp_path: Path) -> None:
     class Liar(Parrot):
-        def _reply(self, ask: Ask) -> Reply:
+        def _reply(self, ask: Ask) -> Generation:
             reply = super()._reply(ask)
             wrong = chr(ask.token_ids[-2]) == "1" and not self.speculation.is_baseline
-            return Reply((0, *reply.token_ids[1:]), *list(vars(reply).values())[1:]) if wrong else reply
+            return Generation((0, *reply.token_ids[1:]), *list(vars(reply).values())[1:]) if wrong else reply
 
     rows = run_benchmark([BenchConfig(1, CHAIN)], work(), ResultFile(tmp_path / "r.jsonl", {}), lambda s, b: Liar(s))
     assert {row.benchmark: row.identical_share for row in rows if row.steps} == {"mine": 6 / 7, "other": 1 / 2}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,6 +19,7 @@ from specforge_lite.benchmark.server import ServerSession, reserved_tokens
 from specforge_lite.benchmark.statistics import Counters
 from specforge_lite.core.errors import EngineError
 from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.process import LaunchedServer
 from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession
 
 STEPS = [[1], [2, 3, 4], [5], [6, 7]]  # the prompt's own pass, then passes that accepted 2, 0 and 1 drafted tokens
@@ -98,31 +100,33 @@ def vllm_events(merged: bool) -> list[dict[str, Any]]:
 
 
 class Running:
-    """Stands where a ServingSession does."""
+    """Stands where a launched server does."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.log_path, self.closed = url, Path("server.log"), False
+        self.spec, self.stopped = SimpleNamespace(url=url, log_path=Path("server.log")), False
 
-    def close(self) -> None:
-        self.closed = True
+    def stop(self) -> None:
+        self.stopped = True
 
 
 @contextmanager
 def session_on(backend: str, plan: str = "", draft: str | None = "draft") -> Iterator[tuple[ServerSession, Any]]:
     server = cast(Any, ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-    server.plan, server.seen, server.num_requests = plan, [], 0
+    server.plan, server.seen, server.num_requests = "", [], 0
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     running = Running(f"http://127.0.0.1:{server.server_address[1]}")
     options = ServingOptions(backend, "m", draft, num_steps=2, num_draft_tokens=3, max_length=100)
-    session = ServerSession(options, 0.5, open_server=lambda _: cast(ServingSession, running))
+    session = ServerSession(ServingSession(options, cast(LaunchedServer, running)), 0.5)
+    server.plan, warm_up = plan, server.seen.pop()[1]
+    assert (warm_up.get("prompt") or warm_up["input_ids"]) == [1, 2, 3, 4]
     try:
         yield session, server
     finally:
         session.close()
         server.shutdown()
         server.server_close()
-        assert running.closed
+        assert running.stopped
 
 
 ASK = Ask((10, 11), 7)

@@ -100,10 +100,10 @@ def test_acceptance_of_sglang_comes_with_each_reply() -> None:
     facts = {"spec_verify_ct": 10, "spec_num_correct_drafts": 15, "spec_correct_drafts_histogram": [2, 3, 3, 2]}
     found = SERVING_ENGINES["sglang"].read_generation([{"output_ids": [5, 6], "meta_info": facts}], True)
     assert found.token_ids == (5, 6)
-    assert found.acceptance == Acceptance(10, (8, 5, 2))
-    assert found.acceptance.length == 2.5
+    assert (found.passes, found.accepted_at) == (10, (8, 5, 2))
+    assert Acceptance(10, (8, 5, 2)).length == 2.5
     plain = SERVING_ENGINES["sglang"].read_generation([{"output_ids": [5], "meta_info": {}}], True)
-    assert plain.acceptance == Acceptance()
+    assert (plain.passes, plain.accepted_at) == (0, ())
 
 
 def test_acceptance_of_vllm_is_summed_over_its_engines() -> None:

@@ -6,8 +6,9 @@
 
 Without data, prompts that ship with the package are answered by the target itself first. The operations of a step are
 counted while a few steps run; EAGLE-3 trains for --total-steps, the others for as many steps as cost the same. Every
-draft decodes chains of --chain tokens (the length of a block), greedily and at temperature 1, one prompt at a time.
-Times are CPU seconds of one thread. Stages that are done are not run again; OUTPUT_DIR/comparison.md is the table.
+draft decodes chains of --chain tokens (the length of a block), greedily and at temperature 1, --decode-batch prompts at
+a time; what is timed (--timed-prompts) one at a time. Times are CPU seconds of one thread. Stages that are done are not
+run again; OUTPUT_DIR/comparison.md is the table.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.compare_eagle1_eagle3 import DraftsConfig, call, capture_states, make_data
+from specforge_lite.capture.base import default_aux_layer_ids
 from specforge_lite.core.files import atomic_file
 from specforge_lite.core.log import run_script
 from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
 from specforge_lite.core.settings import parse_config
-from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.evaluation.run import engine_for, evaluate_draft, open_eval_data, open_target_files
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
@@ -61,7 +62,11 @@ class CompareConfig(DraftsConfig):
     chain: int = Field(7, ge=2, description="drafted tokens per pass; DFlash blocks have one slot more")
     num_draft_layers: int = Field(2, ge=1, description="layers of DSpark and DFlash")
     markov_rank: int = Field(64, ge=1, description="of DSpark")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the training")
+    draft_vocab_size: int | None = Field(None, ge=8, description="of EAGLE-3; default: the target's")
     seed_of_answers: int = Field(0, ge=0, description="seed of sampled decoding")
+    decode_batch: int = Field(1, ge=1, description="prompts decoded together where acceptance is counted")
+    timed_prompts: int = Field(24, ge=1, description="prompts decoded one at a time where time is measured")
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def main() -> None:
 
 def sections_of(config: CompareConfig, out: Path, evaluation: Path) -> tuple[TargetSection, DataSection]:
     target = TargetSection(target_model_path=config.target_model_path, target_backend="hf", target_dtype="float32")
-    return target, DataSection(eval_data_path=str(evaluation), cache_dir=out / "cache", max_length=512)
+    return target, DataSection(eval_data_path=str(evaluation), cache_dir=out / "cache", max_length=config.max_length)
 
 
 def eval_samples(config: CompareConfig, out: Path, evaluation: Path) -> list[TokenizedSample]:
@@ -123,15 +128,13 @@ def eval_samples(config: CompareConfig, out: Path, evaluation: Path) -> list[Tok
 
 
 def training_words(config: CompareConfig, kind: str, out: Path, train: Path) -> list[str]:
-    """Flags of the training command; captures the states that this kind reads, once for EAGLE and once for blocks."""
+    """Flags of the training command; captures the states that any kind reads, once."""
     is_block = kind in ("dspark", "dflash")
-    states = out / ("states_block" if is_block else "states_eagle")
-    layers: list[str] = []
-    if is_block:
-        target = open_target_files(sections_of(config, out, train)[0], "cpu")
-        num_layers = int(target.config.get_text_config().num_hidden_layers)
-        layers = ["--aux-layer-ids", *map(str, spread_aux_layers(num_layers))]
-    capture_states(config, train, states, *layers)
+    target = open_target_files(sections_of(config, out, train)[0], "cpu")
+    num_layers = int(target.config.get_text_config().num_hidden_layers)
+    eagle, block = default_aux_layer_ids(num_layers)[0], spread_aux_layers(num_layers)
+    states = out / "states"
+    capture_states(config, train, states, "--aux-layer-ids", *map(str, sorted({*eagle, *block})))
     own = {
         "dspark": ["--block-size", str(config.chain), "--markov-rank", str(config.markov_rank)],
         "dflash": ["--block-size", str(config.chain + 1)],
@@ -140,12 +143,16 @@ def training_words(config: CompareConfig, kind: str, out: Path, train: Path) -> 
     }[kind]
     if is_block:
         own += ["--num-draft-layers", str(config.num_draft_layers)]
+    if kind == "eagle3" and config.draft_vocab_size is not None:
+        own += ["--draft-vocab-size", str(config.draft_vocab_size)]
+    if kind != "eagle1":
+        own += ["--aux-layer-ids", *map(str, block if is_block else eagle)]
     rate = config.block_learning_rate if is_block else config.learning_rate
     return [
         "--target-model-path", config.target_model_path, "--offline-dir", str(states), "--cache-dir",
         str(out / "cache"), "--batch-size", str(config.batch_size), "--learning-rate", str(rate), "--warmup-ratio",
         "0.05", "--lr-schedule", "cosine", "--max-grad-norm", "0.5", "--eval-interval", "0", "--save-interval", "250",
-        "--save-total-limit", "1", "--log-interval", "100", *own,
+        "--save-total-limit", "1", "--log-interval", "100", "--precision", config.precision, *own,
     ]  # fmt: skip
 
 
@@ -200,10 +207,14 @@ def measure(
     model = SpeculativeModel.from_pretrained(config.target_model_path, path, dtype="float32", device="cpu")
     assert model.drafter is not None
     model.target.clock = model.drafter.clock = time.process_time
-    decoded = decode_answers(model, samples, config.chain)
-    greedy, plain = (decode(model, samples, config, 0.0, "auto", speculative) for speculative in (True, False))
-    sampled = {mode: decode(model, samples, config, 1.0, mode) for mode in ("greedy", "sampled")}
-    best = max(sampled.values(), key=lambda totals: totals.speed)
+    decoded = decode(model, samples, config, 0.0, "auto", batch=config.decode_batch)
+    sampled = {
+        mode: decode(model, samples, config, 1.0, mode, batch=config.decode_batch) for mode in ("greedy", "sampled")
+    }
+    best = max(sampled, key=lambda mode: sampled[mode].tokens_per_pass)
+    timed = samples[: config.timed_prompts]
+    greedy, plain = (decode(model, timed, config, 0.0, "auto", speculative) for speculative in (True, False))
+    timed_sampled = decode(model, timed, config, 1.0, best)
     return Row(
         kind=kind,
         seed=seed,
@@ -213,22 +224,25 @@ def measure(
         cpu_seconds=cpu_seconds,
         estimated=estimated,
         decoded=decoded.tokens_per_pass,
-        reproduced=decoded.reproduced_share,
+        reproduced=decoded.reproduced / decoded.file_tokens,
         sampled_greedy_drafts=sampled["greedy"].tokens_per_pass,
         sampled_drawn_drafts=sampled["sampled"].tokens_per_pass,
         draft_ms=1000 * greedy.draft_seconds / greedy.passes,
         speed=greedy.speed,
-        speed_sampled=best.speed,
+        speed_sampled=timed_sampled.speed,
         plain=plain.speed,
     )
 
 
 @dataclass
 class Totals:
-    """Sums over prompts; the first token of each answer comes from its prompt's pass and is left out."""
+    """Sums over prompts; the first token of each answer comes from its prompt's pass and is left out. reproduced:
+    tokens of the file's answers, file_tokens, that came out before the first difference."""
 
     tokens: int = 0
     passes: int = 0
+    reproduced: int = 0
+    file_tokens: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
 
@@ -248,23 +262,31 @@ def decode(
     temperature: float,
     draft_sampling: str,
     speculative: bool = True,
+    batch: int = 1,
 ) -> Totals:
-    """Answer the first turn of every sample, as long as the file's answer."""
+    """Answer the first turn of every sample; those that are decoded together are as long as the longest in the file."""
     totals = Totals()
-    for index, sample in enumerate(samples):
-        first, end = answers_of(sample.loss_mask_L.tolist())[0]
+    jobs = [(sample.input_ids_L.tolist(), *answers_of(sample.loss_mask_L.tolist())[0]) for sample in samples]
+    jobs.sort(key=lambda job: job[2] - job[1])
+    for at in range(0, len(jobs), batch):
+        group = jobs[at : at + batch]
         settings = GenerationSettings(
-            max_new_tokens=end - first,
+            max_new_tokens=max(end - first for _, first, end in group),
             temperature=temperature,
-            seed=config.seed_of_answers + index,
+            seed=config.seed_of_answers + at,
             shape=TreeShape.chain(config.chain),
             draft_sampling=draft_sampling,
         )
-        stats = model.run([sample.input_ids_L[:first].tolist()], settings, speculative).stats
+        output = model.run([ids[:first] for ids, first, _ in group], settings, speculative)
+        stats = output.stats
         totals.tokens += stats.num_tokens - stats.num_prompts
         totals.passes += stats.verification_passes
         totals.seconds += stats.seconds
         totals.draft_seconds += stats.draft_seconds
+        for (ids, first, end), found in zip(group, output.new_tokens, strict=True):
+            pairs = list(zip(found, ids[first:end]))
+            totals.reproduced += next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+            totals.file_tokens += end - first
     return totals
 
 

@@ -98,6 +98,11 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
 
     def serving_command(self, launch: Launch) -> list[str]:
         words = [*self._command(launch), "--max-num-seqs", str(launch.concurrency)]
+        if not launch.gpu:
+            # gpu_model_runner.py rewinds the generator of a seeded request whose prompt is cut into chunks, which a
+            # CPU generator cannot: the engine dies.
+            longest = max(launch.max_length, 2048)
+            words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(longest)]
         if not launch.speculative:
             return words
         if launch.topk != 1 or launch.num_draft_tokens != launch.num_steps + 1:

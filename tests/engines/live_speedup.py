@@ -1,5 +1,6 @@
 """`bench_model_speedup.py` against real servers: a chain on vLLM, a tree on SGLang. The draft is random, so little is
-accepted; what is checked is that everything is counted and that outputs are the target's own."""
+accepted; what is checked is that everything is counted and that outputs are the target's own. And
+`generate_data_by_target.py`: many sampled answers at once."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from specforge_lite.checkpoints.export import export_draft
+from specforge_lite.serving.session import ServingOptions, ServingSession
 from tests.inference_drafts import random_draft
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,3 +52,24 @@ class SpeedupChecks:
             # passes then do not add up to the server's own count, and the interval over requests is left out.
             assert row["acc_length_interval"] is not None or self.engine_name == "vllm"
             assert row["identical_share"] == 1.0
+
+    def test_sampled_answers_of_many_long_prompts_at_once(self, tiny_target: Path, tmp_path: Path) -> None:
+        """More prompt tokens than an engine computes in one step, each request with a seed of its own."""
+        rows = [
+            {"id": str(i), "conversations": [{"role": "user", "content": f"{i} " + "tell me about the sea " * 60}]}
+            for i in range(24)
+        ]
+        source, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = ServingOptions(self.engine_name, str(tiny_target), dtype="float32", max_length=1024, concurrency=24)
+        with ServingSession(options) as session:
+            command = [
+                sys.executable, "scripts/generate_data_by_target.py", "--raw-data-file", str(source), "--output-dir",
+                str(tmp_path / "shards"), "--output-file", str(answers), "--server-address-port", session.url,
+                "--max-concurrency", "24", "--temperature", "0.8", "--max-tokens", "12",
+            ]  # fmt: skip
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert [row["id"] for row in found] == [row["id"] for row in rows]
+        assert len({row["conversations"][-1]["content"] for row in found}) > 12  # drawn, not the most probable

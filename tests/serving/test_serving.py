@@ -45,6 +45,14 @@ def test_vllm_drafts_chains_only(draft: str) -> None:
             words("vllm", ServingOptions("vllm", "M", draft, 3, topk, num_draft_tokens))
 
 
+def test_vllm_cuts_no_prompt_into_chunks_on_a_cpu() -> None:
+    """There a seeded request whose prompt is cut would end the engine."""
+    for longest, batched in ((1024, 2048), (8192, 8192)):
+        options = ServingOptions("vllm", "M", max_length=longest)
+        assert f"--no-enable-chunked-prefill --max-num-batched-tokens {batched}" in words("vllm", options)
+        assert "chunked" not in words("vllm", options, gpu=True)
+
+
 def test_drafts_are_sampled_as_they_were_trained_where_sampling_is_served(draft: str) -> None:
     for temperature, sampled in ((0.0, False), (0.7, True)):
         chain = ServingOptions("sglang", "M", draft, 3, 1, 4, temperature=temperature)

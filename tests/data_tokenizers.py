@@ -8,7 +8,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from specforge_lite.data.templates import TEMPLATES
+from specforge_lite.data.encoding import TokenizerSpec
+from specforge_lite.data.templates.families import TEMPLATES
+from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
+from specforge_lite.types import Conversation, TokenizedSample
 
 CORPUS = [
     "Be kind. Hi there, hello. It is 2. Add the numbers. One and one is two, is it not?",
@@ -61,3 +64,16 @@ def swallowing_spaces() -> Any:
     names = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer.add_special_tokens([AddedToken(name, rstrip=True, special=True) for name in names])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tokenize_conversation(
+    conversation: Conversation,
+    tokenizer: Any,
+    template: str = "auto",
+    max_length: int = 2048,
+    train_only_last_turn: bool = False,
+    system_prompt: str | None = None,
+) -> TokenizedSample:
+    """Tokenize one conversation with a transformers tokenizer."""
+    options = TokenizeOptions(template, max_length, train_only_last_turn, system_prompt)
+    return ConversationTokenizer(TokenizerSpec.from_tokenizer(tokenizer), options)(conversation).to_sample()

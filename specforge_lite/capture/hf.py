@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from specforge_lite.capture.base import check_sample, target_info
 from specforge_lite.core.devices import num_gpus, on_device, pick_device, without_cudnn
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.hub import load_config, local_directory, model_class, transformers_errors
-from specforge_lite.core.log import format_bytes
-from specforge_lite.core.log import info as log_info
+from specforge_lite.core.hub import load_config, model_class, transformers_errors
 from specforge_lite.core.weight_files import safetensors_files, weight_files
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 MAX_TOKENS_PER_FORWARD = 16_384
 MAX_PADDING_SHARE = 0.2
-# Of a GPU's memory; the rest is for activations, caches and the draft.
-WEIGHTS_SHARE = 0.85
 
 # Rotary variants whose frequencies depend on the longest row of the batch; below the original context they do not.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -140,22 +136,9 @@ def place_target(model_path: str, dtype: str, device: str | torch.device | None)
     place = pick_device(None if device == "auto" else device)
     if device is not None or place.type != "cuda" or num_gpus() < 2 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return place
-    needed, room = _weight_bytes(model_path, dtype), torch.cuda.get_device_properties(place).total_memory
-    if needed < WEIGHTS_SHARE * room:
-        return place
-    log_info(
-        f"{model_path}: {format_bytes(needed)} of weights, a GPU has {format_bytes(room)}: spread over {num_gpus()}"
-    )
-    return "auto"
+    from specforge_lite.capture.hf_large import fits_one_gpu
 
-
-def _weight_bytes(model_path: str, dtype: str) -> float:
-    directory = local_directory(model_path)
-    stored = sum(file.stat().st_size for file in safetensors_files(directory))
-    stored_dtype = getattr(load_config(directory).get_text_config(), "dtype", None)
-    if dtype == "auto" or not isinstance(stored_dtype, torch.dtype):
-        return stored
-    return float(stored) * getattr(torch, dtype).itemsize / stored_dtype.itemsize
+    return place if fits_one_gpu(model_path, dtype, place) else "auto"
 
 
 def load_target_model(
@@ -170,61 +153,29 @@ def load_target_model(
     if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
         weight_files(Path(model_path))
     config = load_config(model_path, trust_remote_code)
-    _check_quantization(config, model_path, device)
+    if getattr(config, "quantization_config", None):
+        from specforge_lite.capture.hf_large import check_quantization
+
+        check_quantization(config, model_path, device)
     loader = model_class(config).from_pretrained
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with transformers_errors(f"target_model_path {model_path}"):
         if tp_group is not None:
-            from transformers.distributed import DistributedConfig
+            from specforge_lite.capture.hf_tp import load_part
 
-            from specforge_lite.capture.hf_tp import as_world
-
-            options["distributed_config"] = DistributedConfig(tp_size=tp_group.size(), tp_plan="auto")
-            with as_world(tp_group):
-                model: Any = loader(model_path, **options)
-            return model.eval().requires_grad_(False)
+            return load_part(loader, model_path, options, tp_group).eval().requires_grad_(False)
         if device == "auto":
             options["device_map"] = "auto"
         # Mismatched sizes are reported below, with the name.
         model, report = loader(model_path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_all_weights(model, report, model_path)
-    if device != "auto":
+    if device == "auto":
+        from specforge_lite.capture.hf_large import check_spread
+
+        check_spread(model, model_path)
+    else:
         model = model.to(device)
-    elif left := {parameter.device.type for parameter in model.parameters()} - {"cuda"}:  # `meta` where it is offloaded
-        raise ConfigError(
-            f"target_model_path {model_path}: does not fit into the {num_gpus()} visible GPUs (a part is on"
-            f" {min(left)}); use more of them, --target-backend sglang or vllm, or a smaller dtype"
-        )
     return model.eval().requires_grad_(False)
-
-
-def _check_quantization(config: Any, model_path: str, device: torch.device | str) -> None:
-    """Refuse what transformers would load as plain numbers, and an FP8 checkpoint that would fail in its first forward;
-    on a CPU FP8 is dequantised as it is loaded."""
-    found = getattr(config, "quantization_config", None) or {}
-    values = found if isinstance(found, dict) else found.to_dict()
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    method = values.get("quant_method")
-    if values and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
-        raise ConfigError(
-            f"target_model_path {model_path}: quantised as {method}, which transformers does not load; use"
-            " --target-backend sglang or vllm"
-        )
-    if method != "fp8" or values.get("dequantize"):
-        return
-    if torch.device("cuda" if device == "auto" else device).type == "cpu":
-        config.quantization_config = {**values, "dequantize": True}
-        return
-    from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
-
-    # Below 8.9 transformers dequantises by itself.
-    if torch.cuda.get_device_capability(None if device == "auto" else device) >= (8, 9) and not is_kernels_available():
-        raise ConfigError(
-            f"target_model_path {model_path}: an FP8 checkpoint, which transformers runs on a GPU only with the package"
-            f" 'kernels', not installed here: pip install 'kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}', or"
-            " use --target-backend sglang or vllm"
-        )
 
 
 def check_all_weights(model: nn.Module, report: dict[str, Any], model_path: str) -> None:

@@ -172,3 +172,11 @@ def hand_over(states: list[CapturedStates], device: torch.device) -> None:
         for tensor in (item.aux_LAH, item.last_LH):
             if tensor.is_cuda:  # else the allocator may reuse it while the training thread still reads
                 tensor.record_stream(torch.cuda.default_stream(device))
+
+
+def load_part(loader: Any, model_path: str, options: dict[str, Any], group: Any) -> Any:
+    """This rank's part of a model. loader: `from_pretrained` of its class."""
+    from transformers.distributed import DistributedConfig
+
+    with as_world(group):
+        return loader(model_path, distributed_config=DistributedConfig(tp_size=group.size(), tp_plan="auto"), **options)

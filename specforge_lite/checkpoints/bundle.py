@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_directory, user_errors, write_json
-from specforge_lite.model.block_config import block_kind_of
+from specforge_lite.model.config_json import block_kind_of
 
 NUM_DRAFT_TOKENS = 3
 SETTINGS_ON_THE_CARD = (

@@ -29,7 +29,7 @@ from specforge_lite.checkpoints.loading import find_draft, read_draft_files
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.weight_files import unused_weight_files
-from specforge_lite.model.block_config import BLOCK_ARCHITECTURES, BLOCK_KINDS
+from specforge_lite.model.config_json import BLOCK_ARCHITECTURES, BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 from specforge_lite.model.target_head import family_scales
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_lite.checkpoints.training_run import read_safetensors
-from specforge_lite.core.errors import CheckpointError, first_line
+from specforge_lite.checkpoints.training_run import read_config, read_safetensors
+from specforge_lite.core.errors import CheckpointError, ConfigError, first_line
 from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
-from specforge_lite.model.block_config import BLOCK_KINDS, block_kind_of
-from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig, aux_layer_ids_of, check_kinds
+from specforge_lite.model.config_json import BLOCK_KINDS, aux_layer_ids_of, block_kind_of, check_kinds
+from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 from specforge_lite.model.registry import build_draft
 
 
@@ -232,3 +232,18 @@ def vocabulary_of(files: DraftFiles, config: DraftConfig) -> tuple[Tensor, Tenso
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
     t2d[target_ids] = True
     return d2t.to(torch.int64), t2d
+
+
+def read_draft_config(path: Path, algorithm: str | None, target_config: Any | None = None) -> DraftConfig:
+    """A draft's config.json for `algorithm` (None: its own), completed from the target's; a plain Llama config, as
+    EAGLE's are, fits all."""
+    file = path / "config.json" if path.is_dir() else path
+    values = read_config(file)
+    known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
+    draft = DraftConfig.from_dict(fill_from_target(values, known, str(file)), str(file))
+    if algorithm in (None, draft.algorithm):
+        return draft
+    architecture = "".join(values.get("architectures") or [])
+    if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
+        raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
+    return draft.replace(algorithm=algorithm or draft.algorithm, draft_vocab_size=draft.vocab_size)

@@ -19,7 +19,7 @@ from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, newest_complete, read_state, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
 from specforge_lite.core.files import atomic_directory, save_tensors, user_errors, write_json
-from specforge_lite.model.block_config import BLOCK_KINDS
+from specforge_lite.model.config_json import BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, Draft, DraftConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

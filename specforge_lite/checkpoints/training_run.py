@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.files import sha256_of
+from specforge_lite.core.files import read_json, sha256_of
 from specforge_lite.core.log import warn
 
 FORMAT_VERSION = 1
@@ -106,16 +106,8 @@ def read_state(path: Path) -> SavedState:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A JSON file as a dict."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values
+    """A JSON file of a checkpoint or draft. Raises CheckpointError."""
+    return read_json(file, CheckpointError)
 
 
 def read_safetensors(files: list[Path]) -> dict[str, Tensor]:

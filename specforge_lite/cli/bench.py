@@ -157,7 +157,7 @@ def _settings_of(config: BenchmarkConfig, options: ServingOptions) -> dict[str, 
     """What rows of one file must share."""
     from specforge_lite.benchmark.rows import fingerprint
     from specforge_lite.checkpoints.training_run import read_config
-    from specforge_lite.model.block_config import block_kind_of
+    from specforge_lite.model.config_json import block_kind_of
 
     work = config.work
     names = {"temperature", "max_new_tokens", "system_prompt", "raw_prompts", "num_shots", "seed"}

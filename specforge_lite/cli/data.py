@@ -142,7 +142,7 @@ def choose_draft_vocab_size(section: ModelSection, target_config: Any) -> int:
         return section.draft_vocab_size
     if section.draft_model_config is None:
         return min(32000, vocab_size)
-    from specforge_lite.training.wiring import read_draft_config
+    from specforge_lite.checkpoints.draft_files import read_draft_config
 
     draft = read_draft_config(section.draft_model_config, None, target_config)
     if draft.vocab_size != vocab_size:

@@ -99,8 +99,8 @@ def memory() -> None:
 
 def _workload_of(config: PlanMemoryConfig) -> Workload:
     """The planner's view of the flags."""
+    from specforge_lite.checkpoints.draft_files import read_draft_config
     from specforge_lite.training.estimate import Workload
-    from specforge_lite.training.wiring import read_draft_config
 
     draft = read_draft_config(cast(Path, config.draft_model_config), None)
     if draft.algorithm == "eagle1":

@@ -14,8 +14,8 @@ import contextlib
 import signal
 
 from specforge_lite.core.log import info
-from specforge_lite.core.sections import RecordSection
 from specforge_lite.core.settings import parse_config
+from specforge_lite.serving.record_settings import RecordSection
 
 REPORT_SECONDS = 60.0
 

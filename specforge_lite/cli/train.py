@@ -18,35 +18,13 @@ import yaml
 from specforge_lite.core.settings import parse_config
 from specforge_lite.training.settings import TrainConfig
 
-EAGLE1_HELP = """\
-Train an EAGLE-1 draft with EAGLE's own loss, noise and schedule, online or from captured hidden states.
-
-    python scripts/train_eagle1.py --target-model-path MODEL --train-data-path train.jsonl --output-dir outputs/run
-    python scripts/train_eagle1.py --target-model-path MODEL --offline-dir CAPTURED --output-dir outputs/run
-
-`--offline-dir` is what scripts/capture_hidden_states.py writes, for EAGLE-3 drafts too. A second call with the same
---output-dir continues the run. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130. Exit code 2:
-something about the input, reported in one line.
-"""
-
-
-BLOCK_HELP = """\
-Train a {kind} draft, which fills a whole block of tokens in one pass, from the same captured states as EAGLE-3.
-
-    torchrun --standalone --nproc_per_node 8 scripts/train_eagle3_online.py --draft-kind {kind} \\
-        --target-model-path MODEL --train-data-path train.jsonl --output-dir outputs/run
-
-`--block-size`, `--num-draft-layers`, `--num-anchors` are its sizes. A second call with the same --output-dir continues
-the run.
-"""
-
 
 def main() -> int:
     kind = asked_kind(sys.argv[1:])
     if kind == "eagle1":
         return eagle1()
     if kind in ("dspark", "dflash"):
-        from specforge_lite.training.block import DflashConfig, DsparkConfig
+        from specforge_lite.training.block import BLOCK_HELP, DflashConfig, DsparkConfig
 
         block: type[TrainConfig] = DsparkConfig if kind == "dspark" else DflashConfig
         return _train(parse_config(block, description=BLOCK_HELP.format(kind=kind)))
@@ -73,7 +51,7 @@ def asked_kind(argv: list[str]) -> str | None:
 
 
 def eagle1() -> int:
-    from specforge_lite.training.eagle1 import Eagle1Config
+    from specforge_lite.training.eagle1 import EAGLE1_HELP, Eagle1Config
 
     return _train(parse_config(Eagle1Config, description=EAGLE1_HELP))
 

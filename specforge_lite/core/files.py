@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from specforge_lite.core import log
-from specforge_lite.core.errors import ConfigError, DataError, first_line
+from specforge_lite.core.errors import ConfigError, DataError, SpecforgeError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,12 +270,17 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises DataError naming the place of a mistake."""
+def read_json(path: Path, error_class: type[SpecforgeError] = DataError) -> dict[str, Any]:
+    """A JSON object; raises `error_class` naming the place of a mistake."""
     try:
-        return _object(json.loads(read_text(path)), str(path))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise error_class(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise error_class(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_jsonl(path: Path, last_may_be_cut: bool = False) -> list[dict[str, Any]]:
@@ -285,18 +290,16 @@ def read_jsonl(path: Path, last_may_be_cut: bool = False) -> list[dict[str, Any]
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [_object(json.loads(line), f"{path}:{number}")] if line.strip() else []
+            value = json.loads(line) if line.strip() else None
         except ValueError as error:
             if last_may_be_cut and number == len(lines):
                 break
             raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        if isinstance(value, dict):
+            rows.append(value)
+        elif line.strip():
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
     return rows
-
-
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 # -------------------------------------------------------------------------------------------------------------- hashes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -131,6 +130,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except SpecforgeError as error:
+        from specforge_lite.core.launcher import print_last
+
         print_last(f"error: {error}")
         sys.exit(USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
@@ -140,30 +141,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:  # the top level: a bug of ours keeps its traceback
+        from specforge_lite.core.launcher import print_last
+
         print_last(f"{type(error).__name__}: {error}", only_after_launcher=True)
         raise
     sys.exit(code or 0)
-
-
-# Waits for a process to end and prints a line; run by `print_last`.
-_PRINT_AFTER = """
-import os, select, sys
-waiting = select.poll()
-waiting.register(os.pidfd_open(int(sys.argv[1])), select.POLLIN)
-waiting.poll(20_000)
-print(sys.argv[2], file=sys.stderr)
-"""
-
-
-def print_last(line: str, only_after_launcher: bool = False) -> None:
-    """Print an error line on stderr so that it is the last one a user sees.
-
-    torchrun closes every failed run with a traceback of its own, 30 lines about none of our code. Under it the line is
-    printed by a small process that waits for the launcher's end (20 s at most). only_after_launcher: print nothing
-    without torchrun, where the line was shown before.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "pidfd_open"):
-        command = [sys.executable, "-S", "-E", "-c", _PRINT_AFTER, str(os.getppid()), line]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    elif not only_after_launcher:
-        print(line, file=sys.stderr, flush=True)

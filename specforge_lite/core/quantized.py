@@ -15,7 +15,9 @@ Sources: AutoAWQ `awq/utils/packing_utils.py`, GPTQModel `nn_modules/qlinear/tor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,3 +140,34 @@ def _fp4(packed: Tensor, scale: Tensor | None, divisor: Tensor | None, factor: T
     halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     whole = scale.float() / divisor.float() if divisor is not None else scale.float() * factor.float()  # type: ignore[union-attr]
     return _times_groups(table[halves.long()], whole)
+
+
+def quantization_of(files: dict[str, Path]) -> dict[str, Any]:
+    """`quantization_config` of the config.json beside the files; empty where there is none."""
+    place = next(iter(files.values())).parent / "config.json"
+    try:
+        found = json.loads(place.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """fp8 weight [R, C] times its scale (one number, [R], [R, 1], or one per block [a, b]) in bf16; None where the
+    shapes do not go together. Blocks are as wide as a power of two."""
+    value = weight.float()
+    if scale.numel() == 1:
+        return (value * scale.float().reshape(())).bfloat16()
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    if weight.dim() != 2 or scale.dim() != 2 or any(s > w for s, w in zip(scale.shape, weight.shape)):
+        return None
+    expanded = scale.float()
+    for dim, size in enumerate(weight.shape):
+        if scale.shape[dim] == 1:
+            continue
+        width = 1 << (-(-size // scale.shape[dim]) - 1).bit_length()
+        if -(-size // width) != scale.shape[dim]:
+            return None
+        expanded = expanded.repeat_interleave(width, dim).narrow(dim, 0, size)
+    return (value * expanded).bfloat16()

@@ -8,21 +8,16 @@ over all sections, so `--learning-rate` needs no prefix and YAML may also give l
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import USER_ERROR_EXIT_CODE, is_main_rank
 
 # Stands for a required text that is missing while the rest is checked; no message that names it is shown.
@@ -62,7 +57,7 @@ def parse_config(
     if positional and words and not words[0].startswith("-"):
         words.insert(0, positional)
     try:
-        return _Parse(config_class, description).run(words)
+        return Parse(config_class, description).run(words)
     except ConfigError:
         if is_main_rank():
             raise
@@ -96,7 +91,7 @@ def build_parser(config_class: type[Section], leaves: Leaves, description: str) 
     groups: dict[tuple[str, ...], Any] = {}
     for name, (path, info) in leaves.items():
         group = groups.setdefault(path, parser.add_argument_group(".".join(path) or "options"))
-        flags = [_dashed("--" + name), *_synonyms(info)]
+        flags = [dashed("--" + name), *_synonyms(info)]
         help_text = (info.description or "").replace("%", "%%")
         if not info.is_required() and info.default not in (None, "", ()):
             help_text += f" (default: {info.default})"
@@ -112,7 +107,7 @@ def build_parser(config_class: type[Section], leaves: Leaves, description: str) 
     return parser
 
 
-class _Parse:
+class Parse:
     """One reading of a command line. keys: name or synonym -> leaf. typed: leaf -> the flag as the user wrote it.
     source: the YAML file, for its mistakes."""
 
@@ -120,7 +115,7 @@ class _Parse:
         self.config_class, self.description = config_class, description
         self.leaves = leaf_fields(config_class)
         self.sections = {name for name, info in config_class.model_fields.items() if _is_section(info)}
-        self.keys = {_bare(flag): name for name, (_, info) in self.leaves.items() for flag in _synonyms(info)}
+        self.keys = {bare(flag): name for name, (_, info) in self.leaves.items() for flag in _synonyms(info)}
         self.keys |= {name: name for name in self.leaves}
         self.typed: dict[str, str] = {}
         self.problems: list[str] = []
@@ -130,9 +125,11 @@ class _Parse:
         values: dict[str, Any] = {}
         given = self._parse_flags(argv)
         if path := given.pop("__config__", None):
-            self._merge_yaml(Path(path), values)
+            from specforge_lite.core.yaml_config import merge_yaml
+
+            merge_yaml(self, Path(path), values)
         for name, raw in given.items():
-            _assign(values, self.leaves[name][0], name, raw)
+            assign(values, self.leaves[name][0], name, raw)
         for name in self.sections:  # what is missing is reported by the keys that the section requires
             values.setdefault(name, {})
         config = self._validate(values)
@@ -144,36 +141,21 @@ class _Parse:
     def _parse_flags(self, argv: list[str]) -> dict[str, Any]:
         parser = build_parser(self.config_class, self.leaves, self.description)
         try:
-            namespace, unknown = parser.parse_known_args([_dashed(word) for word in argv])
+            namespace, unknown = parser.parse_known_args([dashed(word) for word in argv])
         except argparse.ArgumentError as error:
             raise ConfigError(str(error)) from None
         actions = parser._option_string_actions
-        as_typed = {_dashed(flag): flag for flag in (word.partition("=")[0] for word in argv)}
+        as_typed = {dashed(flag): flag for flag in (word.partition("=")[0] for word in argv)}
         self.typed = {actions[flag].dest: typed for flag, typed in as_typed.items() if flag in actions}
         for word in unknown:
             if word.startswith("--"):
+                from specforge_lite.core.mistakes import nearest
+
                 flag = as_typed[word.partition("=")[0]]
-                self.problems.append(f"{flag}: unknown flag{self._nearest(flag, [_bare(known) for known in actions])}")
+                self.problems.append(f"{flag}: unknown flag{nearest(self, flag, [bare(known) for known in actions])}")
             elif not any("unknown flag" in problem for problem in self.problems):  # else it may be that flag's value
                 self.problems.append(f"unexpected argument '{word}'")
         return dict(vars(namespace))
-
-    def _merge_yaml(self, path: Path, values: dict[str, Any]) -> None:
-        self.source = f"{path}: "
-        for key, value in _read_yaml(path).items():
-            if key not in self.sections:
-                leaf = self.keys.get(key, str(key))
-                _assign(values, self.leaves[leaf][0] if leaf in self.leaves else (), leaf, value)
-            elif isinstance(value, dict):
-                inner = {self._leaf_of(key, name): item for name, item in value.items()}
-                values.setdefault(key, {}).update(inner)
-            else:
-                self.problems.append(f"{path}: {key}: expected a mapping of keys to values, found {value!r}")
-
-    def _leaf_of(self, section: str, key: Any) -> Any:
-        """The field that a YAML key inside a section means."""
-        leaf = self.keys.get(key, "")
-        return leaf if leaf and self.leaves[leaf][0] == (section,) else key
 
     def _validate(self, values: dict[str, Any]) -> Section | None:
         """The config; None where there are problems. Checks of combinations run only on values that are right by
@@ -186,104 +168,21 @@ class _Parse:
                 break
             except ValidationError as error:
                 mistakes = error.errors()
+            from specforge_lite.core.mistakes import describe, take_out
+
             for item in mistakes:
-                self.problems += [text for text in self._describe(item) if MISSING not in text]
-            removed = [_take_out(values, item, self.leaves) for item in mistakes]
-            if False in removed:
+                self.problems += [text for text in describe(self, item) if MISSING not in text]
+            if False in [take_out(values, item, self.leaves) for item in mistakes]:
                 break
         return None
-
-    def _describe(self, item: Any) -> Iterator[str]:
-        location = [str(part) for part in item["loc"]]
-        leaf = next((part for part in location if part in self.leaves), "")
-        typed = self.typed.get(leaf)
-        key = typed or ".".join(location)
-        place = key if typed or not self.source or not location else self.source + key
-        if item["type"] == "extra_forbidden":
-            yield f"{place}: unknown key{self._nearest(location[-1], [*self.keys, *self.config_class.model_fields])}"
-        elif item["type"] == "missing":
-            yield f"{key}: required (flag {_dashed('--' + location[-1])})"
-        elif item["type"] == "literal_error":
-            expected = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-            hint = suggest(str(item["input"]), expected)
-            known = f"; known: {', '.join(expected)}"
-            yield f"{place}: unknown value '{item['input']}'{hint if hint != known else ''}{known}"
-        elif item["type"] in ("value_error", "assertion_error"):
-            for line in item["msg"].removeprefix("Value error, ").split("\n"):
-                message = self._as_typed(line.strip())
-                yield f"{place}: {message}" if place and not message.startswith(place) else message
-        else:
-            yield f"{place}: {item['msg']} (found {item['input']!r})"
-
-    def _as_typed(self, message: str) -> str:
-        """Field names before the first colon become the flags that the user typed."""
-        head, colon, rest = message.partition(":")
-        for leaf, flag in self.typed.items():
-            head = re.sub(rf"^{leaf}\b" if "_" not in leaf else rf"\b{leaf}\b", flag, head)
-        return head + colon + rest
-
-    def _nearest(self, name: str, known: Iterable[str]) -> str:
-        """What an unknown name probably means: a name of another project, or one of ours mistyped or cut short."""
-        bare, dashes = _bare(name), "--" if name.startswith("--") else ""
-        names = {_bare(word) for word in known}
-        if not dashes and bare in self.keys:  # a key in the wrong section
-            return f"; did you mean '{'.'.join((*self.leaves[self.keys[bare]][0], self.keys[bare]))}'?"
-        peer = peer_flags().get(bare.replace("_", "-"), ())
-        if isinstance(peer, str):
-            return f"; {peer}"
-        found = [word for word in map(_bare, peer) if word in names][:1]
-        found = found or difflib.get_close_matches(bare, sorted(names), n=1, cutoff=0.8)
-        found = found or sorted((word for word in names if word.startswith(bare + "_")), key=len)[:1]
-        return f"; did you mean '{_dashed(dashes + found[0]) if dashes else found[0]}'?" if found else ""
-
-
-def peer_flags() -> dict[str, tuple[str, ...] | str]:
-    """What flags of other projects are called here, or a note where no flag of ours is the same."""
-    tables = yaml.safe_load((resources.files("specforge_lite.assets") / "peer_flags.yaml").read_text("utf-8"))
-    ours = {peer: tuple(names.split()) for names, theirs in tables["flags"].items() for peer in theirs.split()}
-    return ours | {peer: note for note, theirs in tables["notes"].items() for peer in theirs.split()}
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested without end") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(loaded).__name__}")
-    return loaded or {}
-
-
-def _take_out(values: dict[str, Any], item: Any, leaves: Leaves) -> bool:
-    """Remove the value of a mistake, or put MISSING for what is missing; False where there is nothing to remove."""
-    *path, name = [str(part) for part in item["loc"]] or [""]
-    for depth, part in enumerate(item["loc"]):  # an item of a list: take the list out
-        if part in leaves:
-            path, name = [str(word) for word in item["loc"][:depth]], str(part)
-    inner: Any = values
-    for part in path:
-        inner = inner.get(part) if isinstance(inner, dict) else None
-    if not isinstance(inner, dict):
-        return False
-    if item["type"] == "missing":
-        inner[name] = MISSING
-        return True
-    found = name in inner
-    inner.pop(name, None)
-    return found
 
 
 def _is_section(info: FieldInfo) -> bool:
     return isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 
 
-def _assign(values: dict[str, Any], path: tuple[str, ...], name: str, raw: Any) -> None:
+def assign(values: dict[str, Any], path: tuple[str, ...], name: str, raw: Any) -> None:
+    """Put a leaf at its place among nested values; `none` and `null` are None."""
     for part in path:
         values = values.setdefault(part, {})
     values[name] = None if isinstance(raw, str) and raw.lower() in ("none", "null") else raw
@@ -294,12 +193,12 @@ def _synonyms(info: FieldInfo) -> list[str]:
     return typing.cast(list[str], extra.get("flags", []))
 
 
-def _bare(flag: str) -> str:
+def bare(flag: str) -> str:
     """`--ttt-length` -> `ttt_length`."""
     return flag.lstrip("-").replace("-", "_")
 
 
-def _dashed(word: str) -> str:
+def dashed(word: str) -> str:
     """`--ttt_length=7` -> `--ttt-length=7`; the value part is left alone."""
     if not word.startswith("--"):
         return word

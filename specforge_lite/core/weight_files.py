@@ -140,46 +140,19 @@ def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
         stem = name.removesuffix("weight")
         if tensor is None and not any(stem + ending in files for ending in PACKED_ENDINGS):
             return None
-        from specforge_lite.core.quantized import dequantized
+        from specforge_lite.core.quantized import dequantized, quantization_of
 
         return dequantized(stem, read, quantization_of(files))
     # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
     scale = next((s for ending in ("_scale_inv", "_scale") if (s := read(name + ending)) is not None), None)
-    return None if scale is None else dequantize(tensor, scale)
+    if scale is None:
+        return None
+    from specforge_lite.core.quantized import dequantize
+
+    return dequantize(tensor, scale)
 
 
 def logical_names(files: dict[str, Path]) -> dict[str, None]:
     """Names of `files`, those of packed weights as `NAME.weight`."""
     pattern = re.compile(rf"\.({'|'.join(PACKED_ENDINGS)})$")
     return dict.fromkeys(pattern.sub(".weight", name) for name in files)
-
-
-def quantization_of(files: dict[str, Path]) -> dict[str, Any]:
-    """`quantization_config` of the config.json beside the files; empty where there is none."""
-    place = next(iter(files.values())).parent / "config.json"
-    try:
-        found = json.loads(place.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor | None:
-    """fp8 weight [R, C] times its scale (one number, [R], [R, 1], or one per block [a, b]) in bf16; None where the
-    shapes do not go together. Blocks are as wide as a power of two."""
-    value = weight.float()
-    if scale.numel() == 1:
-        return (value * scale.float().reshape(())).bfloat16()
-    if scale.dim() == 1:
-        scale = scale[:, None]
-    if weight.dim() != 2 or scale.dim() != 2 or any(s > w for s, w in zip(scale.shape, weight.shape)):
-        return None
-    expanded = scale.float()
-    for dim, size in enumerate(weight.shape):
-        if scale.shape[dim] == 1:
-            continue
-        width = 1 << (-(-size // scale.shape[dim]) - 1).bit_length()
-        if -(-size // width) != scale.shape[dim]:
-            return None
-        expanded = expanded.repeat_interleave(width, dim).narrow(dim, 0, size)
-    return (value * expanded).bfloat16()

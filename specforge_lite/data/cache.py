@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from specforge_lite.data.conversations import RowRejected, ignored_fields, is_fi
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
-from specforge_lite.data.templates.auto import template_warning
 from specforge_lite.data.tokenize import RowTokenizer, TokenizeOptions, TokenRow
 
 ROWS_PER_BATCH = 64
@@ -42,8 +38,11 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     spec = TokenizerSpec.from_tokenizer(tokenizer)
     data_format = section.data_format if section.data_format != "auto" else _recognise_format(path)
     rows = RowTokenizer(spec, TokenizeOptions.from_section(section), data_format)
-    if rows.template is not None and log.is_main_rank() and (warning := template_warning(rows.template, spec)):
-        log.warn(warning)
+    if rows.template is not None and not rows.template.is_own and log.is_main_rank():
+        from specforge_lite.data.templates.families import template_warning
+
+        if warning := template_warning(rows.template, spec):
+            log.warn(warning)
     with user_errors(section.cache_dir):
         key = {**rows.key(), "file": _content_hash(path, section.cache_dir)}
         directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
@@ -129,47 +128,22 @@ def _store(line: int, row: TokenRow, writer: StoreWriter) -> None:
 
 
 # Rows of a file, each with its line; and fields without effect -> rows that have them.
-_Batch = tuple[list[tuple[int, TokenRow]], Counter[str]]
+Batch = tuple[list[tuple[int, TokenRow]], Counter[str]]
 
 
-def _tokenized_batches(rows: RowFile, tokenizer: RowTokenizer, num_proc: int) -> Iterator[_Batch]:
+def _tokenized_batches(rows: RowFile, tokenizer: RowTokenizer, num_proc: int) -> Iterator[Batch]:
     """Batches in the order of the file. At most a few per process are under way, so memory stays bounded."""
     stream = iter(rows)
     batches = iter(lambda: list(itertools.islice(stream, ROWS_PER_BATCH)), [])
     if num_proc == 1 or rows.num_bytes < SMALL_FILE_BYTES:
-        yield from (_tokenize(batch, tokenizer, rows.path) for batch in batches)
+        yield from (tokenize(batch, tokenizer, rows.path) for batch in batches)
         return
-    # spawn: a fork of a process with torch and CUDA threads may hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(tokenizer, rows.path)) as pool:
-        waiting: deque[Future[_Batch]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) >= 4 * num_proc:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise DataError(f"{rows.path}: a tokenizing process died (out of memory?); try fewer --num-proc") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    from specforge_lite.data.pool import tokenized_by_processes
+
+    yield from tokenized_by_processes(batches, tokenizer, rows.path, num_proc)
 
 
-_worker: tuple[RowTokenizer, Path] | None = None
-
-
-def _start_worker(tokenizer: RowTokenizer, path: Path) -> None:
-    global _worker
-    _worker = (tokenizer, path)
-
-
-def _work(rows: list[Row | BadRow]) -> _Batch:
-    assert _worker is not None
-    return _tokenize(rows, *_worker)
-
-
-def _tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer, path: Path) -> _Batch:
+def tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer, path: Path) -> Batch:
     """Tokenize parsed rows. Raises DataError for the first that cannot be read."""
     result: list[tuple[int, TokenRow]] = []
     ignored: Counter[str] = Counter()

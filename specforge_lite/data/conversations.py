@@ -32,7 +32,6 @@ ROLES = {
 }  # fmt: skip
 ID_KEYS = ("id", "conversation_id", "prompt_id", "question_id", "uuid", "seq_id", "task_id")
 PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction")
-ANSWER_KEYS = ("response", "completion", "answer", "solution", "output", "chosen")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Fields of a turn that say whether it is trained: OpenAI, Mistral, Together and Fireworks write weight, ms-swift loss,
 # axolotl train and training.
@@ -117,16 +116,19 @@ def content_digest(conversation: Conversation) -> str:
 def _messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     for key in ("conversations", "messages", "conversation", "dialog"):
         if row.get(key) is not None:
-            return _turns(row[key], key, row)
+            return turns_of(row[key], key, row)
     if isinstance(row.get("data"), list) and all(isinstance(turn, str) for turn in row["data"]):
         return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(row["data"])]
     if any(key in row for key in PROMPT_KEYS):
-        return _prompt_and_answer(row)
+        from specforge_lite.data.other_forms import prompt_and_answer
+
+        return prompt_and_answer(row)
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise RowRejected("unknown-form", f"found keys {found}; expected {KNOWN_FORMS}")
 
 
-def _turns(turns: Any, key: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+def turns_of(turns: Any, key: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of a list of turns under `key`. Raises RowRejected."""
     if isinstance(turns, str):  # some parquet exports hold JSON text
         turns = _from_json(turns, f"'{key}'")
     _expect(turns, list, "not-a-list", f"'{key}': expected a list of turns")
@@ -156,12 +158,12 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
         calls = _from_json(content, f"turn {number}: tool call") if isinstance(content, str) else content
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(calls, number)}
     if role == "analysis":
-        return {"role": "assistant", "content": "", "reasoning_content": _text(content, number, False)}
+        return {"role": "assistant", "content": "", "reasoning_content": text_of(content, number, False)}
     if role == "commentary":
         raise RowRejected("commentary-channel", f"turn {number}: commentary without a tool call has no normal form")
     thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
     may_be_empty = bool(turn.get("tool_calls") or thoughts)
-    message: dict[str, Any] = {"role": role, "content": _text(content, number, may_be_empty)}
+    message: dict[str, Any] = {"role": role, "content": text_of(content, number, may_be_empty)}
     if turn.get("tool_calls"):
         message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
     if thought := next(filter(str.strip, thoughts), ""):
@@ -176,7 +178,8 @@ def _turn(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
     return message
 
 
-def _text(content: Any, number: int, may_be_empty: bool) -> str:
+def text_of(content: Any, number: int, may_be_empty: bool) -> str:
+    """The text of a turn's content."""
     if isinstance(content, str):
         return content
     if content is None and may_be_empty:
@@ -214,33 +217,6 @@ def _tools_of(tools: Any) -> list[dict[str, Any]] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
-    prompt_key = next(key for key in PROMPT_KEYS if key in row)
-    answer_key = next((key for key in ANSWER_KEYS if row.get(key) is not None), "")
-    messages: list[dict[str, Any]] = []
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        messages.append({"role": "system", "content": row["system"]})
-    for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowRejected("bad-history", "'history': expected [question, answer] pairs")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    prompt = row[prompt_key]
-    if isinstance(prompt, list):
-        messages += _turns(prompt, prompt_key, {})
-    else:
-        extra = row.get("input") if prompt_key == "instruction" else None
-        joined = f"{prompt}\n\n{extra}" if isinstance(prompt, str) and isinstance(extra, str) and extra else prompt
-        messages.append({"role": "user", "content": joined})
-    answer = row.get(answer_key)
-    if isinstance(answer, list):
-        messages += _turns(answer, answer_key, {})
-    elif answer_key:
-        messages.append({"role": "assistant", "content": answer})
-    for message in messages:
-        message["content"] = _text(message["content"], len(messages), bool(message.get("tool_calls")))
-    return messages
-
-
 def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns in an order a chat can have, else RowRejected.
 
@@ -255,7 +231,7 @@ def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         role, last = message["role"], result[-1]["role"] if result else None
         if role == "assistant" and last in (None, "system"):
             continue
-        if _is_empty(message) and role != "tool":
+        if is_empty(message) and role != "tool":
             if role == "system":
                 continue
             if role == "user":
@@ -265,46 +241,26 @@ def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if role == "system" and last not in (None, "system"):
             raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
         if role == last and role != "tool":
-            result[-1] = _joined(result[-1], message, number)
+            from specforge_lite.data.other_forms import joined
+
+            result[-1] = joined(result[-1], message, number)
             continue
         if role == "tool" and last in (None, "system", "user"):
             found = "at the start" if last is None else f"after {last}"
             raise RowRejected("bad-order", f"turn {number}: {role} {found}; expected user and assistant in turn")
         result.append(message)
-    while result and result[-1]["role"] == "assistant" and _is_empty(result[-1]):
+    while result and result[-1]["role"] == "assistant" and is_empty(result[-1]):
         result.pop()
     if not any(message["role"] == "user" for message in result):
         raise RowRejected("no-user-turn", "no user turn")
-    if first_empty and not any(m["role"] == "assistant" and not _is_empty(m) for m in result):
+    if first_empty and not any(m["role"] == "assistant" and not is_empty(m) for m in result):
         raise RowRejected("empty-turn", f"turn {first_empty}: empty assistant turn")
     return result
 
 
-def _is_empty(message: dict[str, Any]) -> bool:
+def is_empty(message: dict[str, Any]) -> bool:
+    """No text, no tool call, no reasoning."""
     return not (str(message["content"]).strip() or message.get("tool_calls") or message.get("reasoning_content"))
-
-
-def _joined(first: dict[str, Any], second: dict[str, Any], number: int) -> dict[str, Any]:
-    """Two neighbouring messages of one role as one. Two whole answers, and turns of two speakers, are refused."""
-    role = first["role"]
-    if role == "assistant" and _is_empty(first):
-        return second
-    two_answers = role == "assistant" and str(first["content"]).strip() and not second.get("tool_calls")
-    two_speakers = len({message["name"] for message in (first, second) if "name" in message}) > 1
-    if two_speakers or (two_answers and not _is_empty(second)):
-        raise RowRejected("bad-order", f"turn {number}: {role} after {role}; expected user and assistant in turn")
-    result = {**first, **second}
-    separators = {"content": "\n" if role == "assistant" else "\n\n", "reasoning_content": "\n"}
-    for key, separator in separators.items():
-        if texts := [message[key] for message in (first, second) if message.get(key)]:
-            result[key] = separator.join(texts)
-    if calls := [*first.get("tool_calls", []), *second.get("tool_calls", [])]:
-        result["tool_calls"] = calls
-    if "finish_reason" not in second:  # the end of the second is the end of both
-        result.pop("finish_reason", None)
-    if first.get("weight") == 0 and not _is_empty(second):
-        result["weight"] = 0
-    return result
 
 
 def clean_text(text: str) -> str:

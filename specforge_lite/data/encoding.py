@@ -15,19 +15,21 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from specforge_lite.core.errors import DataError
 
+if TYPE_CHECKING:
+    from specforge_lite.data.quoting import RenamedTokenizer
+
 RESERVED = re.compile("[\ufdd0-\ufdd6]")
 # Tokens that models put into an answer themselves; in data they mean what they say.
 CONTENT_TOKENS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
-_NAME_START, _NAME_END = "\ufdd0", "\ufdd1"  # around the number of a control token, written by a template
-_QUOTE_START, _QUOTE_END = "\ufdd5", "\ufdd6"  # around the number of a control token, quoted in a message
+QUOTE_START, QUOTE_END = "\ufdd5", "\ufdd6"  # around the number of a control token, quoted in a message
 
 
 @dataclass(frozen=True)
@@ -91,25 +93,6 @@ class TokenizerSpec:
         """Tokens that are never split, special or not, sorted."""
         return tuple(sorted(token["content"] for token in json.loads(self.tokenizer_json)["added_tokens"]))
 
-    def without_prefix_space(self) -> TokenizerSpec:
-        """The same tokenizer, but one that puts no space before a text (a piece of code is not a new sentence)."""
-        description = json.loads(self.tokenizer_json)
-        for part in ("normalizer", "pre_tokenizer"):
-            description[part] = _without_prepend(description.get(part))
-        return replace(self, tokenizer_json=json.dumps(description))
-
-
-def _without_prepend(part: Any) -> Any:
-    """A normalizer or pre-tokenizer of a tokenizer.json that does not prepend anything."""
-    if isinstance(part, list):
-        return [inner for inner in map(_without_prepend, part) if inner is not None]
-    if not isinstance(part, dict):
-        return part
-    if part.get("type") == "Prepend":
-        return None
-    never = {"prepend_scheme": "never", "add_prefix_space": False}
-    return {key: never[key] if key in never else _without_prepend(value) for key, value in part.items()}
-
 
 class TextEncoder:
     """Tokenizes renderings of one tokenizer and one template family."""
@@ -126,15 +109,15 @@ class TextEncoder:
         control = {token.content for token in decoder.values()} & (special | {*control_tokens})
         self._names = sorted(control, key=lambda name: (-len(name), name))  # longest first: no prefix wins
         self._numbers = {name: i for i, name in enumerate(self._names)}
-        self._pattern = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
-        self._renamed: tuple[Any, np.ndarray] | None = None
+        self._pattern = any_of(self._names)
+        self._renamed: RenamedTokenizer | None = None
 
     def quote(self, values: Any) -> Any:
         """A copy of `values` (strings, lists, dicts) in which quoted control tokens are placeholders; `encode_quoted`
         puts them back. Equal to `values` where they quote none."""
         return map_strings(
             values,
-            lambda text: self._pattern.sub(lambda m: f"{_QUOTE_START}{self._numbers[m[0]]}{_QUOTE_END}", text),
+            lambda text: self._pattern.sub(lambda m: f"{QUOTE_START}{self._numbers[m[0]]}{QUOTE_END}", text),
         )
 
     def encode(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
@@ -145,17 +128,12 @@ class TextEncoder:
 
     def encode_quoted(self, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
         """Like `encode`, of a conversation that went through `quote`: placeholders become ordinary text."""
-        tokenizer, original_ids = self._rename()
-        renamed = self._rewrite(rendering)
-        encoding = tokenizer.encode(renamed.text, add_special_tokens=False)
-        ids = original_ids[np.array(encoding.ids, dtype=np.int64)]
-        return ids, self._mask(ids, encoding.offsets, renamed)
+        if self._renamed is None:
+            from specforge_lite.data.quoting import RenamedTokenizer
 
-    def encode_text(self, text: str) -> np.ndarray:
-        """Ids [L] int32 of a text by itself; control tokens in it stay ordinary text."""
-        quoted = self.quote(text)
-        ids, _ = (self.encode if quoted == text else self.encode_quoted)(Rendering(quoted, ()))
-        return ids
+            self._renamed = RenamedTokenizer(self._spec.tokenizer_json, self._names)
+        ids, offsets, renamed = self._renamed.encode(rendering)
+        return ids, self._mask(ids, offsets, renamed)
 
     def _mask(self, ids: np.ndarray, offsets: list[tuple[int, int]], rendering: Rendering) -> np.ndarray:
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -165,42 +143,10 @@ class TextEncoder:
         bounds[swallows, 0] = bounds[swallows, 1] - 1
         return token_mask(bounds, rendering)
 
-    def _rewrite(self, rendering: Rendering) -> Rendering:
-        """Give the template's control tokens their other names, and placeholders their quoted text."""
-        pattern = re.compile(f"{_QUOTE_START}([0-9]+){_QUOTE_END}|{self._pattern.pattern}")
 
-        def rename(start: int | None, end: int | None) -> str:
-            return pattern.sub(
-                lambda m: self._names[int(m[1])] if m[1] else self._other_name(m[0]), rendering.text[start:end]
-            )
-
-        text, spans, at = "", [], 0
-        for start, end in rendering.spans:
-            text += rename(at, start)
-            inner = rename(start, end)
-            spans.append((len(text), len(text) + len(inner)))
-            text, at = text + inner, end
-        return Rendering(text + rename(at, None), tuple(spans))
-
-    def _other_name(self, name: str) -> str:
-        return f"{_NAME_START}{self._numbers[name]}{_NAME_END}"
-
-    def _rename(self) -> tuple[Any, np.ndarray]:
-        """The tokenizer whose control tokens have other names, and original_ids[its id] = the tokenizer's id."""
-        if self._renamed is None:
-            from tokenizers import Tokenizer
-
-            description = json.loads(self._spec.tokenizer_json)
-            for token in description["added_tokens"]:
-                if token["content"] in self._numbers:
-                    token |= {"content": self._other_name(token["content"]), "normalized": False}
-            tokenizer = Tokenizer.from_str(json.dumps(description))
-            size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-            original_ids = np.arange(size, dtype=np.int32)
-            for token in description["added_tokens"]:
-                original_ids[int(tokenizer.token_to_id(token["content"]) or 0)] = token["id"]
-            self._renamed = (tokenizer, original_ids)
-        return self._renamed
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first of these texts, nothing where there are none."""
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def map_strings(value: Any, function: Callable[[str], str]) -> Any:

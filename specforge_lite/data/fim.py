@@ -126,7 +126,7 @@ class FimTokenizer:
             family = None
         controls = (family.prefix, family.suffix, family.middle) if family else ()
         written = [token for token in spec.added_tokens if token in order]
-        self._encoder = TextEncoder(spec.without_prefix_space(), (*controls, *written))
+        self._encoder = TextEncoder(without_prefix_space(spec), (*controls, *written))
         ends = [*(family.end if family else ()), dict(spec.special_tokens).get("eos_token", "")]
         self.end_token_ids = list(dict.fromkeys(ids[token] for token in ends if token in ids))
         if not self.end_token_ids:
@@ -150,9 +150,7 @@ class FimTokenizer:
 
     def __call__(self, row: FimRow) -> tuple[np.ndarray, np.ndarray, int]:
         """Ids [L] int32, loss mask [L] bool, and how many tokens of context (or of a huge middle) were cut."""
-        prefix, suffix, middle = (
-            self._encoder.encode_text(text).tolist() for text in (row.prefix, row.suffix, row.middle)
-        )
+        prefix, suffix, middle = (self._ids(text).tolist() for text in (row.prefix, row.suffix, row.middle))
         answer = middle if row.cut_off else [*middle, self.end_token_ids[0]]
         room = self._max_length - sum(len(part) for part in self.layout if isinstance(part, list)) - len(answer)
         num_cut = max(0, len(prefix) + len(suffix) - max(room, 0)) + max(0, -room)
@@ -165,6 +163,12 @@ class FimTokenizer:
         ids = np.array(context + answer, dtype=np.int32)
         return ids, np.arange(len(ids)) >= len(context), num_cut
 
+    def _ids(self, text: str) -> np.ndarray:
+        """Ids [L] int32 of a text by itself; control tokens in it stay ordinary text."""
+        quoted = self._encoder.quote(text)
+        encode = self._encoder.encode if quoted == text else self._encoder.encode_quoted
+        return encode(Rendering(quoted, ()))[0]
+
 
 _TEXTS = ("{prefix}", "{suffix}")
 
@@ -175,3 +179,23 @@ def _literal_pieces(order: str) -> list[str]:
     if sorted(piece for piece in pieces if piece in _TEXTS) != [*_TEXTS] or "{middle}" in "".join(pieces):
         raise DataError(f"fim_order {order}: expected psm, spm, or a text with {{prefix}} and {{suffix}}, once each")
     return pieces
+
+
+def without_prefix_space(spec: TokenizerSpec) -> TokenizerSpec:
+    """The same tokenizer, but one that puts no space before a text (a piece of code is not a new sentence)."""
+    description = json.loads(spec.tokenizer_json)
+    for part in ("normalizer", "pre_tokenizer"):
+        description[part] = _without_prepend(description.get(part))
+    return replace(spec, tokenizer_json=json.dumps(description))
+
+
+def _without_prepend(part: Any) -> Any:
+    """A normalizer or pre-tokenizer of a tokenizer.json that does not prepend anything."""
+    if isinstance(part, list):
+        return [inner for inner in map(_without_prepend, part) if inner is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: never[key] if key in never else _without_prepend(value) for key, value in part.items()}

@@ -8,16 +8,13 @@ order, and shuffled, so that they mix samples as it does; those of a global step
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from specforge_lite.core.errors import CheckpointError, ConfigError
-
-PACKING_WINDOW = 4096
 
 
 @dataclass(frozen=True)
@@ -108,15 +105,10 @@ class BatchPlan:
         """The packed bins of an epoch in training order, as lists of sample indices."""
         assert self.max_tokens_per_batch is not None
         if self._bins is None or self._bins[0] != epoch:
-            order = self.order(epoch)
-            shuffler = np.random.Generator(np.random.PCG64([self.seed, epoch, 1]))
-            bins: list[list[int]] = []
-            for start in range(0, len(order), PACKING_WINDOW):
-                window = order[start : start + PACKING_WINDOW]
-                packed = pack(self.lengths[window].tolist(), self.max_tokens_per_batch)
-                turns = shuffler.permutation(len(packed)) if self.shuffle else range(len(packed))
-                bins += [window[packed[turn]].tolist() for turn in turns]
-            self._bins = (epoch, bins)
+            from specforge_lite.data.packing import packed_bins
+
+            shuffler = np.random.Generator(np.random.PCG64([self.seed, epoch, 1])) if self.shuffle else None
+            self._bins = (epoch, packed_bins(self.order(epoch), self.lengths, self.max_tokens_per_batch, shuffler))
         return self._bins[1]
 
     def _groups_after(self, epoch: int, consumed: int) -> list[list[int]]:
@@ -174,6 +166,8 @@ class BatchPlan:
             parts = np.array_split(np.array(chunk, dtype=np.int64).reshape(-1), num_micro * self.world_size)
             micro_batches = [part.tolist() for part in parts[self.rank :: self.world_size]]
         else:
+            from specforge_lite.data.packing import balance
+
             weights = [int(self.supervised_counts[group].sum()) for group in chunk]
             own = balance(weights, self.world_size)[self.rank]
             num_micro = -(-len(chunk) // self.world_size)
@@ -181,46 +175,3 @@ class BatchPlan:
         num_tokens = sum(int(self.lengths[batch].sum()) for batch in micro_batches if batch)
         num_slots = num_micro * (self.max_tokens_per_batch or 0)
         return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots, epoch)
-
-
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put every item into one of few bins of at most `budget` in all; returns the item numbers of each bin.
-
-    Best fit, longest first: at most 11/9 of the optimum plus a bin (Johnson 1974), O(n log n) comparisons. Items of a
-    bin ascend. Raises ConfigError for an item longer than the budget.
-    """
-    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free, bin number), ascending
-    for item in order:
-        length = int(lengths[item])
-        if length > budget:
-            raise ConfigError(f"max_tokens_per_batch {budget} < {length} tokens of the longest sample")
-        at = bisect_left(room, (length, -1))
-        if at < len(room):
-            free, number = room.pop(at)
-        else:
-            free, number = budget, len(bins)
-            bins.append([])
-        bins[number].append(item)
-        if free > length:
-            insort(room, (free - length, number))
-    return [sorted(items) for items in bins]
-
-
-def balance(weights: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Share items out so that ranks get equally many (give or take one) and nearly equal sums of weight.
-
-    Heaviest first, each to the rank with the smallest sum that still has room. Returns the item numbers of each rank,
-    heaviest first, so that the i-th items of all ranks are of a kind.
-    """
-    most, extra = divmod(len(weights), num_ranks)
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    sums = [0] * num_ranks
-    for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
-        # `extra` ranks get one item more than the others
-        room = most + (sum(len(share) > most for share in shares) < extra)
-        rank = min((rank for rank in range(num_ranks) if len(shares[rank]) < room), key=sums.__getitem__)
-        shares[rank].append(item)
-        sums[rank] += weights[item]
-    return shares

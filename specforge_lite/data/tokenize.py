@@ -11,8 +11,7 @@ from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, is_fim_row, to_conversation
 from specforge_lite.data.encoding import TextEncoder, TokenizerSpec
-from specforge_lite.data.templates import ChatTemplate
-from specforge_lite.data.templates.auto import choose_template, own_template
+from specforge_lite.data.templates.rendering import ChatTemplate, choose_template, own_template
 from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.
@@ -137,16 +136,3 @@ class RowTokenizer:
         except DataError as error:
             nothing = np.zeros(0, dtype=np.int32)
             return TokenRow(conversation.id, nothing, nothing.astype(bool), refused=str(error))
-
-
-def tokenize_conversation(
-    conversation: Conversation,
-    tokenizer: Any,
-    template: str = "auto",
-    max_length: int = 2048,
-    train_only_last_turn: bool = False,
-    system_prompt: str | None = None,
-) -> TokenizedSample:
-    """Tokenize one conversation with a transformers tokenizer. For many, make one `ConversationTokenizer`."""
-    options = TokenizeOptions(template, max_length, train_only_last_turn, system_prompt)
-    return ConversationTokenizer(TokenizerSpec.from_tokenizer(tokenizer), options)(conversation).to_sample()

@@ -21,7 +21,7 @@ from specforge_lite.core.files import save_tensors, user_errors
 if TYPE_CHECKING:
     from specforge_lite.data.store import TokenizedDataset
 
-_COUNT_BLOCK = 1 << 22
+COUNT_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,6 @@ class VocabMap:
     t2d: Tensor
     fingerprint: str
     coverage: float
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return int(self.d2t.shape[0])
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.t2d.shape[0])
-
-    def target_ids(self) -> Tensor:
-        """Target ids of the draft vocabulary, ascending, int64 [Vd]."""
-        return self.d2t + torch.arange(self.draft_vocab_size)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
@@ -67,14 +55,6 @@ class VocabMap:
         check_vocab_map(d2t, t2d, str(path))
         return vocab_map
 
-    def check_fits(self, fingerprint: str, what: str) -> None:
-        """Raise DataError unless the map was counted on the data with this fingerprint."""
-        if self.fingerprint != fingerprint:
-            raise DataError(
-                f"{what}: vocabulary map counted on data {self.fingerprint[:12]}, expected {fingerprint[:12]}"
-                " (another data file, tokenizer, template or length)"
-            )
-
 
 def check_vocab_map(d2t: Tensor, t2d: Tensor, source: str) -> None:
     """Raise DataError unless d2t and t2d have the right types and say the same."""
@@ -92,24 +72,13 @@ def count_supervised_tokens(dataset: TokenizedDataset, vocab_size: int) -> np.nd
     """How often each target id is a supervised token, int64 [V]; reads the memory-mapped arrays once, in blocks."""
     input_ids, loss_mask = dataset.token_arrays()
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(input_ids), _COUNT_BLOCK):
-        ids = input_ids[start : start + _COUNT_BLOCK]
+    for start in range(0, len(input_ids), COUNT_BLOCK):
+        ids = input_ids[start : start + COUNT_BLOCK]
         highest = int(ids.max())
         if highest >= vocab_size:
             raise DataError(f"token id {highest} in the data >= vocab_size {vocab_size} of the target")
-        counts += np.bincount(ids[loss_mask[start : start + _COUNT_BLOCK]], minlength=vocab_size)
+        counts += np.bincount(ids[loss_mask[start : start + COUNT_BLOCK]], minlength=vocab_size)
     return counts
-
-
-def occurrences(dataset: TokenizedDataset, token_id: int) -> tuple[int, int]:
-    """(supervised tokens that are `token_id`, others that are)."""
-    input_ids, loss_mask = dataset.token_arrays()
-    supervised = others = 0
-    for start in range(0, len(input_ids), _COUNT_BLOCK):
-        found = loss_mask[start : start + _COUNT_BLOCK][input_ids[start : start + _COUNT_BLOCK] == token_id]
-        supervised += int(found.sum())
-        others += int((~found).sum())
-    return supervised, others
 
 
 def build_vocab_map(
@@ -142,7 +111,8 @@ def open_or_build_vocab_map(
     path = Path(cache_dir) / f"vocab-{dataset.fingerprint[:20]}-{vocab_size}-{draft_vocab_size}.safetensors"
     try:
         vocab_map = VocabMap.load(path)
-        vocab_map.check_fits(dataset.fingerprint, str(path))
+        if vocab_map.fingerprint != dataset.fingerprint:
+            raise DataError(f"{path}: counted on other data")
     except DataError as error:
         if path.exists():
             log.warn(f"vocabulary map is built again: {error}")

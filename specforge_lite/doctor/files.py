@@ -15,7 +15,7 @@ from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import format_bytes
 from specforge_lite.core.weight_files import weight_files
 from specforge_lite.data.encoding import TokenizerSpec
-from specforge_lite.data.templates.auto import template_warning
+from specforge_lite.data.templates.families import template_warning
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 from specforge_lite.doctor import Problem
 from specforge_lite.doctor.settings import VerifyConfig

@@ -26,7 +26,8 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.block_attention import BLOCK_ATTENTION, choose_block_attention
 from specforge_lite.model.block_loss import BlockResults, BlockRows, block_loss
 from specforge_lite.model.block_plan import BlockPlan, QueryRows, anchor_candidates, draw_anchors, plan_blocks
-from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings, check_target_shape
+from specforge_lite.model.config_json import check_target_shape
+from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.layers import DraftLayer, RMSNorm, project
 from specforge_lite.model.rope import RotaryEmbedding
 from specforge_lite.model.target_head import TargetHead

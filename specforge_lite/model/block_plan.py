@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.model.flex import FlexRows
-from specforge_lite.model.row_plan import on_device
+from specforge_lite.model.upload import on_device
 
 # Anchors whose attention is one call: its mask is [BLOCKS_PER_CALL * B, context] booleans.
 BLOCKS_PER_CALL = 64

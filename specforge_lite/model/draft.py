@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from specforge_lite.core.errors import ConfigError, suggest
-from specforge_lite.model.block_config import with_block_fields
 from specforge_lite.model.device import usable_dtype
 from specforge_lite.model.layers import ACTIVATIONS
-from specforge_lite.model.losses import LK_LOSSES
-from specforge_lite.model.sequence import SequenceGroup
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import DraftBatch, StepOutput
+
+if TYPE_CHECKING:
+    from specforge_lite.model.sequence import SequenceGroup
 
 # attend(q [B, heads, T, d], k [B, kv_heads, T, d], v, both after RoPE) -> [B, heads, T, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-LOSSES = ("ce", *LK_LOSSES)
+LOSSES = ("ce", "lk", "lk_alpha")
 AUX_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 POSITIVE = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
@@ -112,45 +111,16 @@ class DraftConfig:
 
         Layer ids: see `aux_layer_ids_of`. Raises ConfigError naming the key.
         """
-        check_kinds(values, source)
-        values = with_block_fields(values, source)
-        architecture = (values.get("architectures") or [""])[0]
-        by_name = {name: algorithm for algorithm, name in ARCHITECTURES.items()}
-        if "algorithm" not in values and architecture in by_name:
-            values["algorithm"] = by_name[architecture]
-        values["rope_theta"], values["rope_scaling"] = _rope_of(values)
-        values["aux_layer_ids"] = aux_layer_ids_of(values, source)
-        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        if values.get("num_key_value_heads") is None:
-            values["num_key_value_heads"] = values.get("num_attention_heads")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and values.get(n) is None]
-        if required:
-            raise ConfigError(f"{source}: {', '.join(required)}: required, not found")
-        picked = {n: v for n, v in values.items() if n in fields and (v is not None or fields[n].default is None)}
-        for name, value in picked.items():
-            wanted = str(fields[name].type).removesuffix(" | None")
-            if wanted in ("int", "float") and value is not None and not _is_number(value, wanted):
-                raise ConfigError(f"{source}: {name}: expected {wanted}, found {value!r}")
-        try:
-            return cls(**picked)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        from specforge_lite.model.config_json import read_values
+
+        return read_values(values, source)
 
     @classmethod
     def from_json(cls, path: str | Path) -> DraftConfig:
         """Read a draft's config.json (a file, or a directory that holds one)."""
-        file = Path(path)
-        file = file / "config.json" if file.is_dir() else file
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror or error}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}: not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
-        return cls.from_dict(values, source=str(file))
+        from specforge_lite.model.config_json import read_file
+
+        return read_file(path)
 
     @classmethod
     def from_target(cls, target: Any, draft_vocab_size: int | None = None, algorithm: str = "eagle3") -> DraftConfig:
@@ -163,25 +133,28 @@ class DraftConfig:
         if getattr(target, "is_heterogeneous", False):  # Gemma 4: layers of two head widths; the last is full attention
             target = target.per_layer_config[target.num_hidden_layers - 1]
         heads, kv_heads, head_dim = _llama_heads(target)
-        values = {
-            "algorithm": algorithm,
-            "hidden_size": target.hidden_size,
-            "intermediate_size": _dense_width(target),
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "vocab_size": target.vocab_size,
-            "draft_vocab_size": target.vocab_size
-            if algorithm != "eagle3"
-            else draft_vocab_size or min(32000, target.vocab_size),
-            "rms_norm_eps": getattr(target, "rms_norm_eps", None) or 1e-5,
-            "max_position_embeddings": getattr(target, "max_position_embeddings", None) or 2048,
-            "rope_parameters": _plain_rope(target, head_dim),
-            "bos_token_id": target.bos_token_id,
-            "eos_token_id": target.eos_token_id,
-            "pad_token_id": target.pad_token_id,
-        }
-        return cls.from_dict(values, source=f"derived from {target.model_type}")
+        theta, scaling = _plain_rope(target, head_dim)
+        whole = algorithm != "eagle3"
+        try:
+            return cls(
+                algorithm=algorithm,
+                hidden_size=target.hidden_size,
+                intermediate_size=_dense_width(target),
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_dim,
+                vocab_size=target.vocab_size,
+                draft_vocab_size=target.vocab_size if whole else draft_vocab_size or min(32000, target.vocab_size),
+                rms_norm_eps=getattr(target, "rms_norm_eps", None) or 1e-5,
+                max_position_embeddings=getattr(target, "max_position_embeddings", None) or 2048,
+                rope_theta=theta,
+                rope_scaling=scaling,
+                bos_token_id=target.bos_token_id,
+                eos_token_id=target.eos_token_id,
+                pad_token_id=target.pad_token_id,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"derived from {target.model_type}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready, in our own convention (not the exported config.json)."""
@@ -197,94 +170,6 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ConfigError for a value that is none of the known ones."""
     if value not in known:
         raise ConfigError(f"{name}: unknown value '{value}'{suggest(value, known)}")
-
-
-def check_target_shape(config: DraftConfig, reason: str) -> None:
-    """Raise ConfigError unless the draft has the width and the vocabulary of its target."""
-    for name, other, so in (
-        ("hidden_size", "target_hidden_size", "it is as wide as the target"),
-        ("draft_vocab_size", "vocab_size", "it has the whole vocabulary"),
-    ):
-        if getattr(config, name) != getattr(config, other):
-            found = f"{name} {getattr(config, name)} != {other} {getattr(config, other)}"
-            raise ConfigError(f"{found}: {reason}, so {so}")
-
-
-# Keys of a config.json whose content is looked into.
-KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "rope_parameters": (dict, "an object"),
-    "rope_scaling": (dict, "an object"),
-    "eagle_config": (dict, "an object"),
-    "architectures": ((list, tuple), "a list"),
-    "aux_layer_ids": ((list, tuple), "a list of layers"),
-    "hidden_act": (str, "a name"),
-    "algorithm": (str, "a name"),
-}
-
-
-def check_kinds(values: dict[str, Any], source: str) -> None:
-    """Raise ConfigError for a key of a config.json whose content is looked into and is not of the right kind."""
-    for name, (kind, wanted) in KINDS.items():
-        if values.get(name) is not None and not isinstance(values[name], kind):
-            raise ConfigError(f"{source}: {name}: expected {wanted}, found {values[name]!r}")
-    for name, ids, shift in _listed_aux_ids(values):
-        for i in ids if isinstance(ids, (list, tuple)) else [ids]:
-            if not _is_number(i, "int") or i < shift:
-                raise ConfigError(f"{source}: {name}: aux layer ids: expected numbers from {shift}, found {i!r}")
-    for name in values.get("architectures") or ():
-        if not isinstance(name, str):
-            raise ConfigError(f"{source}: architectures: expected names, found {name!r}")
-
-
-def aux_layer_ids_of(values: dict[str, Any], source: str) -> tuple[int, ...] | None:
-    """Layers whose OUTPUT feeds the draft, from whichever key of a config.json lists them; None where none does.
-
-    Our own key decides. Raises ConfigError where, without it, the keys of the two engines mean different layers.
-    """
-    found = [(name, tuple(i - shift for i in ids)) for name, ids, shift in _listed_aux_ids(values)]
-    if not found:
-        return None
-    differ = len(found) > 1 and found[0][0] != "aux_layer_ids" and found[0][1] != found[1][1]
-    if differ and len(found[0][1]) == len(found[1][1]):  # another number of layers does not fit fc, and is named there
-        raise ConfigError(
-            f"{source}: aux layers: {found[0][0]} means the outputs of layers {list(found[0][1])},"
-            f" {found[1][0]} those of {list(found[1][1])}; correct one, or add 'aux_layer_ids' (layer outputs)"
-        )
-    return found[0][1]
-
-
-def _listed_aux_ids(values: dict[str, Any]) -> list[tuple[str, Any, int]]:
-    """(key, its list, what to subtract for layer OUTPUTS) of every key that lists aux layers.
-
-    aux_layer_ids                                    outputs     this package
-    eagle_aux_hidden_state_layer_ids                 inputs      vLLM 0.32 (gpu_model_runner.py,
-                                                                 `_get_eagle3_aux_layers_from_config`)
-    eagle_config.eagle_aux_hidden_state_layer_ids    outputs     SGLang 0.5.23 (models/llama.py,
-                                                                 `set_eagle3_layers_to_capture` adds 1)
-    """
-    nested = (values.get("eagle_config") or {}).get(AUX_IDS_KEY)
-    listed = [("aux_layer_ids", values.get("aux_layer_ids"), 0), (AUX_IDS_KEY, values.get(AUX_IDS_KEY), 1)]
-    listed.append((f"eagle_config.{AUX_IDS_KEY}", nested, 0))
-    return [(name, ids, shift) for name, ids, shift in listed if ids]
-
-
-def _rope_of(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """(theta, scaling or None) from `rope_theta`, `rope_parameters` and `rope_scaling`: what is null or plain in one
-    place may be given in another. The top level wins over `rope_parameters`, that over `rope_scaling`."""
-    places = [values.get("rope_parameters") or {}, values.get("rope_scaling") or {}]
-    thetas = [theta for place in (values, *places) if (theta := place.get("rope_theta")) is not None]
-    for place in places:
-        kind = place.get("rope_type") or place.get("type") or "default"
-        if kind != "default":
-            scaling = {key: value for key, value in place.items() if key != "rope_theta"}
-            return thetas[0] if thetas else 10000.0, {**scaling, "rope_type": kind}
-    return thetas[0] if thetas else 10000.0, None
-
-
-def _is_number(value: Any, wanted: str) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int) or (wanted == "float" and isinstance(value, float))
 
 
 def _llama_heads(target: Any) -> tuple[int, int, int]:
@@ -312,8 +197,8 @@ def _dense_width(target: Any) -> int:
     return width
 
 
-def _plain_rope(target: Any, head_dim: int) -> dict[str, Any]:
-    """One flat `rope_parameters`; models with several (Gemma 3: full and sliding) give that of full attention.
+def _plain_rope(target: Any, head_dim: int) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling or None); of models with several (Gemma 3: full and sliding), that of full attention.
 
     The draft rotates whole heads. LongRoPE factors of a target that rotates a part of each (Phi-4-mini) fit no longer,
     and are left out.
@@ -322,10 +207,12 @@ def _plain_rope(target: Any, head_dim: int) -> dict[str, Any]:
     nested = [v for v in rope.values() if isinstance(v, dict)]
     if nested:
         rope = rope.get("full_attention") or nested[0]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     lists = [value for value in rope.values() if isinstance(value, list) and len(value) > 3]
-    if rope.get("rope_type") == "longrope" and any(len(value) != head_dim // 2 for value in lists):
-        return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_type": "default"}
-    return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+    if kind == "longrope" and any(len(value) != head_dim // 2 for value in lists):
+        kind = "default"
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return rope.get("rope_theta") or 10000.0, None if kind == "default" else {**scaling, "rope_type": kind}
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,18 @@ Letters: R rows, N key rows, M predicted tokens, K steps, D width (= H), E embed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.config_json import check_target_shape
 from specforge_lite.model.deferred_grad import DeferredWeight
-from specforge_lite.model.draft import DraftConfig, TTTSettings, check_target_shape
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.model.layers import DraftLayer
-from specforge_lite.model.losses import FrozenTeacher, chunked_cross_entropy, judge_rows
+from specforge_lite.model.losses import chunked_cross_entropy, judge_rows
 from specforge_lite.model.row_plan import RowPlan
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.model.unroll import EagleDraft, LayerInput, RowResults
@@ -108,6 +111,20 @@ class Eagle1Draft(EagleDraft):
             results.guess_MK, results.correct_MK, results.alpha_MK = judge_rows(states_MKD, teacher, target_head)
         loss = ttt.v_weight * hidden_state_loss(states_MKD, weight_MK, teacher.target_MH) + ttt.p_weight * tokens
         return loss, results
+
+
+@dataclass
+class FrozenTeacher:
+    """Of an EAGLE-1 draft, which has the whole vocabulary: made anew for each chunk, from the states y_(u-1) [M, H]."""
+
+    target_head: TargetHead
+    target_MH: Tensor
+
+    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits_mV = self.target_head.logits(self.target_MH[tokens])
+        accumulate = torch.promote_types(logits_mV.dtype, torch.float32)
+        lse_m = torch.logsumexp(logits_mV.to(accumulate), -1) if want_lse else None
+        return logits_mV, logits_mV.argmax(-1), lse_m
 
 
 def hidden_state_loss(states_MKD: Tensor, weight_MK: Tensor, target_MD: Tensor) -> Tensor:

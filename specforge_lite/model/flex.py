@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge_lite.model.row_plan import StepRows
+from specforge_lite.model.ttt_attention import Backend, Keys, Merged
+
 FLEX_BLOCK = 128
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, row, key -> visible
@@ -94,3 +97,29 @@ def _kernel(compiled: bool) -> Callable[..., Tensor]:
     if "flex" not in _COMPILED:
         _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
     return _COMPILED["flex"]
+
+
+class Flex(Backend):
+    """torch's flex_attention with one mask: a step-0 key by position and document, a later key by its own row."""
+
+    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlexRows | None:
+        num_rows = len(rows.key_rows)
+        if not num_rows:
+            return None
+        later = [num_keys + j * num_rows + torch.arange(num_rows) for j in range(step)]
+        own, sizes = [(places, places) for places in later], [num_keys, num_rows]
+        return FlexRows.of(rows.first_keys, rows.key_rows, own, num_keys + step * num_rows, sizes)
+
+    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
+        if len(q_RHd) == 0:
+            return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
+        plan: FlexRows = rows.kernel
+        (num_keys, num_rows), key_row_R, first_key_R = plan.sizes, rows.key_rows, rows.first_keys
+
+        def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
+            return step0 | ((key >= num_keys) & ((key - num_keys) % num_rows == row))
+
+        return run_flex(
+            q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self.device_type == "cuda"
+        )

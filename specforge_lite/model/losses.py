@@ -9,24 +9,14 @@ token share its teacher, so the teacher's distribution is made once per token an
 
 An EAGLE-3 draft has a head of its own, an EAGLE-1 draft uses the target's, frozen, with its bias, scale and soft cap.
 
-LK losses take the place of CE in the same pass. They train for the chance that speculative sampling keeps a drafted
-token; p is the target's distribution over its FULL vocabulary (over the draft's it sums to at most 1), q the draft's:
-
-    alpha    = sum over the draft vocabulary of min(p, q)        the chance that the token is kept
-    TV       = 1 - alpha                                         total variation, where the vocabularies are the same
-    lk_alpha = -log alpha                                        its gradient is that of TV, times 1 / alpha
-    lk       = lambda * KL + (1 - lambda) * TV                   lambda = exp(-3 alpha), a constant for the gradient
-    KL       = sum of r log(r / q),  r = p renormalised over the draft vocabulary (CE less r's entropy)
-
-TV alone barely moves a draft that agrees nowhere yet (its gradient is of the order of q); lk begins as KL there.
-Source: "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding", arXiv 2602.23881. There lambda comes
-from the mean alpha of a step's batch; here from each position's own, so that the loss stays a sum over positions.
+`--loss lk` and `lk_alpha` take the place of CE in the same pass: `model/lk_loss.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,15 +25,19 @@ from specforge_lite.model.deferred_grad import add_product
 from specforge_lite.model.fused import fused
 from specforge_lite.model.target_head import TargetHead
 
-LK_LOSSES = ("lk", "lk_alpha")
-KL_DECAY = 3.0
-# alpha below this is held there in 1 / alpha and in the logarithm: fp32 sums of 1e5 terms are no better.
-SMALLEST_ALPHA = 1e-6
 # Logits alive at a time. On a CPU a chunk stays in the cache; a GPU wants few and large ones, as its memory allows.
 CPU_CHUNK_ELEMENTS = 4 << 20
 CPU_PASS_ELEMENTS = 1 << 20
 BYTES_PER_CHUNK_ELEMENT = 256  # of GPU memory: a chunk takes at most 12 bytes an element, 5% of it
 UNKNOWN_MEMORY = 80 << 30  # of a device that does not tell
+
+
+class TeacherChunks(Protocol):
+    """What a target says about the M predicted tokens."""
+
+    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of some of the tokens -> (logits over the draft vocabulary [m, Vd]; draft id of the most probable token [m]
+        int64; logsumexp over the FULL vocabulary [m] in fp32 or wider, if wanted)."""
 
 
 @dataclass
@@ -61,27 +55,8 @@ class Teacher:
     lse_M: Tensor | None
 
     def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of some of the M predicted tokens -> (logits over the draft vocabulary [m, Vd]; draft id of the most probable
-        token [m] int64; logsumexp over the FULL vocabulary [m] in fp32 or wider, if wanted)."""
         lse_m = self.lse_M[tokens] if want_lse and self.lse_M is not None else None
         return self.draft_logits_MVd[tokens], self.draft_id_M[tokens], lse_m
-
-
-@dataclass
-class FrozenTeacher:
-    """Of an EAGLE-1 draft, which has the whole vocabulary: made anew for each chunk, from the states y_(u-1) [M, H]."""
-
-    target_head: TargetHead
-    target_MH: Tensor
-
-    def chunk(self, tokens: slice, want_lse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits_mV = self.target_head.logits(self.target_MH[tokens])
-        accumulate = torch.promote_types(logits_mV.dtype, torch.float32)
-        lse_m = torch.logsumexp(logits_mV.to(accumulate), -1) if want_lse else None
-        return logits_mV, logits_mV.argmax(-1), lse_m
-
-
-TeacherChunks = Teacher | FrozenTeacher
 
 
 def chunk_elements(device_type: str, memory: int = UNKNOWN_MEMORY) -> int:
@@ -229,6 +204,8 @@ def _logits_to_gradient(
     if lse_m is None:
         results = [fused(cross_entropy_pass, compiled)(*part) for part in parts]
     else:
+        from specforge_lite.model.lk_loss import lk_pass
+
         lk = fused(lk_pass, compiled)
         results = [lk(*part, lse, loss_name) for part, lse in zip(parts, lse_m.split(tokens))]
     if len(results) == 1:
@@ -251,39 +228,6 @@ def cross_entropy_pass(logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Ten
     if exp_mKV.dtype != logits_mKV.dtype:
         logits_mKV.copy_(exp_mKV)
     return (top_mK1 + total_mK1.log()).squeeze(-1) - expected_mK, (own_mK1 >= top_mK1).squeeze(-1)
-
-
-def lk_pass(
-    logits_mKV: Tensor, teacher_mV: Tensor, teacher_id_m: Tensor, teacher_lse_m: Tensor, loss_name: str
-) -> tuple[Tensor, Tensor]:
-    """Overwrite logits by d loss / d logits; -> (loss [m, K], hit [m, K]), in fp32 or wider.
-
-    teacher_mV: the target's logits over the draft vocabulary. teacher_lse_m: their logsumexp over the full one.
-    """
-    accumulate = torch.promote_types(logits_mKV.dtype, torch.float32)
-    wide_mKV, wide_teacher_mV = logits_mKV.to(accumulate), teacher_mV.to(accumulate)
-    own_logit_mK = wide_mKV.gather(-1, teacher_id_m[:, None, None].expand(-1, wide_mKV.shape[1], 1)).squeeze(-1)
-    hit_mK = own_logit_mK >= wide_mKV.amax(-1)
-    lse_mK = torch.logsumexp(wide_mKV, -1)
-    q_mKV = (wide_mKV - lse_mK.unsqueeze(-1)).exp()
-    p_m1V = (wide_teacher_mV - teacher_lse_m.to(accumulate).unsqueeze(-1)).exp().unsqueeze(1)
-    below_mKV = q_mKV < p_m1V
-    kept_mKV = torch.where(below_mKV, q_mKV, 0)
-    alpha_mK = torch.minimum(q_mKV, p_m1V).sum(-1)
-    # d alpha / d logit_v = q_v (1[q_v < p_v] - sum of q where q < p)
-    alpha_slope_mKV = kept_mKV - q_mKV * kept_mKV.sum(-1, keepdim=True)
-    if loss_name == "lk_alpha":
-        safe_mK = alpha_mK.clamp(min=SMALLEST_ALPHA)
-        logits_mKV.copy_(-alpha_slope_mKV / safe_mK.unsqueeze(-1))
-        return -safe_mK.log(), hit_mK
-    log_r_mV = torch.log_softmax(wide_teacher_mV, -1)
-    r_m1V = log_r_mV.exp().unsqueeze(1)
-    entropy_m1 = -(log_r_mV.exp() * log_r_mV).sum(-1, keepdim=True)
-    kl_mK = lse_mK - (r_m1V * wide_mKV).sum(-1) - entropy_m1
-    weight_mK = (-KL_DECAY * alpha_mK).exp()
-    weight_mK1 = weight_mK.unsqueeze(-1)
-    logits_mKV.copy_(weight_mK1 * (q_mKV - r_m1V) - (1 - weight_mK1) * alpha_slope_mKV)
-    return weight_mK * kl_mK + (1 - weight_mK) * (1 - alpha_mK), hit_mK
 
 
 @torch.no_grad()

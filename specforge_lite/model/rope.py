@@ -1,14 +1,11 @@
-"""Rotary position embedding. Scaled variants (llama3, yarn, linear, longrope) come from transformers' own formulas."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-
-from specforge_lite.core.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from specforge_lite.model.draft import DraftConfig
@@ -80,24 +77,6 @@ def _frequencies(
     if not scaling or scaling.get("rope_type", "default") == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (theta**exponent), 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from specforge_lite.model.scaled_rope import scaled_frequencies
 
-    parameters = {**scaling, "rope_theta": theta}
-    config = SimpleNamespace(
-        rope_parameters=parameters,
-        rope_scaling=parameters,
-        rope_theta=theta,
-        head_dim=head_dim,
-        hidden_size=head_dim,
-        num_attention_heads=1,
-        max_position_embeddings=max_positions,
-        standardize_rope_params=lambda: None,
-    )
-    kind = scaling.get("rope_type")
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise ConfigError(f"rope_type: unknown value '{kind}'{suggest(str(kind), ROPE_INIT_FUNCTIONS)}")
-    try:
-        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, device=None)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"rope scaling '{kind}' with {scaling}: {type(error).__name__}: {error}") from None
-    return inv_freq, float(attention_scaling)
+    return scaled_frequencies(head_dim, theta, scaling, max_positions)

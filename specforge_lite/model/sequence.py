@@ -34,6 +34,10 @@ class SequenceGroup:
     size: int
     group: Any
 
+    def own_rows(self, predictable_N: Tensor, doc_offsets: list[int], num_steps: int) -> Tensor:
+        """bool [N] on the CPU: the rows of this process, see `own_rows`."""
+        return own_rows(predictable_N, doc_offsets, num_steps, self.rank, self.size)
+
     def share(self, key_RGd: Tensor, value_RGd: Tensor, places_R: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
         """Own keys and values -> those of all N rows [N, G, d]. Every process of the group calls it, and its backward,
         equally often."""

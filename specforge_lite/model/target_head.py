@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.core.weight_files import logical_names, quantization_of, read_weight, weight_files
+from specforge_lite.core.weight_files import logical_names, read_weight, weight_files
 
 EMBED_NAMES = (
     "model.embed_tokens.weight",
@@ -174,6 +174,8 @@ def read_tensor(directory: Path, name: str | None, part: str) -> Tensor:
     files = weight_files(directory)
     tensor = read_weight(files, name)
     if tensor is None:
+        from specforge_lite.core.quantized import quantization_of
+
         method = quantization_of(files).get("quant_method") or "a form without a name in config.json"
         raise CheckpointError(
             f"{directory}: {part} {name} is quantised as {method}, which is not read; expected 16 or 32 bits, fp8, AWQ,"

@@ -15,19 +15,20 @@ flex_attention  one block mask; torch has no backward for it on CPU.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge_lite.model.device import attention_dtype, choose_attention
-from specforge_lite.model.flash import CpuFlash, FlashRows, VarlenFlash, flash_rows
+from specforge_lite.model.flash import Flash, FlashRows, flash_rows
 from specforge_lite.model.row_plan import StepRows
 
-if TYPE_CHECKING:
-    from specforge_lite.model.flex import FlexRows
+# Name -> module and class, imported when it is chosen.
+BACKENDS = {"eager": "eager_attention:Eager", "sdpa": "ttt_attention:Merged", "flex_attention": "flex:Flex"}
 
 Keys = Sequence[Tensor]  # those of step 0 [N, G, d], then of each later step [R, G, d]; values alike
 
@@ -51,29 +52,14 @@ def make_backend(name: str, device_type: str = "cpu") -> Backend:
     """`name` as `--draft-attention-backend` has it; flex_attention that has to run backward on a CPU becomes sdpa."""
     if name != "flex_attention" or device_type != "cpu" or torch.is_grad_enabled():
         name = choose_attention(name, device_type)
-    backends: dict[str, type[Backend]] = {"eager": Eager, "sdpa": Merged, "flex_attention": Flex}
-    return backends[name](device_type)
+    backend: Backend = load(BACKENDS[name])(device_type)
+    return backend
 
 
-class Eager(Backend):
-    """The oracle: every score exists, masked ones are minus infinity, one softmax."""
-
-    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
-        k0_NGd, v0_NGd = keys[0], values[0]
-        group = q_RHd.shape[1] // k0_NGd.shape[1]
-        scale = 1 / math.sqrt(q_RHd.shape[2])
-        expand = lambda x: x.repeat_interleave(group, dim=1)  # noqa: E731  (query head h reads key head h // group)
-        scores = [torch.einsum("rhd,nhd->hrn", q_RHd, expand(k0_NGd)) * scale]
-        keys_N = torch.arange(len(k0_NGd), device=q_RHd.device)
-        visible_RN = (keys_N <= rows.key_rows[:, None]) & (keys_N >= rows.first_keys[:, None])
-        scores[0] = scores[0].masked_fill(~visible_RN, float("-inf"))
-        scores += [(torch.einsum("rhd,rhd->hr", q_RHd, expand(k)) * scale).unsqueeze(-1) for k in keys[1:]]
-        probabilities = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(q_RHd.dtype, torch.float32))
-        probabilities = probabilities.to(q_RHd.dtype)
-        out_RHd = torch.einsum("hrn,nhd->rhd", probabilities[..., : len(k0_NGd)], expand(v0_NGd))
-        for j, value in enumerate(values[1:]):
-            out_RHd = out_RHd + probabilities[..., len(k0_NGd) + j].T.unsqueeze(-1) * expand(value)
-        return out_RHd
+def load(place: str) -> Any:
+    """`module:name` of this package's room."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"specforge_lite.model.{module}"), name)
 
 
 class Merged(Backend):
@@ -81,7 +67,7 @@ class Merged(Backend):
 
     def __init__(self, device_type: str = "cpu") -> None:
         super().__init__(device_type)
-        self._flash = CpuFlash if device_type == "cpu" else VarlenFlash
+        self._flash: type[Flash] = load("flash_cpu:CpuFlash" if device_type == "cpu" else "flash_cuda:VarlenFlash")
 
     def plan(self, rows: StepRows, step: int, num_keys: int) -> FlashRows:
         return flash_rows(rows, num_keys, self._flash.max_copies)
@@ -103,7 +89,7 @@ class _Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block: VarlenFlash, num_keys: int, q_RHd: Tensor, *keys_values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, block: Flash, num_keys: int, q_RHd: Tensor, *keys_values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         keys, values = keys_values[:num_keys], keys_values[num_keys:]
         out_RHd, z_RH = block.forward(q_RHd, keys[0], values[0])
         probabilities: list[Tensor] = []
@@ -174,33 +160,3 @@ def single_keys_backward(
 def _by_group(x_RHd: Tensor, groups: int) -> Tensor:
     """[R, H, d] -> [R, G, g, d]: the g query heads that share a key head."""
     return x_RHd.unflatten(1, (groups, -1))
-
-
-class Flex(Backend):
-    """torch's flex_attention with one mask: a step-0 key by position and document, a later key by its own row."""
-
-    def plan(self, rows: StepRows, step: int, num_keys: int) -> FlexRows | None:
-        num_rows = len(rows.key_rows)
-        if not num_rows:
-            return None
-        from specforge_lite.model.flex import FlexRows  # what only this backend needs
-
-        later = [num_keys + j * num_rows + torch.arange(num_rows) for j in range(step)]
-        own, sizes = [(places, places) for places in later], [num_keys, num_rows]
-        return FlexRows.of(rows.first_keys, rows.key_rows, own, num_keys + step * num_rows, sizes)
-
-    def attend(self, q_RHd: Tensor, keys: Keys, values: Keys, rows: StepRows) -> Tensor:
-        if len(q_RHd) == 0:
-            return Merged(q_RHd.device.type).attend(q_RHd, keys, values, rows)
-        from specforge_lite.model.flex import run_flex
-
-        plan: FlexRows = rows.kernel
-        (num_keys, num_rows), key_row_R, first_key_R = plan.sizes, rows.key_rows, rows.first_keys
-
-        def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            step0 = (key <= key_row_R[row]) & (key >= first_key_R[row])
-            return step0 | ((key >= num_keys) & ((key - num_keys) % num_rows == row))
-
-        return run_flex(
-            q_RHd, torch.cat(list(keys)), torch.cat(list(values)), visible, plan, self.device_type == "cuda"
-        )

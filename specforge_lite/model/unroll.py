@@ -27,7 +27,6 @@ from specforge_lite.model.layers import DraftLayer, gated
 from specforge_lite.model.losses import TeacherChunks
 from specforge_lite.model.rope import RotaryEmbedding, apply_rope
 from specforge_lite.model.row_plan import RowPlan, StepRows, plan_rows, predictable_tokens
-from specforge_lite.model.sequence import own_rows
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.model.ttt_attention import Backend, attention_dtype, make_backend
 from specforge_lite.types import DraftBatch, StepOutput
@@ -125,8 +124,7 @@ def plan_pass(batch: DraftBatch, ttt: TTTSettings) -> RowPlan:
     predictable_N = predictable_tokens(host_mask_N, batch.doc_offsets, mask_shift)
     owned_N = None
     if ttt.sequence is not None:
-        group = ttt.sequence
-        owned_N = own_rows(predictable_N, batch.doc_offsets, ttt.num_steps, group.rank, group.size)
+        owned_N = ttt.sequence.own_rows(predictable_N, batch.doc_offsets, ttt.num_steps)
     return plan_rows(predictable_N, batch.doc_offsets, ttt.num_steps, owned_N=owned_N)
 
 

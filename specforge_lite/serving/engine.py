@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.remote import CaptureDialect
 from specforge_lite.core.errors import ConfigError, EngineError, suggest
-from specforge_lite.model.block_config import block_kind_of
+from specforge_lite.model.config_json import block_kind_of
 
 
 @dataclass(frozen=True)

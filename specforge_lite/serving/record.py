@@ -33,8 +33,8 @@ from yarl import URL
 from specforge_lite.core.errors import ConfigError, first_line
 from specforge_lite.core.files import lock_directory
 from specforge_lite.core.log import warn
-from specforge_lite.core.sections import RecordSection
 from specforge_lite.data.conversations import RowRejected, to_conversation, to_row
+from specforge_lite.serving.record_settings import RecordSection
 
 MAX_RECORDED_BYTES = 16 << 20  # of a request's or a reply's body; a longer one passes and is not recorded
 FIELD_BYTES = 1 << 16  # of a header or the request line

@@ -12,15 +12,25 @@ from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.core.log import warn
 from specforge_lite.core.settings import flag
 from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.data.vocab import count_supervised_tokens, occurrences
+from specforge_lite.data.vocab import COUNT_BLOCK, count_supervised_tokens
 from specforge_lite.model.draft import DraftConfig
+from specforge_lite.training.eagle1 import refuse_eagle3_options, unless_given
 from specforge_lite.training.settings import (
     DraftSection,
     OptimizerSection,
     TrainConfig,
     TrainingSection,
-    unless_given,
 )
+
+BLOCK_HELP = """\
+Train a {kind} draft, which fills a whole block of tokens in one pass, from the same captured states as EAGLE-3.
+
+    torchrun --standalone --nproc_per_node 8 scripts/train_eagle3_online.py --draft-kind {kind} \\
+        --target-model-path MODEL --train-data-path train.jsonl --output-dir outputs/run
+
+`--block-size`, `--num-draft-layers`, `--num-anchors` are its sizes. A second call with the same --output-dir continues
+the run.
+"""
 
 NUM_AUX_LAYERS = 5
 # Tokens that checkpoints keep for such uses, by parts of their names.
@@ -40,7 +50,7 @@ class BlockDraftSection(DraftSection):
 
     @model_validator(mode="after")
     def _no_eagle_options(self) -> BlockDraftSection:
-        self.refuse_eagle3_options("a block")
+        refuse_eagle3_options(self, "a block")
         if self.init == "target":
             raise ValueError("init target: a block draft starts from random weights (--init random) or from a draft")
         return self
@@ -179,3 +189,14 @@ def unused_token(config: DsparkConfig, target_config: Any) -> int:
         "mask_token_id: the target's vocabulary has no unused token; give --mask-token-id with one that never occurs in"
         " your data"
     )
+
+
+def occurrences(dataset: TokenizedDataset, token_id: int) -> tuple[int, int]:
+    """(supervised tokens that are `token_id`, others that are)."""
+    input_ids, loss_mask = dataset.token_arrays()
+    supervised = others = 0
+    for start in range(0, len(input_ids), COUNT_BLOCK):
+        found = loss_mask[start : start + COUNT_BLOCK][input_ids[start : start + COUNT_BLOCK] == token_id]
+        supervised += int(found.sum())
+        others += int((~found).sum())
+    return supervised, others

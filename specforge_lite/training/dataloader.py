@@ -1,10 +1,4 @@
-"""From dataset indices to batches on the device: plan -> samples -> captured states (ahead of time) -> DraftBatch.
-
-With `--sp-size` neighbouring ranks share each batch; the first rank of such a group captures, the others receive:
-
-    rank 0   plan -> samples -> captured states -> batch --.        the target runs once per batch,
-    rank 1   plan ---------------------------------------- batch    whatever the size of the group
-"""
+"""From dataset indices to batches on the device: plan -> samples -> captured states (ahead of time) -> DraftBatch."""
 
 from __future__ import annotations
 
@@ -20,7 +14,6 @@ from specforge_lite.capture.base import TargetEngine
 from specforge_lite.capture.prefetch import CLOSE_SECONDS, Prefetcher, SkipBudget
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.target_head import TargetHead
-from specforge_lite.training.distributed import World
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
 
 
@@ -152,54 +145,3 @@ def bad_documents(batch: DraftBatch) -> Tensor:
     doc_of_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(finite_N.device, non_blocking=True)
     bad_S = torch.zeros(len(lengths), device=finite_N.device)
     return bad_S.index_add_(0, doc_of_N, (~finite_N).float()) > 0
-
-
-# ------------------------------------------------------------------------------------------------ sequence parallelism
-
-
-class FollowerDataloader(Dataloader):
-    """That of a group's other ranks: the same plan, no captures of their own, nothing skipped, nothing waited for."""
-
-    wait_seconds = 0.0
-
-    def __init__(self, steps: Iterator[PlannedStep], world: World, dtype: torch.dtype) -> None:
-        self._steps, self._world, self._dtype = steps, world, dtype
-        self.num_skipped = 0
-
-    def __next__(self) -> StepBatches:
-        step = next(self._steps)
-        return StepBatches((share_batch(None, self._world, self._dtype) for _ in step.micro_batches), step)
-
-    def close(self, timeout_s: float = 0.0) -> None:
-        """Nothing runs ahead."""
-
-
-def share_batch(batch: DraftBatch | None, world: World, dtype: torch.dtype) -> DraftBatch:
-    """The batch of the group's first rank on every rank of it; the others pass None. dtype: of its hidden states."""
-    if batch is not None:
-        names = torch.frombuffer(bytearray("\n".join(["-", *batch.sample_ids]).encode()), dtype=torch.uint8)
-        mask_N = batch.loss_mask_N.cpu() if batch.host_mask_N is None else batch.host_mask_N
-        offsets = torch.tensor(batch.doc_offsets)
-        parts = [names, offsets, batch.input_ids_N, mask_N.byte(), batch.aux_NG, batch.last_NH]
-        sizes = [len(names), len(offsets), len(batch), batch.aux_NG.shape[1], batch.last_NH.shape[1]]
-        for part in (torch.tensor(sizes), *parts):
-            world.share_in_group_(part)
-        return batch
-    num_bytes, num_offsets, num_tokens, aux_width, width = world.share_in_group_(torch.zeros(5).long()).tolist()
-    names = world.share_in_group_(torch.zeros(num_bytes, dtype=torch.uint8))
-    offsets = world.share_in_group_(torch.zeros(num_offsets, dtype=torch.int64))
-    input_ids_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.int64, device=world.device))
-    mask_N = world.share_in_group_(torch.zeros(num_tokens, dtype=torch.uint8)).bool()
-    aux_NG, last_NH = (
-        world.share_in_group_(torch.empty(num_tokens, columns, dtype=dtype, device=world.device))
-        for columns in (aux_width, width)
-    )
-    return DraftBatch(
-        input_ids_N=input_ids_N,
-        loss_mask_N=mask_N.to(world.device, non_blocking=True),
-        doc_offsets=offsets.tolist(),
-        aux_NG=aux_NG,
-        last_NH=last_NH,
-        sample_ids=bytes(names.numpy()).decode().split("\n")[1:],
-        host_mask_N=mask_N,
-    )

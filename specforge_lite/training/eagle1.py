@@ -8,7 +8,35 @@ from pydantic import model_validator
 
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.core.settings import flag
-from specforge_lite.training.settings import DraftSection, OptimizerSection, TrainConfig, TrainingSection, unless_given
+from specforge_lite.training.settings import DraftSection, OptimizerSection, TrainConfig, TrainingSection
+
+EAGLE1_HELP = """\
+Train an EAGLE-1 draft with EAGLE's own loss, noise and schedule, online or from captured hidden states.
+
+    python scripts/train_eagle1.py --target-model-path MODEL --train-data-path train.jsonl --output-dir outputs/run
+    python scripts/train_eagle1.py --target-model-path MODEL --offline-dir CAPTURED --output-dir outputs/run
+
+`--offline-dir` is what scripts/capture_hidden_states.py writes, for EAGLE-3 drafts too. A second call with the same
+--output-dir continues the run. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130. Exit code 2:
+something about the input, reported in one line.
+"""
+
+
+def unless_given(key: str, **replaced: Any) -> Any:
+    """A validator of a section: where `key` is given, other defaults become `replaced`; what is given itself stays."""
+
+    def choose(cls: Any, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get(key) is not None
+        return {**replaced, **values} if given else values
+
+    return model_validator(mode="before")(classmethod(choose))  # type: ignore[arg-type]
+
+
+def refuse_eagle3_options(draft: DraftSection, kind: str, advice: str = "") -> None:
+    """Raise ValueError for what only an EAGLE-3 draft has."""
+    for name in ("draft_vocab_size", "norm_output", "fc_norm"):
+        if getattr(draft, name) is not None:
+            raise ValueError(f"{name}: {kind} draft has no such option{advice}")
 
 
 class Eagle1TargetSection(TargetSection):
@@ -28,7 +56,7 @@ class Eagle1DraftSection(DraftSection):
 
     @model_validator(mode="after")
     def _no_eagle3_options(self) -> Eagle1DraftSection:
-        self.refuse_eagle3_options("an EAGLE-1", "; train with train_eagle3_online.py")
+        refuse_eagle3_options(self, "an EAGLE-1", "; train with train_eagle3_online.py")
         return self
 
 

@@ -23,7 +23,7 @@ import traceback
 import torch.distributed as dist
 
 from specforge_lite.core.errors import SpecforgeError
-from specforge_lite.core.log import print_last
+from specforge_lite.core.launcher import print_last
 
 BEAT_SECONDS = 0.5
 # Time that a rank has to leave on its own (through the error of its collective) before its watcher ends the process.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class Trainer:
         """Steps until the last one, a signal, or the end of the data; -> which of them it was."""
         done, hidden = self.progress.step, not sys.stderr.isatty()
         bar = progress(self.total_steps, "training", "step", initial=done, disable=hidden)
-        with bar, _step_profiler(self.config, self.world, done) as profiler:
+        with bar, self._profiler(done) as profiler:
             while self.progress.step < self.total_steps:
                 with self._naming_the_checkpoint():
                     batches = None if self.stop else next(self.dataloader, None)
@@ -170,6 +170,13 @@ class Trainer:
                     profiler.step()
                 self._after_step()
         return "finished"
+
+    def _profiler(self, done: int) -> AbstractContextManager[torch.profiler.profile | None]:
+        if self.config.training.profile_start_step is None:
+            return nullcontext()
+        from specforge_lite.training.profiler import step_profiler
+
+        return step_profiler(self.config, self.world, done)
 
     @contextmanager
     def _naming_the_checkpoint(self) -> Iterator[None]:
@@ -367,34 +374,3 @@ class Trainer:
             restarts=self.reporter.restarts,
             seconds=round(self._seconds, 1),
         )
-
-
-@contextmanager
-def _step_profiler(config: TrainConfig, world: World, done: int) -> Iterator[torch.profiler.profile | None]:
-    """A chrome trace of the steps `--profile-start-step` .. + `--profile-num-steps`: host, device, capture threads.
-
-    Its ranges: `capture` (a thread of the prefetcher waits for the engine), `copy to device`, `training step`.
-    """
-    first = config.training.profile_start_step
-    skipped = None if first is None else first - 1 - done
-    if skipped is None or skipped + config.training.profile_num_steps <= 0:
-        yield None
-        return
-    path = config.checkpoint.output_dir / f"trace_rank{world.rank}.json"
-
-    def write(profiler: torch.profiler.profile) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)  # on hosts other than rank 0's
-        profiler.export_chrome_trace(str(path))
-        info(f"trace: {path} (open in chrome://tracing or ui.perfetto.dev)")
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if world.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    num_steps = config.training.profile_num_steps + min(0, skipped)
-    with torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(wait=max(0, skipped), warmup=0, active=num_steps, repeat=1),
-        on_trace_ready=write,
-        experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),  # captures have their own
-    ) as profiler:
-        yield profiler

@@ -1,4 +1,4 @@
-"""Settings against the machine: what a CPU cannot do is replaced, a GPU shared with the target's server is divided."""
+"""Settings against the machine: what it cannot do is replaced."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from specforge_lite.core.hub import load_config, local_directory
-from specforge_lite.core.log import format_bytes, info
-from specforge_lite.core.weight_files import safetensors_files
-from specforge_lite.model.device import choose_attention, triton_problem, usable_dtype
+from specforge_lite.core.hub import load_config
+from specforge_lite.core.log import info
+from specforge_lite.model.device import choose_attention, usable_dtype
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.settings import TrainConfig
 
@@ -22,7 +21,8 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _backend(config: TrainConfig) -> str:
+def backend_of(config: TrainConfig) -> str:
+    """The engine that `--target-backend` means on this machine."""
     if config.target.target_backend != "auto":
         return config.target.target_backend
     from specforge_lite.serving.environment import choose_backend
@@ -34,14 +34,13 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The config with what the device cannot do replaced, one line each, before anything is loaded. Raises ConfigError
     where no attention backend fits."""
     training: dict[str, Any] = {}
-    compiler = triton_problem() if device.type == "cuda" else _cpp_problem()
-    if config.training.compile and compiler is not None:
-        info(f"--compile: {compiler}; training without it")
+    if config.training.compile and (problem := _compiler_problem(device)) is not None:
+        info(f"--compile: {problem}; training without it")
         training["compile"] = False
     if device.type == "cuda":
         precision = config.training.precision
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
-        name, head_dim = config.training.draft_attention_backend, _draft_config(config).head_dim
+        name, head_dim = config.training.draft_attention_backend, draft_shape(config).head_dim
         training["draft_attention_backend"] = choose_attention(name, "cuda", dtype, head_dim)
         return config.with_values(training=training)
     if config.training.draft_attention_backend == "flex_attention":
@@ -57,7 +56,7 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.distributed.cpu_offload:
         info("--cpu-offload: there is no GPU here, everything lies in CPU memory already; without it")
         sections["distributed"] = {"cpu_offload": False}
-    if config.target.tp_size > 1 and _backend(config) == "hf":
+    if config.target.tp_size > 1 and backend_of(config) == "hf":
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks % config.target.tp_size:
             info(
@@ -68,63 +67,18 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config.with_values(**sections)
 
 
-def _cpp_problem() -> str | None:
+def _compiler_problem(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        from specforge_lite.model.device_cuda import triton_problem
+
+        return triton_problem()
     compilers = ("g++", "clang++", os.environ.get("CXX", "g++"))
     return None if any(map(shutil.which, compilers)) else "no C++ compiler (g++ or clang++; or CXX) for Inductor"
 
 
-def _target_config(config: TrainConfig) -> Any:
-    return load_config(config.target.target_model_path, config.target.trust_remote_code)
-
-
-def _draft_config(config: TrainConfig) -> DraftConfig:
+def draft_shape(config: TrainConfig) -> DraftConfig:
+    """The draft's shape as `--draft-model-config` says it, or derived from the target's; before anything is loaded."""
     if config.draft.draft_model_config is not None:
         return DraftConfig.from_json(config.draft.draft_model_config)
-    return DraftConfig.from_target(_target_config(config), config.draft.draft_vocab_size, config.algorithm)
-
-
-def _physical(device: torch.device) -> str:
-    """The device's name among all of the host, as `--engine-devices` gives them: this process may see only some."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = device.index or 0
-    return visible.split(",")[index].strip() if visible else str(index)
-
-
-def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with `mem_frac` chosen where a launched server shares this rank's GPU and none was given: engines take
-    70 to 92% otherwise. Raises ConfigError, with the numbers, where both do not fit."""
-    target = config.target
-    if device.type != "cuda" or target.mem_frac is not None or target.target_url or config.training.offline_dir:
-        return config
-    if _backend(config) not in ("sglang", "vllm"):
-        return config
-    if target.engine_devices is not None and _physical(device) not in target.engine_devices.split(","):
-        return config
-    from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
-
-    training, total = config.training, torch.cuda.get_device_properties(device).total_memory
-    layers, draft = config.with_target_defaults().target.aux_layer_ids, _draft_config(config)
-    draft = draft.replace(**config.draft_shape(draft, _target_config(config)))
-    load = Workload(
-        draft if layers is None else draft.replace(aux_layer_ids=layers),
-        tokens=training.max_tokens_per_batch or training.batch_size * config.data.max_length,
-        num_steps=training.ttt_length,
-        precision="bf16" if training.precision == "auto" else training.precision,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        sp_size=config.distributed.sp_size,
-        sharding=config.distributed.sharding,
-        cpu_offload=config.distributed.cpu_offload,
-        optim=config.optimizer.optim,
-        activation_checkpointing=training.activation_checkpointing,
-        sample_length=config.data.max_length,
-        device_memory=total,
-        **{name: value for name, value in training.loss_settings().items() if name == "num_anchors"},
-    )
-    plan = plan_memory(load)
-    weights = sum(path.stat().st_size for path in safetensors_files(local_directory(target.target_model_path)))
-    fraction = memory_fraction(plan, weights / target.tp_size, total)
-    info(
-        f"mem_frac {fraction}: the target's server shares this GPU of {format_bytes(total)} with the trainer, whose"
-        f" peak is {format_bytes(plan.peak)} by the memory plan"
-    )
-    return config.with_values(target={"mem_frac": fraction})
+    target = load_config(config.target.target_model_path, config.target.trust_remote_code)
+    return DraftConfig.from_target(target, config.draft.draft_vocab_size, config.algorithm)

@@ -8,19 +8,20 @@ dividing, clipping and skipping a bad step need neither a pass over memory nor a
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specforge_lite.core.errors import CheckpointError
-from specforge_lite.model.device import triton_problem
 from specforge_lite.training.settings import OptimizerSection
 
+if TYPE_CHECKING:
+    from specforge_lite.training.adam8bit import Adam8bit
+    from specforge_lite.training.fp16 import LossScaler
+
 NOT_FINITE, OVERFLOW = 1.0, 2.0
-SCALER_COUNTERS = ("loss_scale", "loss_scale_steps", "loss_scale_hysteresis")
 
 
 def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> float:
@@ -72,7 +73,13 @@ class DraftOptimizer:
         vectors = [p for p in parameters.values() if p.ndim <= 1]
         decayed = ((matrices, config.weight_decay), (vectors, 0.0))
         groups = [{"params": params, "weight_decay": decay} for params, decay in decayed if params]
-        self._adam = (_Adam8bit if config.optim == "adamw_8bit" else _FusedAdam)(groups, config)
+        self._adam: _FusedAdam | Adam8bit
+        if config.optim == "adamw_8bit":
+            from specforge_lite.training.adam8bit import Adam8bit
+
+            self._adam = Adam8bit(groups, config)
+        else:
+            self._adam = _FusedAdam(groups, config)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (0-based)."""
@@ -117,7 +124,8 @@ class DraftOptimizer:
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         """The same as ordinary fp32 tensors, whatever the moments are kept in."""
         saved = self.state_tensors().items()
-        return {name: {k: v.dequantize() if _is_8bit(v) else v for k, v in s.items()} for name, s in saved}
+        plain = lambda value: value.dequantize() if type(value).__module__.startswith("torchao.") else value  # noqa: E731
+        return {name: {kind: plain(value) for kind, value in state.items()} for name, state in saved}
 
     def load_steps(self, steps: dict[str, float]) -> None:
         """Set the per-parameter step counters of a checkpoint. Raises CheckpointError naming a missing one."""
@@ -147,93 +155,3 @@ class _FusedAdam:
             group["lr"] = rate
         self._adam.grad_scale, self._adam.found_inf = scale, skipped  # type: ignore[attr-defined]
         self._adam.step()
-
-
-class _Adam8bit:
-    """`--optim adamw_8bit`, from torchao: 2 bytes of state per parameter instead of 8.
-
-    Moments are kept in blocks of 256 values with one scale each (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-    Quantization"); tensors below 4,096 values stay fp32. The update itself is computed in fp32. It cannot skip a step
-    on the device, so unlike plain AdamW every step waits for the verdict on its gradient.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerSection) -> None:
-        from torchao.optim import AdamW8bit
-
-        betas = (config.adam_beta1, config.adam_beta2)
-        self._adam = AdamW8bit(groups, lr=0.0, betas=betas, eps=config.adam_eps)
-        self.state: dict[Tensor, dict[str, Tensor]] = self._adam.state
-        self._parameters: list[Tensor] = [p for group in self._adam.param_groups for p in group["params"]]
-        # A step without gradient at rate 0, so that saving and loading never meet a missing state.
-        kept = [p.grad for p in self._parameters]
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        with self._uncompiled():
-            self._adam.step()
-        for parameter, gradient in zip(self._parameters, kept):
-            parameter.grad = gradient
-            self.state[parameter]["step"].zero_()
-
-    @torch.no_grad()
-    def update(self, rate: float, scale: Tensor, skipped: Tensor) -> None:
-        """One update with gradient / scale, unless `skipped` (scalars on the device). Waits for the device."""
-        if bool(skipped):
-            return
-        torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], scale)
-        for group in self._adam.param_groups:
-            group["lr"].fill_(rate)
-        with self._uncompiled():
-            self._adam.step()
-
-    def _uncompiled(self) -> AbstractContextManager[Any]:
-        """torchao compiles the update of each shape: worth it on a GPU, and 15 seconds of a start on a CPU."""
-        on_gpu = self._parameters[0].device.type == "cuda"
-        return nullcontext() if on_gpu and triton_problem() is None else torch.compiler.set_stance("force_eager")
-
-
-def _is_8bit(tensor: Tensor) -> bool:
-    return type(tensor).__module__.startswith("torchao.")
-
-
-class LossScaler:
-    """Loss scale of fp16 training: small gradients times a large number do not vanish; the optimizer divides it out.
-
-        gradients finite   the update happens; after `loss_scale_window` such steps the scale doubles
-        an infinity        the update is skipped; the second time (`--hysteresis 2`) and from then on the scale halves
-
-    These are DeepSpeed's rules, and its names. Everything is kept on the device, so that no step waits for it. Static
-    where `--loss-scale` gives a number: infinities are then only skipped.
-    """
-
-    def __init__(self, config: OptimizerSection, device: torch.device | str) -> None:
-        self._config = config
-        start = (config.loss_scale or 2.0**config.initial_scale_power, 0, config.loss_scale_hysteresis)
-        self.scale, self._steps, self._left = (torch.tensor(float(value), device=device) for value in start)
-
-    def can_fall(self) -> Tensor:
-        """bool scalar: an overflow is part of the search for the scale, not a failure."""
-        if self._config.loss_scale:
-            return torch.zeros_like(self.scale, dtype=torch.bool)
-        return self.scale > self._config.min_loss_scale
-
-    def update(self, overflow: Tensor) -> None:
-        """Count the result of one step. overflow: bool scalar."""
-        if self._config.loss_scale:
-            return
-        full = float(self._config.loss_scale_hysteresis)
-        falls = overflow & (self._left <= 1)
-        grown = ~overflow & (self._steps + 1 >= self._config.loss_scale_window)
-        lower = (self.scale / 2).clamp(min=self._config.min_loss_scale)
-        self.scale = torch.where(falls, lower, torch.where(grown, self.scale * 2, self.scale))
-        self._left = torch.where(grown, full, torch.where(overflow & ~falls, self._left - 1, self._left))
-        self._steps = torch.where(overflow | grown, 0.0, self._steps + 1)
-
-    def state(self) -> dict[str, float]:
-        """For a checkpoint (waits for the device)."""
-        return dict(zip(SCALER_COUNTERS, (float(x) for x in (self.scale, self._steps, self._left))))
-
-    def load_state(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint's counters; one of a run without a scale changes nothing."""
-        if all(name in state for name in SCALER_COUNTERS):
-            for tensor, name in zip((self.scale, self._steps, self._left), SCALER_COUNTERS):
-                tensor.fill_(state[name])

@@ -21,16 +21,6 @@ TORCHAO = "torchao==0.18.0"
 TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
-def unless_given(key: str, **replaced: Any) -> Any:
-    """A validator of a section: where `key` is given, other defaults become `replaced`; what is given itself stays."""
-
-    def choose(cls: Any, values: Any) -> Any:
-        given = isinstance(values, dict) and values.get(key) is not None
-        return {**replaced, **values} if given else values
-
-    return model_validator(mode="before")(classmethod(choose))  # type: ignore[arg-type]
-
-
 class DraftSection(Section):
     """The draft network."""
 
@@ -55,12 +45,6 @@ class DraftSection(Section):
     def starts_from_draft(self) -> bool:
         """`--init PATH`."""
         return self.init not in ("target", "random")
-
-    def refuse_eagle3_options(self, kind: str, advice: str = "") -> None:
-        """Raise ValueError for what only an EAGLE-3 draft has."""
-        for name in ("draft_vocab_size", "norm_output", "fc_norm"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: {kind} draft has no such option{advice}")
 
 
 class TrainingSection(Section):

@@ -4,16 +4,15 @@ checkpoint. `loop.Trainer` puts them together."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo, num_positions
 from specforge_lite.capture.prefetch import SkipBudget
-from specforge_lite.checkpoints.training_run import read_config
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
 from specforge_lite.core.log import info
@@ -22,19 +21,18 @@ from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.vocab import open_or_build_vocab_map
-from specforge_lite.model.block_config import BLOCK_KINDS
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.checkpoint import Progress, find_resume, restore_run
-from specforge_lite.training.dataloader import BatchMaker, Dataloader, FollowerDataloader, share_batch
+from specforge_lite.training.dataloader import BatchMaker, Dataloader
 from specforge_lite.training.distributed import World
-from specforge_lite.training.machine import share_of_gpu
-from specforge_lite.training.optimizer import DraftOptimizer, LossScaler
+from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ParallelDraft, spread_draft
 from specforge_lite.training.settings import TrainConfig, run_length
+from specforge_lite.types import DraftBatch
 
 # ----------------------------------------------------------------------------------------------------- data and target
 
@@ -54,7 +52,9 @@ def load_data(config: TrainConfig) -> RunData:
     Raises ConfigError first of all for a `--max-length` that the target has no positions for.
     """
     if config.training.offline_dir is not None:
-        return _open_offline(config, config.training.offline_dir)
+        from specforge_lite.training.offline import open_offline
+
+        return open_offline(config, config.training.offline_dir)
     _check_max_length(config)
     train = open_dataset(config.data.train_data_path, config.target, config.data)
     evaluation = config.data.eval_data_path
@@ -66,23 +66,6 @@ def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> 
     if path is None:
         raise ConfigError("train_data_path: required (flag --train-data-path)")
     return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
-
-
-def _open_offline(config: TrainConfig, directory: Path) -> RunData:
-    if config.algorithm == "eagle1" and not (directory / "train").exists():
-        from specforge_lite.checkpoints.compat.eagle_samples import EagleSamples, sample_files
-
-        if sample_files(directory):
-            target = load_config(config.target.target_model_path, config.target.trust_remote_code).get_text_config()
-            samples = EagleSamples(directory, config.data.cache_dir, config.data.max_length, target.vocab_size)
-            train, *rest = samples.datasets
-            return RunData(train, rest[0] if rest else None, samples)
-    from specforge_lite.capture.offline import OfflineEngine, OfflinePart
-
-    parts = [OfflinePart(directory / "train")]
-    if (directory / "eval").exists():
-        parts.append(OfflinePart(directory / "eval"))
-    return RunData(parts[0].dataset, parts[1].dataset if parts[1:] else None, OfflineEngine(parts))
 
 
 def _check_max_length(config: TrainConfig) -> None:
@@ -102,10 +85,14 @@ def _check_max_length(config: TrainConfig) -> None:
 
 def open_target(config: TrainConfig, world: World, data: RunData) -> AbstractContextManager[TargetEngine]:
     """The engine of the run, closed at the end; with `--offline-dir` the reader of captured states."""
+    if world.device.type == "cuda":
+        from specforge_lite.training.gpu_share import share_of_gpu
+
+        config = share_of_gpu(config, world.device)
     return closing(
         data.states
         or open_engine(
-            share_of_gpu(config, world.device).target,
+            config.target,
             max_length=config.data.max_length,
             log_dir=config.checkpoint.output_dir / "engine",
             wait_minutes=config.distributed.dist_timeout,
@@ -133,6 +120,8 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
         size = section.draft_vocab_size or source.config.draft_vocab_size
         draft = source.config.replace(draft_vocab_size=size, aux_layer_ids=None)
     elif section.draft_model_config is not None:
+        from specforge_lite.checkpoints.draft_files import read_draft_config
+
         draft = read_draft_config(section.draft_model_config, config.algorithm, target_config)
         if section.draft_vocab_size is not None:
             draft = draft.replace(draft_vocab_size=section.draft_vocab_size)
@@ -165,23 +154,6 @@ def _warm_start(config: TrainConfig) -> Draft | None:
     from specforge_lite.training.warm_start import source_of
 
     return source_of(config)
-
-
-def read_draft_config(path: Path, algorithm: str | None, target_config: Any | None = None) -> DraftConfig:
-    """A draft's config.json for `algorithm` (None: its own), completed from the target's; a plain Llama config, as
-    EAGLE's are, fits all."""
-    from specforge_lite.checkpoints.draft_files import fill_from_target
-
-    file = path / "config.json" if path.is_dir() else path
-    values = read_config(file)
-    known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
-    draft = DraftConfig.from_dict(fill_from_target(values, known, str(file)), str(file))
-    if algorithm in (None, draft.algorithm):
-        return draft
-    architecture = "".join(values.get("architectures") or [])
-    if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
-        raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
-    return draft.replace(algorithm=algorithm or draft.algorithm, draft_vocab_size=draft.vocab_size)
 
 
 @dataclass
@@ -258,12 +230,16 @@ def open_dataloader(
 ) -> Dataloader:
     """This rank's batches, captured ahead; ranks that share batches receive those of the first one."""
     dtype = compute_dtype(config, world)
-    if world.sp_rank:
-        return FollowerDataloader(plan.steps(), world, dtype)
-    shared = to_batch if world.sequence is None else lambda *parts: share_batch(to_batch(*parts), world, dtype)
+    make: Callable[..., DraftBatch] = to_batch
+    if world.sequence is not None:
+        from specforge_lite.training.sequence import FollowerDataloader, share_batch
+
+        if world.sp_rank:
+            return FollowerDataloader(plan.steps(), world, dtype)
+        make = lambda *parts: share_batch(to_batch(*parts), world, dtype)  # noqa: E731
     budget = config.training.max_tokens_per_batch
     per_batch = config.training.batch_size if budget is None else budget / data.train.lengths.mean()
-    return Dataloader(plan.steps(), data.train, engine, shared, skips, per_batch)
+    return Dataloader(plan.steps(), data.train, engine, make, skips, per_batch)
 
 
 def restore_or_start(
@@ -272,7 +248,11 @@ def restore_or_start(
     """(draft on its device, optimizer, position, total steps), from the newest checkpoint where there is one."""
     resume = find_resume(config, models.draft, models.identity, plan, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
-    scaler = LossScaler(config.optimizer, world.device) if dtype == torch.float16 else None
+    scaler = None
+    if dtype == torch.float16:
+        from specforge_lite.training.fp16 import LossScaler
+
+        scaler = LossScaler(config.optimizer, world.device)
     optimizer = DraftOptimizer(parallel.parameters, config.optimizer, 1, scaler)
     progress = Progress(data=plan.state_dict())
     if resume is not None:

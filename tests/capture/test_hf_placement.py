@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers.utils.import_utils as transformers_imports
 
-from specforge_lite.capture import hf
+from specforge_lite.capture import hf, hf_large
 from specforge_lite.capture.hf import HfEngine, load_target_model, place_target
 from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.core.devices import on_device
@@ -65,7 +65,7 @@ def test_a_part_that_went_to_the_host_is_an_error(gpus, tiny_target: Path, monke
     """Without a GPU `device_map="auto"` puts everything on the CPU, as it puts a part there that fits no GPU."""
     model = load_target_model(str(tiny_target), "float32", torch.device("cpu"), False)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    monkeypatch.setattr(hf, "num_gpus", lambda: 2)
+    monkeypatch.setattr(hf_large, "num_gpus", lambda: 2)
     with pytest.raises(ConfigError, match=r"does not fit into the 2 visible GPUs \(a part is on cpu\); use more"):
         load_target_model(str(tiny_target), "float32", "auto", False)
 
@@ -91,10 +91,10 @@ def test_fp8_on_a_gpu_needs_a_package(gpus, fp8_target: Path, monkeypatch: pytes
             load_target_model(str(fp8_target), "auto", device, False)
         assert "\n" not in str(e.value)
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: True)
-    hf._check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf_large.check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))  # dequantised there
-    hf._check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf_large.check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
 
 
 def test_a_quantisation_that_transformers_would_skip_is_refused(tiny_target: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_quantisation_that_transformers_would_skip_is_refused(tiny_target: Pat
 def test_fp8_on_a_cpu_beside_a_gpu_is_dequantised(gpus, fp8_target: Path) -> None:  # type: ignore[no-untyped-def]
     gpus(1)
     config = hf.load_config(fp8_target)
-    hf._check_quantization(config, str(fp8_target), torch.device("cpu"))
+    hf_large.check_quantization(config, str(fp8_target), torch.device("cpu"))
     assert config.quantization_config["dequantize"]
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from specforge_lite.checkpoints.contract import check_draft
+from specforge_lite.checkpoints.draft_files import read_draft_config
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.checkpoints.loading import find_draft, load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError, SpecforgeError
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.registry import build_draft
-from specforge_lite.training.wiring import read_draft_config
 from tests.checkpoints.test_load_draft import same_weights, write_checkpoint
 from tests.eagle_states import write_deepspeed_state
 from tests.inference_drafts import random_draft, random_vocabulary

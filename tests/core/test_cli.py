@@ -13,8 +13,9 @@ import pytest
 from specforge_lite import __version__
 from specforge_lite.cli import COMMANDS, main
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.mistakes import peer_flags
 from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.core.settings import Section, build_parser, leaf_fields, parse_config, peer_flags
+from specforge_lite.core.settings import Section, build_parser, leaf_fields, parse_config
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.settings import TrainConfig
 from tests.script_runner import ROOT, load_script

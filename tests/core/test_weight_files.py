@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from specforge_lite.core.errors import CheckpointError
+from specforge_lite.core.quantized import dequantize
 from specforge_lite.core.weight_files import (
     INDEX_FILE,
-    dequantize,
     pickled_files,
     read_weight,
     unused_weight_files,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data import reading
+from specforge_lite.data import json_values, reading
 from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
 from specforge_lite.data.reading import BadRow, Row, RowFile
 
@@ -433,8 +433,9 @@ def test_bad_lines_keep_their_place_and_the_others_are_read(tmp_path: Path) -> N
 
 
 def test_a_huge_line_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(reading, "_CHUNK", 64)
+    for module in (reading, json_values):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(reading, "CHUNK", 64)
     rows = read(write(tmp_path / "a", lines([{"a": 1}, {"a": "x" * 5000}, {"a": 2}])))
     assert rows == [Row(1, {"a": 1}), BadRow(2, "row-too-large", "longer than 0 MiB"), Row(3, {"a": 2})]
     with pytest.raises(DataError, match=":1: a row longer than 0 MiB"):
@@ -477,10 +478,10 @@ def test_arrays_and_lines_read_the_same_whatever_the_chunks(
     tmp_path_factory: pytest.TempPathFactory, rows: Any
 ) -> None:
     directory = tmp_path_factory.mktemp("rows")
-    old = reading._CHUNK
+    old = json_values.CHUNK
     try:
         for chunk in (1, 7, 1 << 16):
-            reading._CHUNK = chunk
+            json_values.CHUNK = chunk
             for ascii_only in (True, False):
                 array = write(directory / "a", json.dumps(rows, ensure_ascii=ascii_only).encode("utf-8", "replace"))
                 flat = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
@@ -489,7 +490,7 @@ def test_arrays_and_lines_read_the_same_whatever_the_chunks(
                 assert [row.value for row in read(array) if isinstance(row, Row)] == expected
                 assert [row.value for row in read(lined) if isinstance(row, Row)] == expected
     finally:
-        reading._CHUNK = old
+        json_values.CHUNK = old
 
 
 def test_progress_reaches_the_size_of_the_file(tmp_path: Path) -> None:

@@ -23,9 +23,8 @@ from specforge_lite.data import cache, store
 from specforge_lite.data.cache import open_or_build_dataset
 from specforge_lite.data.conversations import to_conversation
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset
-from specforge_lite.data.tokenize import tokenize_conversation
 from specforge_lite.data.vocab import count_supervised_tokens, open_or_build_vocab_map
-from tests.data_tokenizers import byte_level
+from tests.data_tokenizers import byte_level, tokenize_conversation
 
 ROWS = [{"id": f"r{i}", "prompt": f"Hi {i}", "response": "It is " * (i % 7 + 1)} for i in range(200)]
 
@@ -382,7 +381,7 @@ def test_vocabulary_map_of_a_dataset(tmp_path: Path, data: Path, capsys: pytest.
     capsys.readouterr()
     vocab_map = open_or_build_vocab_map(dataset, 6, 1000, tmp_path / "cache")
     best = sorted(sorted(range(1000), key=lambda i: (-counts[i], i))[:6])
-    assert vocab_map.target_ids().tolist() == best
+    assert (vocab_map.d2t + torch.arange(len(vocab_map.d2t))).tolist() == best
     assert vocab_map.fingerprint == dataset.fingerprint
     share = sum(counts[i] for i in best) / sum(counts)
     assert f"draft vocabulary: 6 of 1,000 tokens cover {share:.2%} of the supervised tokens" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.data.sampler import BatchPlan, PlannedStep, balance, pack
+from specforge_lite.data.packing import balance, pack
+from specforge_lite.data.sampler import BatchPlan, PlannedStep
 
 
 def ranks(world_size: int, lengths: Any, **options: Any) -> list[BatchPlan]:

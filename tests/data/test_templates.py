@@ -11,14 +11,8 @@ import pytest
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.encoding import Rendering, TokenizerSpec
-from specforge_lite.data.templates import ChatTemplate
-from specforge_lite.data.templates.auto import (
-    ALIASES,
-    TEMPLATES,
-    choose_template,
-    difference_from_own,
-    template_warning,
-)
+from specforge_lite.data.templates.families import ALIASES, TEMPLATES, difference_from_own, template_warning
+from specforge_lite.data.templates.rendering import ChatTemplate, choose_template
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions
 from specforge_lite.types import Conversation
 from tests.data_tokenizers import byte_level, control_tokens

@@ -16,10 +16,16 @@ from specforge_lite.core.hub import load_config, load_tokenizer, text_token_ids
 from specforge_lite.data.conversations import check_messages
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
 from specforge_lite.data.prompts import ChatEncoder
-from specforge_lite.data.templates import TEMPLATES
-from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow, tokenize_conversation
+from specforge_lite.data.templates.families import TEMPLATES
+from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow
 from specforge_lite.types import Conversation
-from tests.data_tokenizers import byte_level, control_tokens, sentencepiece_like, swallowing_spaces
+from tests.data_tokenizers import (
+    byte_level,
+    control_tokens,
+    sentencepiece_like,
+    swallowing_spaces,
+    tokenize_conversation,
+)
 
 
 def chat(*turns: str, system: str | None = None) -> Conversation:

@@ -141,11 +141,11 @@ def flex_case(compile_: Compile, dtype: Any, heads: str, kv_heads: str, head_dim
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
-    from specforge_lite.model import flex, ttt_attention
+    from specforge_lite.model import flex
     from specforge_lite.model.row_plan import plan_rows, predictable_tokens
 
     flex._COMPILED["flex"] = compile_(flex_attention)
-    attention = ttt_attention.Flex("cuda")
+    attention = flex.Flex("cuda")
 
     def run(rows: int) -> None:
         mask = torch.rand(rows, generator=torch.Generator().manual_seed(rows)) > 0.4
@@ -187,7 +187,8 @@ def loss_case(compile_: Compile, dtype: Any, name: str) -> Callable[[int], None]
     """The loss between the matrix products, which forms its gradient in the same pass; K 7, a vocabulary of 32,000."""
     import torch
 
-    from specforge_lite.model.losses import cross_entropy_pass, lk_pass
+    from specforge_lite.model.lk_loss import lk_pass
+    from specforge_lite.model.losses import cross_entropy_pass
 
     compiled = compile_(cross_entropy_pass if name == "ce" else lk_pass)
 

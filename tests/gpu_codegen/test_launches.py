@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specforge_lite.model import flex as flex_module
-from specforge_lite.model import ttt_attention
+from specforge_lite.model.eager_attention import Eager
 from specforge_lite.model.flash import flash_rows
 from specforge_lite.model.row_plan import plan_rows, predictable_tokens
 from tests.gpu_codegen.launches import Launches, count_pass
@@ -81,7 +81,7 @@ def flex_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_flex_attention_makes_few_graphs_and_equals_eager(flex_graphs: list[str]) -> None:
     """20 random batches, three steps each: rows, keys and later keys differ, the graphs are the same."""
     generator = torch.Generator().manual_seed(0)
-    flex, eager = ttt_attention.Flex("cuda"), ttt_attention.Eager()
+    flex, eager = flex_module.Flex("cuda"), Eager()
     for _ in range(20):
         mask, offsets = random_batch(generator)
         plan = plan_rows(mask, offsets, 3).to("cpu", flex.plan)

@@ -14,8 +14,9 @@ import torch
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
-from specforge_lite.model import device
-from specforge_lite.model.device import choose_attention, flash_problem, usable_dtype
+from specforge_lite.model import device, device_cuda
+from specforge_lite.model.device import choose_attention, usable_dtype
+from specforge_lite.model.device_cuda import flash_problem
 from specforge_lite.training.machine import fit_to_device
 from specforge_lite.training.settings import TrainConfig
 
@@ -26,8 +27,8 @@ TINY_TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"
 
 @pytest.fixture(autouse=True)
 def _ask_again() -> None:
-    device.triton_problem.cache_clear()
-    device._warn_once.cache_clear()
+    device_cuda.triton_problem.cache_clear()
+    device.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_heads_too_narrow_for_flex_attention_take_sdpa(capsys: pytest.CaptureFix
 def test_without_python_headers_flex_attention_becomes_sdpa(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(device.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(device_cuda.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert choose_attention("auto", "cuda", BF16, 128) == "sdpa"
     assert "Python.h is missing" in capsys.readouterr().err
 

@@ -21,10 +21,10 @@ from aiohttp import web
 from yarl import URL
 
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.sections import RecordSection
 from specforge_lite.data.conversations import RowRejected
 from specforge_lite.serving import record
 from specforge_lite.serving.record import RecordingProxy, TrafficWriter, load_redaction, rows_of
+from specforge_lite.serving.record_settings import RecordSection
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7, "max_tokens": 9}
 ANSWER = {

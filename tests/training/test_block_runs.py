@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from specforge_lite.checkpoints.draft_files import read_draft_config
 from specforge_lite.cli.train import asked_kind
 from specforge_lite.core.errors import DataError
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers, unused_token
-from specforge_lite.training.wiring import read_draft_config
 from tests.training.test_training_runs import assert_same_checkpoint, stop_after
 from tests.training_runs import VOCAB_SIZE, Run, make_dataset, run_ranks, train
 

@@ -15,7 +15,8 @@ import torch
 from specforge_lite.checkpoints.compat.deepspeed import translate
 from specforge_lite.core.errors import TrainingError
 from specforge_lite.model.draft import TTTSettings
-from specforge_lite.training.optimizer import NOT_FINITE, OVERFLOW, DraftOptimizer, LossScaler
+from specforge_lite.training.fp16 import LossScaler
+from specforge_lite.training.optimizer import NOT_FINITE, OVERFLOW, DraftOptimizer
 from specforge_lite.training.settings import OptimizerSection, TrainingSection
 from tests.fake_engine import Fault
 from tests.model import test_eagle1, test_eagle3

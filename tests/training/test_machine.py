@@ -10,7 +10,7 @@ import torch
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
-from specforge_lite.training.machine import _physical, share_of_gpu
+from specforge_lite.training.gpu_share import _physical, share_of_gpu
 from specforge_lite.training.settings import TrainConfig
 
 

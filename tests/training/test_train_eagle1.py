@@ -13,6 +13,7 @@ import torch
 from scripts import capture_hidden_states, train_eagle1
 from specforge_lite.capture.hf import HfEngine
 from specforge_lite.checkpoints.contract import check_draft
+from specforge_lite.checkpoints.draft_files import read_draft_config
 from specforge_lite.checkpoints.export import export_checkpoint
 from specforge_lite.checkpoints.loading import load_draft, read_draft_files
 from specforge_lite.core.errors import ConfigError
@@ -23,7 +24,6 @@ from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
 from specforge_lite.training.settings import OptimizerSection
-from specforge_lite.training.wiring import read_draft_config
 from tests.training_runs import weights
 
 NUM_STEPS = 6

@@ -1,13 +1,8 @@
 """Conversation -> the text that a server would have rendered, and which characters of it the target produces.
 
 The target's own Jinja template decides. Where it has `{% generation %}` blocks, those are the spans (transformers
-tracks them). Otherwise marks are put around the texts of a conversation before it is rendered:
-
-    <|im_start|>assistant\\n<think>\\n|why|\\n</think>\\n\\n|because|<|im_end|>\\n        | a mark
-    prompt                  ^---------- what the target produces -------^
-
-A span starts where the generation prompt ends and ends with the end-of-turn token; both are learned from short probe
-conversations. Rendering again without marks must give the same text. Named families are Jinja files with generation
+tracks them); otherwise `spans` finds them. Marks are put around the texts of a conversation before it is rendered, and
+rendering again without marks must give the same text. Named families are Jinja files with generation
 blocks (`assets/chat_templates`), for tokenizers without a usable template and for people who name one.
 """
 
@@ -16,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.data.encoding import Rendering
+from specforge_lite.data.encoding import CONTENT_TOKENS, Rendering, TokenizerSpec
 from specforge_lite.data.templates.marks import Drawing, Message, mark_texts
-from specforge_lite.data.templates.probes import OPEN_THOUGHT, PROBE_TOOL, SWITCHES, Probes, probe
+from specforge_lite.data.templates.probes import PROBE_TOOL, Probes, probe
 
 Tools = Sequence[dict[str, Any]]
 
@@ -33,7 +28,6 @@ Tools = Sequence[dict[str, Any]]
 FIXED_DATE = date(2025, 8, 5)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_EMPTY_THOUGHT = re.compile(r"\s*<([\w:]*think\w*)>\s*</\1>\s*|\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,11 @@ class ChatTemplate:
     @property
     def problem(self) -> str | None:
         """Why spans cannot be found in what the template renders; None where they can."""
-        return self._probes.problem
+        return self.probes.problem
 
     @cached_property
-    def _probes(self) -> Probes:
+    def probes(self) -> Probes:
+        """What short conversations tell about it."""
         return probe(self)
 
     def render(self, messages: Sequence[Message], tools: Tools = (), train_only_last_turn: bool = False) -> Rendering:
@@ -108,7 +103,7 @@ class ChatTemplate:
 
     def render_plain(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Text alone, without marks and checks: what a server shows its model. Raises DataError."""
-        return self.jinja(self._probes, messages, tools)[0]
+        return self.jinja(self.probes, messages, tools)[0]
 
     def jinja(
         self, probes: Probes, messages: Sequence[Message], tools: Tools = (), prompt: bool = False, **switch: Any
@@ -142,7 +137,7 @@ class ChatTemplate:
         last, forms = messages[-1], [messages]
         if last["role"] == "assistant" and _is_cut_off(last) and not last.get("reasoning_content"):
             _, opened, thought = last["content"].rpartition("<think>")
-            if "</think>" not in last["content"] and (opened or self._probes.opens_thought):
+            if "</think>" not in last["content"] and (opened or self.probes.opens_thought):
                 forms.insert(0, [*messages[:-1], {**last, "content": "", "reasoning_content": thought.lstrip("\n")}])
         if any("id" not in call for message in messages for call in message.get("tool_calls") or ()):
             forms = [with_ids for form in forms for with_ids in (form, _with_call_ids(form))]
@@ -157,10 +152,10 @@ class ChatTemplate:
 
     def _draw(self, messages: list[Message], tools: Tools) -> Drawing:
         """Text, and the span of every answer whether it is trained or not."""
-        plain, _ = self.jinja(self._probes, messages, tools)
+        plain, _ = self.jinja(self.probes, messages, tools)
         for mark_others in (True, False):
             marked = [mark_texts(message, index, mark_others) for index, message in enumerate(messages)]
-            drawing = Drawing.of(*self.jinja(self._probes, marked, tools))
+            drawing = Drawing.of(*self.jinja(self.probes, marked, tools))
             if drawing.text == plain:
                 break
         else:
@@ -171,67 +166,59 @@ class ChatTemplate:
                 raise DataError(f"{self.what} has no form for tool calls")
             if message["role"] == "tool" and message["content"].strip() and mark_others and not kinds:
                 raise DataError(f"{self.what} has no form for tool results")
-            if message["role"] == "assistant" and _split_reasoning(message)[1].strip() and not kinds:
+            if message["role"] == "assistant" and split_reasoning(message)[1].strip() and not kinds:
                 raise DataError(f"{self.what} leaves out turn {index + 1}")
         if not self.marks_generation:
-            drawing = replace(drawing, spans=tuple(self._find_spans(messages, drawing)))
+            from specforge_lite.data.templates.spans import find_spans
+
+            drawing = replace(drawing, spans=tuple(find_spans(self, messages, drawing)))
         last, index = messages[-1], len(messages) - 1
-        if last["role"] == "assistant" and _split_reasoning(last)[0].strip() and "r" not in drawing.kinds(index):
-            drawing = self._with_reasoning(messages, tools, drawing) or replace(drawing, lost_reasoning=True)
+        if last["role"] == "assistant" and split_reasoning(last)[0].strip() and "r" not in drawing.kinds(index):
+            found = None
+            if not self.marks_generation:
+                from specforge_lite.data.templates.spans import with_reasoning
+
+                found = with_reasoning(self, messages, tools, drawing)
+            drawing = found or replace(drawing, lost_reasoning=True)
             if drawing.lost_reasoning and not last["content"].strip() and not last.get("tool_calls"):
                 raise DataError(f"{self.what} has no form for reasoning without an answer")
         return _without_cut_ends(messages, drawing)
 
-    def _find_spans(self, messages: list[Message], drawing: Drawing) -> Iterator[tuple[int, int, int]]:
-        """(message, start, end) of every answer, from marks, generation prompts and end tokens."""
-        text, probes, previous = drawing.text, self._probes, 0
-        for index, message in enumerate(messages):
-            own = drawing.places(index)
-            if own and message["role"] != "assistant":
-                previous = own[-1]
-            elif own:
-                gap = text[previous : own[0]]
-                ends = [gap.rfind(prompt) + len(prompt) for prompt in probes.prompt_ends if prompt in gap]
-                start = previous + max(ends, default=len(gap))
-                empty = _EMPTY_THOUGHT.match(text, start, own[0])
-                if empty is not None and "r" not in drawing.kinds(index):
-                    start = empty.end()
-                limit = min((position for position, i, _ in drawing.marks if i > index), default=len(text))
-                found = [(text.find(token, own[-1], limit), len(token)) for token in probes.end_tokens]
-                at, length = min((pair for pair in found if pair[0] >= 0), default=(own[-1], 0))
-                if not length and message.get("tool_calls"):
-                    raise DataError(f"{self.what} ends a tool call with no token that is known as an end")
-                previous = at + length
-                yield index, start, previous
 
-    def _with_reasoning(self, messages: list[Message], tools: Tools, drawing: Drawing) -> Drawing | None:
-        """The reasoning of the last answer, which the template strips from its history: prompt, thought, answer, as
-        the target produced it. None where the prompt of that turn opens no thought."""
-        last = len(messages) - 1
-        if messages[last - 1]["role"] == "tool" or self.marks_generation:
-            return None
-        thought = _split_reasoning(messages[last])[0].strip("\n")
-        kept = tuple(span for span in drawing.spans if span[0] != last)
-        own = [span for span in drawing.spans if span[0] == last]
-        prompts = [self.jinja(self._probes, messages[:last], tools, True, **switch)[0] for switch in SWITCHES[:2]]
-        prompt = next((text for text in prompts if OPEN_THOUGHT.search(text)), prompts[0])
-        opened = OPEN_THOUGHT.search(prompt)
-        before = max((position for position, index, _ in drawing.marks if index < last), default=0)
-        start = own[0][1] if own else len(drawing.text)
-        header = drawing.text[before:start]
-        thinks = self._probes.strips_thoughts or any("think>" in text for text in (header, *self._probes.prompt_ends))
-        changed = any(prompt[:end] != drawing.text[:end] for _, _, end in kept)
-        if changed or (opened is None and not thinks):
-            return None
-        breaks = opened is None or opened[0].endswith("\n")  # DeepSeek V3.1 thinks without line ends around
-        head = f"{prompt}{'' if opened else '<think>' + chr(10)}{thought}"
-        close = "\n</think>\n\n" if breaks else "</think>"
-        answer = drawing.text[start:].lstrip("\n")
-        shift = len(head + close) + len(answer) - len(drawing.text)
-        marks = [m for m in drawing.marks if m[1] != last] + [(len(head), last, "r")]
-        marks += [(position + shift, i, kind) for position, i, kind in drawing.marks if i == last]
-        end = own[-1][2] + shift if own else len(head)
-        return Drawing(head + close + answer, tuple(marks), (*kept, (last, len(prompt), end)))
+def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:
+    """The template called `name`. auto: the tokenizer's own where spans can be found in what it renders, else a family
+    by its tokens. own: the tokenizer's, or an error. generation: the same, and it must mark what is generated.
+
+    Raises DataError for an unknown name, and where nothing fits.
+    """
+    if name not in ("auto", "own", "generation"):
+        from specforge_lite.data.templates.families import named_template
+
+        named = named_template(name)
+        if named is not None:
+            return named
+        name = "own"
+    own = own_template(spec)
+    if name == "generation" and (own is None or not own.marks_generation):
+        raise DataError("chat_template generation: the tokenizer's template has no {% generation %} block")
+    problem = "it has no chat template" if own is None else own.problem
+    if own is not None and problem is None:
+        return own
+    if name != "auto":
+        raise DataError(f"chat_template {name}: the tokenizer's own cannot be used: {problem}")
+    from specforge_lite.data.templates.families import family_of
+
+    return family_of(spec, str(problem))
+
+
+def own_template(spec: TokenizerSpec, for_tools: bool = False) -> ChatTemplate | None:
+    """The tokenizer's own template (the one for tools, where it has one of its own), None if there is none."""
+    source = spec.tool_template if for_tools else spec.chat_template
+    if not source:
+        return None
+    control = tuple(t for t in spec.added_tokens if t in source and t not in CONTENT_TOKENS)
+    own = ChatTemplate("own", source, spec.special_tokens, control, True, spec.added_tokens, for_tools)
+    return replace(own, name="generation") if own.marks_generation else own
 
 
 def _without_cut_ends(messages: Sequence[Message], drawing: Drawing) -> Drawing:
@@ -251,7 +238,7 @@ def _is_cut_off(message: Message) -> bool:
     return message.get("finish_reason") == "length"
 
 
-def _split_reasoning(message: Message) -> tuple[str, str]:
+def split_reasoning(message: Message) -> tuple[str, str]:
     """(reasoning, answer) of a message: `reasoning_content`, or what stands before `</think>`."""
     if message.get("reasoning_content"):
         return message["reasoning_content"], message["content"]

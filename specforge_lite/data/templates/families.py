@@ -1,4 +1,4 @@
-"""Chat templates by name, and which of them a tokenizer gets.
+"""Chat templates by name, for tokenizers without a usable one of their own and for people who name one.
 
 A new family is one Jinja file with generation blocks in `assets/chat_templates` and an entry of `families.yaml` beside
 it; a test fails until it has a golden.
@@ -7,17 +7,16 @@ it; a test fails until it has a golden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 import yaml
 
 from specforge_lite.core.errors import DataError, suggest
-from specforge_lite.data.encoding import CONTENT_TOKENS, TokenizerSpec
+from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.templates.marks import Message
 from specforge_lite.data.templates.probes import PROBE_TOOL
-from specforge_lite.data.templates.rendering import ChatTemplate
+from specforge_lite.data.templates.rendering import ChatTemplate, own_template
 
 _DIRECTORY = resources.files("specforge_lite.assets") / "chat_templates"
 
@@ -40,41 +39,18 @@ TEMPLATES: dict[str, ChatTemplate] = {name: _family(name, **facts) for name, fac
 ALIASES: dict[str, str] = _known["aliases"]
 
 
-def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:
-    """The template called `name`. auto: the tokenizer's own where spans can be found in what it renders, else a family
-    by its tokens. own: the tokenizer's, or an error. generation: the same, and it must mark what is generated.
-
-    Raises DataError for an unknown name, and where nothing fits.
-    """
+def named_template(name: str) -> ChatTemplate | None:
+    """The family of that name, or of which it is an alias; None for another name of the tokenizer's own template.
+    Raises DataError for an unknown name."""
     name = ALIASES.get(name, name)
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name not in ("auto", "own", "generation"):
-        hint = suggest(name, ["auto", "own", "generation", *TEMPLATES, *ALIASES])
-        known = f"; known: auto, own, generation, {', '.join(TEMPLATES)}"
-        raise DataError(f"chat_template: unknown template '{name}'{hint if hint.startswith('; did') else ''}{known}")
-    own = own_template(spec)
-    if name == "generation" and (own is None or not own.marks_generation):
-        raise DataError("chat_template generation: the tokenizer's template has no {% generation %} block")
-    problem = "it has no chat template" if own is None else own.problem
-    if own is not None and problem is None:
-        return own
-    if name != "auto":
-        raise DataError(f"chat_template {name}: the tokenizer's own cannot be used: {problem}")
-    return _family_of(spec, str(problem))
+    if name in TEMPLATES or name == "own":
+        return TEMPLATES.get(name)
+    hint = suggest(name, ["auto", "own", "generation", *TEMPLATES, *ALIASES])
+    known = f"; known: auto, own, generation, {', '.join(TEMPLATES)}"
+    raise DataError(f"chat_template: unknown template '{name}'{hint if hint.startswith('; did') else ''}{known}")
 
 
-def own_template(spec: TokenizerSpec, for_tools: bool = False) -> ChatTemplate | None:
-    """The tokenizer's own template (the one for tools, where it has one of its own), None if there is none."""
-    source = spec.tool_template if for_tools else spec.chat_template
-    if not source:
-        return None
-    control = tuple(t for t in spec.added_tokens if t in source and t not in CONTENT_TOKENS)
-    own = ChatTemplate("own", source, spec.special_tokens, control, True, spec.added_tokens, for_tools)
-    return replace(own, name="generation") if own.marks_generation else own
-
-
-def _family_of(spec: TokenizerSpec, problem: str) -> ChatTemplate:
+def family_of(spec: TokenizerSpec, problem: str) -> ChatTemplate:
     """The family whose tokens are in the vocabulary and, where the tokenizer has a template, that renders the same."""
     weights = {t.name: len({*t.needs} - {"<s>", "</s>"}) for t in TEMPLATES.values()}  # these two say nothing
     fitting = [t for t in TEMPLATES.values() if weights[t.name] and all(n in spec.vocabulary for n in t.needs)]

@@ -15,8 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_directory, user_errors, write_json
+from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.files import atomic_directory, read_json, user_errors, write_json
 from specforge_lite.model.config_json import block_kind_of
 
 NUM_DRAFT_TOKENS = 3
@@ -52,10 +52,10 @@ def write_bundle(
     """
     if bundle_dir.exists() and not overwrite:
         raise ConfigError(f"bundle {bundle_dir}: exists already; give another directory, or --overwrite")
-    evaluation, decoding = _read_results(facts.evaluation), _read_results(facts.decoding)
+    evaluation, decoding = (None if path is None else read_json(path) for path in (facts.evaluation, facts.decoding))
     with user_errors(bundle_dir), atomic_directory(bundle_dir) as partial:
         shutil.copytree(exported, partial, dirs_exist_ok=True)
-        config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+        config = read_json(exported / "config.json")
         run = config.get("specforge_lite") or {}
         config["specforge_lite"] = without_paths(run)
         write_json(partial / "config.json", config)
@@ -141,15 +141,3 @@ def _training_rows(run: dict[str, Any]) -> list[tuple[str, Any]]:
     commit = (provenance.get("git") or {}).get("commit")
     rows += [("specforge_lite", f"{run.get('version')}{f' ({commit[:12]})' if commit else ''}")]
     return [(key, value) for key, value in rows if value is not None]
-
-
-def _read_results(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

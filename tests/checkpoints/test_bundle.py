@@ -73,7 +73,7 @@ def test_bundle_of_an_eagle1_draft_without_results(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_bundle_that_fails(exported: Path, tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"results\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"results\.json: No such file"):
         write_bundle(exported, tmp_path / "d", CardFacts("t", evaluation=tmp_path / "results.json"))
     with pytest.raises(ConfigError, match=r"no tokenizer\.json or tokenizer\.model"):
         write_bundle(exported, tmp_path / "d", CardFacts("t"), tokenizer_from=exported)

@@ -105,7 +105,7 @@ def test_eagle1_clips_as_the_file_says(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"deepspeed_config .*absent\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"deepspeed_config .*absent\.json: No such file"):
         parse(TrainConfig, tmp_path, "--deepspeed-config", str(tmp_path / "absent.json"))
 
 

@@ -5,11 +5,11 @@ ZeRO stages 1 to 3 all become fsdp2, which shards parameters, gradients and opti
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from specforge_lite.core.errors import ConfigError, suggest
+from specforge_lite.core.errors import ConfigError, DataError, suggest
+from specforge_lite.core.files import read_json
 
 Settings = dict[str, dict[str, Any]]  # section -> leaf -> value
 SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "WarmupLR": "constant"}
@@ -49,12 +49,9 @@ CHOICES: dict[str, tuple[str, str, dict[Any, Any], str]] = {
 def read_deepspeed_config(path: Path) -> tuple[Settings, list[str]]:
     """(settings, keys without effect) of a DeepSpeed config file. Raises ConfigError with file and key."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"deepspeed_config {path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"deepspeed_config {path}: expected a JSON object, found {type(values).__name__}")
-    return translate(values, str(path))
+        return translate(read_json(path), str(path))
+    except DataError as error:
+        raise ConfigError(f"deepspeed_config {error}") from None
 
 
 def translate(values: dict[str, Any], source: str = "deepspeed_config") -> tuple[Settings, list[str]]:
@@ -100,10 +97,9 @@ def merge_deepspeed(given: dict[str, Any], settings: Settings) -> dict[str, Any]
 def eagle_length(draft_model_config: Any) -> int | None:
     """`length` of an EAGLE head's config.json, the steps it is unrolled for; None without one or without the file."""
     try:
-        values = json.loads(Path(draft_model_config).read_text(encoding="utf-8"))
-    except (TypeError, OSError, ValueError, RecursionError):  # told later, where the draft's shape is read
+        length = read_json(Path(draft_model_config)).get("length")
+    except (TypeError, DataError):  # reported later, where the draft's shape is read
         return None
-    length = values.get("length") if isinstance(values, dict) else None
     return length if isinstance(length, int) else None
 
 

@@ -153,11 +153,11 @@ def load_target_model(
     if Path(model_path).is_dir() and safetensors_files(Path(model_path)):
         weight_files(Path(model_path))
     config = load_config(model_path, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        from specforge_lite.capture.hf_large import check_quantization
-
-        check_quantization(config, model_path, device)
     loader = model_class(config).from_pretrained
+    if getattr(config, "quantization_config", None):
+        from specforge_lite.capture.hf_large import quantized_loader
+
+        loader = quantized_loader(config, model_path, device, trust_remote_code, tp_group is not None) or loader
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with transformers_errors(f"target_model_path {model_path}"):
         if tp_group is not None:

@@ -24,8 +24,9 @@ Check a draft directory against what SGLang and vLLM load: a table of findings, 
     python scripts/check_draft.py DRAFT --target-model-path MODEL --checkpoint RUN/step_N --decode
     python scripts/check_draft.py DRAFT --target-model-path MODEL --live vllm
 
-With --live the draft is served by the engine and held, position by position, against our own greedy decoder on the same
-prompts (24 of MT-bench unless --prompts names a file): below 80% of ours is an error with its likely cause.
+With --live the draft is served by the engine and held, position by position, against our own decoder on the same
+prompts (24 of MT-bench unless --prompts names a file): below 80% of ours is an error. Its likely cause is the mistake
+with which our decoder accepts as little: the order of layers, a norm, the head, the vocabulary map, draft sampling.
 With --decode the run's own data are decoded with the real target: tokens per pass far below what the run estimated mean
 that the draft was trained on other states than decoding gives it, such as layers in another order.
 """
@@ -96,6 +97,7 @@ class CheckConfig(DraftPathSection, LocalTargetSection, EngineFlags):
     prompts: Path | None = flag(None, "--live: jsonl of prompts (default: 24 of MT-bench)")
     num_prompts: int = flag(24, "--live: the first so many", ge=1)
     max_new_tokens: int = flag(64, "--live: tokens of an answer", ge=8)
+    temperature: float = flag(0.0, "--live: of the answers; above 0 chains are drawn as they were trained", ge=0)
     log_dir: Path | None = flag(None, "--live: where the server's log goes")
 
     @model_validator(mode="after")
@@ -120,6 +122,8 @@ def check() -> int:
     path = config.target_model_path
     target = load_config(path, config.trust_remote_code) if path is not None else None
     findings = check_draft(config.draft_model_path, target, trained, config.num_draft_tokens)
+    if path is not None:
+        findings += _template(config)
     if config.decode and not any(finding.is_broken for finding in findings):
         assert config.checkpoint is not None
         shared = config.model_dump(include={"target_model_path", "trust_remote_code", "target_dtype"})
@@ -133,6 +137,24 @@ def check() -> int:
         return USER_ERROR_EXIT_CODE
     print("nothing found that an engine would refuse or serve wrong")
     return 0
+
+
+def _template(config: CheckConfig) -> list[Finding]:
+    """Whether servers lay prompts out as the draft's training did, where that is recorded."""
+    from specforge_lite.checkpoints.contract import Finding
+    from specforge_lite.checkpoints.loading import read_draft_files
+    from specforge_lite.core.hub import load_tokenizer
+    from specforge_lite.data.encoding import TokenizerSpec
+    from specforge_lite.data.templates.auto import choose_template, template_warning
+
+    recorded: Any = read_draft_files(config.draft_model_path).config
+    for key in ("specforge_lite", "config", "data", "chat_template"):
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    if not isinstance(recorded, str):
+        return []
+    spec = TokenizerSpec.from_tokenizer(load_tokenizer(str(config.target_model_path), config.trust_remote_code))
+    problem = template_warning(choose_template(recorded, spec), spec)
+    return [Finding("chat template", "warning" if problem else "ok", problem or "")]
 
 
 def _serve(config: CheckConfig, target: Any) -> Finding:
@@ -155,6 +177,7 @@ def _serve(config: CheckConfig, target: Any) -> Finding:
     )
     chain = {"num_steps": steps, "num_draft_tokens": steps + 1}
     options = serving_options(
-        config.live, config, str(config.draft_model_path), **chain, max_length=LIVE_LENGTH, log_dir=config.log_dir
-    )
-    return compare_serving(options, [token_ids for _, token_ids in encoded], config.max_new_tokens).finding()
+        config.live, config, str(config.draft_model_path), **chain, max_length=LIVE_LENGTH, log_dir=config.log_dir,
+        temperature=config.temperature,
+    )  # fmt: skip
+    return compare_serving(options, [token_ids for _, token_ids in encoded], config.max_new_tokens, True).finding()

@@ -34,14 +34,15 @@ TOKEN_TOLERANCE_16_BIT = 0.2
 def verify_capture(replies: Sequence[ProbeReply], model_path: str, trust_remote_code: bool) -> None:
     """Raise CaptureError, naming the layer and the likely cause, where states are not those of the model.
 
-    Skipped, with a warning, where the weights are quantised: transformers would compute something else.
+    Where the weights are quantised the aux states are not compared, with a warning: transformers would compute
+    something else. The last state is, through the dequantised head: that the teacher is what is served.
     """
     config = load_config(model_path, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        warn(f"{model_path}: quantised weights; the server's hidden states are not held against transformers")
-        return
     directory = local_directory(model_path)
     _verify_last(replies, directory, config)
+    if getattr(config, "quantization_config", None) is not None:
+        warn(f"{model_path}: quantised weights; the server's aux states are not held against transformers")
+        return
     try:
         outputs = _reference(replies, directory, trust_remote_code)
     except SpecforgeError:

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.utils.import_utils as transformers_imports
+from safetensors.torch import load_file, save_file
 
 from specforge_lite.capture import hf, hf_large
 from specforge_lite.capture.hf import HfEngine, load_target_model, place_target
 from specforge_lite.capture.prefetch import Prefetcher
 from specforge_lite.core.devices import on_device
-from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.types import TokenizedSample
+from tests.quantized_targets import SCHEMES, quantize
 
 SAMPLE = TokenizedSample("s", torch.arange(9), torch.ones(9, dtype=torch.bool))
 
@@ -91,26 +93,46 @@ def test_fp8_on_a_gpu_needs_a_package(gpus, fp8_target: Path, monkeypatch: pytes
             load_target_model(str(fp8_target), "auto", device, False)
         assert "\n" not in str(e.value)
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: True)
-    hf_large.check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf_large.quantized_loader(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0), False)
     monkeypatch.setattr(transformers_imports, "is_kernels_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))  # dequantised there
-    hf_large.check_quantization(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0))
+    hf_large.quantized_loader(hf.load_config(fp8_target), str(fp8_target), torch.device("cuda", 0), False)
 
 
 def test_a_quantisation_that_transformers_would_skip_is_refused(tiny_target: Path, tmp_path: Path) -> None:
-    target = Path(shutil.copytree(tiny_target, tmp_path / "modelopt"))
+    target = Path(shutil.copytree(tiny_target, tmp_path / "exl9"))
     config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    config["quantization_config"] = {"quant_method": "exl9", "bits": 4}
     (target / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="quantised as modelopt, which transformers does not load; use"):
+    with pytest.raises(ConfigError, match="quantised as exl9, which transformers does not load; use"):
         load_target_model(str(target), "auto", torch.device("cpu"), False)
 
 
-def test_fp8_on_a_cpu_beside_a_gpu_is_dequantised(gpus, fp8_target: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights_are_dequantised_on_a_cpu_beside_a_gpu(
+    gpus,  # type: ignore[no-untyped-def]
+    tiny_target: Path,
+    tmp_path: Path,
+    scheme: str,
+) -> None:
+    """Against the numbers that were packed; what the auto class would have read besides the weights is there."""
     gpus(1)
-    config = hf.load_config(fp8_target)
-    hf_large.check_quantization(config, str(fp8_target), torch.device("cpu"))
-    assert config.quantization_config["dequantize"]
+    expected = quantize(tiny_target, tmp_path / scheme, scheme)
+    model = load_target_model(str(tmp_path / scheme), "float32", torch.device("cpu"), False)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.float(), rtol=1e-6, atol=0)
+    assert model.generation_config.eos_token_id == [model.config.eos_token_id, model.config.pad_token_id]
+
+
+def test_a_layer_in_a_form_that_is_not_read_is_named(tiny_target: Path, tmp_path: Path) -> None:
+    quantize(tiny_target, tmp_path / "fp8", "fp8")
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    del stored["model.layers.3.mlp.up_proj.weight_scale"]
+    save_file(stored, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weight model\.layers\.3\.mlp\.up_proj\.weight is quantised as fp8"):
+        load_target_model(str(tmp_path / "fp8"), "float32", torch.device("cpu"), False)
 
 
 def test_a_thread_that_captures_runs_on_the_engines_device(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

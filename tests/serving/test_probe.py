@@ -113,7 +113,7 @@ def test_states_in_bf16_pass(target: Path, right: list[ProbeReply]) -> None:
     verify_capture(half, str(target), False)
 
 
-def test_quantised_weights_are_not_compared(
+def test_of_quantised_weights_the_last_state_only_is_compared(
     target: Path, right: list[ProbeReply], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(target, tmp_path / "quantised")
@@ -121,7 +121,9 @@ def test_quantised_weights_are_not_compared(
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     verify_capture(with_aux(right, lambda _, states: states.aux_LAH[:, 0] * 2), str(path.parent), False)
-    assert "quantised weights; the server's hidden states are not held against transformers" in capsys.readouterr().err
+    assert "quantised weights; the server's aux states are not held against transformers" in capsys.readouterr().err
+    with pytest.raises(CaptureError, match="last hidden state"):
+        verify_capture([replace(right[0], next_token=(right[0].next_token or 0) + 1)], str(path.parent), False)
 
 
 def test_layers_that_are_too_large_to_read_are_left_out(

@@ -138,18 +138,33 @@ def compared(acceptance_length: float, num_identical: int = 8) -> ServingCompari
 
 
 @pytest.mark.parametrize(
-    ("served", "ours", "level", "words"),
+    ("served", "ours", "causes", "level", "words"),
     [
-        ((0.62, 0.4, 0.2), (0.6, 0.4, 0.25), "ok", "8 answers equal plain decoding"),
-        ((0.1, 0.0, 0.0), (0.6, 0.4, 0.25), "broken", "order or ids of the aux layers"),
-        ((0.47, 0.4, 0.3), (0.6, 0.4, 0.25), "broken", "the first drafted token is wrong"),
-        ((0.6, 0.3), (0.6, 0.4, 0.25), "broken", r"the first 1 agree .* \(norm_output\)"),
-        ((0.6, 0.4, 0.0), (0.6, 0.4, 0.02), "ok", "0% of 2%"),  # 20 tokens: chance
-        ((0.0,), (0.01,), "warning", "nothing is proven"),
+        ((0.62, 0.4, 0.2), (0.6, 0.4, 0.25), (), "ok", "8 answers equal plain decoding"),
+        (
+            (0.1, 0.0, 0.0),
+            (0.6, 0.4, 0.25),
+            ("a", "b"),
+            "broken",
+            "first drafted token is wrong, as .* mistake: a; or b",
+        ),
+        (
+            (0.47, 0.4, 0.3),
+            (0.6, 0.4, 0.25),
+            (),
+            "broken",
+            r"the first drafted token is wrong, as with no .*\(template\)",
+        ),
+        ((0.6, 0.3), (0.6, 0.4, 0.25), (), "broken", r"the first 1 agree .* \(norm_output\)"),
+        ((0.6, 0.4, 0.0), (0.6, 0.4, 0.02), (), "ok", "0% of 2%"),  # 20 tokens: chance
+        ((0.0,), (0.01,), (), "warning", "nothing is proven"),
+        ((0.05,), (0.05,), ("a",), "broken", "our decoder accepts more of it when it is read otherwise: a"),
     ],
 )
-def test_the_live_verdict_names_the_likely_cause(served: tuple, ours: tuple, level: str, words: str) -> None:
-    found = ServingComparison("vllm", 8, 8, 1.0, 1.0, 100.0, served, ours, 1000).finding()
+def test_the_live_verdict_names_the_likely_cause(
+    served: tuple, ours: tuple, causes: tuple, level: str, words: str
+) -> None:
+    found = ServingComparison("vllm", 8, 8, 1.0, 1.0, 100.0, served, ours, 1000, causes).finding()
     assert found.level == level
     assert re.search(words, found.message)
 

@@ -145,7 +145,8 @@ def _template(config: CheckConfig) -> list[Finding]:
     from specforge_lite.checkpoints.loading import read_draft_files
     from specforge_lite.core.hub import load_tokenizer
     from specforge_lite.data.encoding import TokenizerSpec
-    from specforge_lite.data.templates.auto import choose_template, template_warning
+    from specforge_lite.data.templates.families import template_warning
+    from specforge_lite.data.templates.rendering import choose_template
 
     recorded: Any = read_draft_files(config.draft_model_path).config
     for key in ("specforge_lite", "config", "data", "chat_template"):

@@ -223,9 +223,9 @@ def check_vocabulary_map(subject: Subject) -> Iterator[str]:
         return
     if subject.is_block:
         given = config.get("draft_vocab_size")
-        wrong = [name for name in ("d2t", "t2d") if name in subject.tensors]
-        wrong += [f"draft_vocab_size {given}"] if given not in (None, shape.vocab_size) else []
-        for name in wrong:
+        found = {"d2t": d2t is not None, "t2d": t2d is not None}
+        found[f"draft_vocab_size {given}"] = given not in (None, shape.vocab_size)
+        for name in (name for name, is_wrong in found.items() if is_wrong):
             yield f"{name}: SGLang knows the whole vocabulary only"
         return
     full = shape.draft_vocab_size == shape.vocab_size

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import atomic_directory, read_json, user_errors, write_json
-from specforge_lite.model.config_json import block_kind_of
+from specforge_lite.serving.engine import ServingOptions, block_length
+from specforge_lite.serving.environment import SERVING_ENGINES
 
 NUM_DRAFT_TOKENS = 3
 SETTINGS_ON_THE_CARD = (
@@ -94,8 +96,9 @@ def model_card(
     decoding: dict[str, Any] | None,
 ) -> str:
     """The README.md of a draft, in the form that the hub reads."""
-    algorithm = block_kind_of(config) or ("eagle3" if "Eagle3" in config["architectures"][0] else "eagle")
     target = without_paths(facts.target)
+    options = ServingOptions("vllm", target, name)
+    algorithm = SERVING_ENGINES["vllm"].draft_algorithms[config["architectures"][0]]
     environment = Environment(
         loader=PackageLoader("specforge_lite", "assets"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -106,29 +109,26 @@ def model_card(
         algorithm=algorithm,
         kind={"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "dspark": "DSpark", "dflash": "DFlash"}[algorithm],
         license=facts.license,
-        commands=launch_commands(name, target, algorithm, int(config.get("block_size") or 0)),
+        commands=launch_commands(options, config),
         evaluation=evaluation,
         decoding=decoding,
         training=_training_rows(config.get("specforge_lite") or {}),
     )
 
 
-def launch_commands(draft: str, target: str, algorithm: str, block_size: int = 0) -> str:
-    """The exact commands for both engines. algorithm: in vLLM's words; a block draft is served with its own length."""
-    num_tokens = {"dspark": block_size, "dflash": block_size - 1}.get(algorithm, NUM_DRAFT_TOKENS)
-    speculative: dict[str, Any] = {"method": algorithm, "model": draft, "num_speculative_tokens": num_tokens}
-    size = f"--speculative-num-draft-tokens {num_tokens + 1}"
-    if algorithm == "dspark":  # its loss trains drafts that are sampled; vLLM's default is the most probable token
-        speculative["draft_sample_method"] = "probabilistic"
-    elif algorithm == "dflash":
-        size = f"--speculative-dflash-block-size {block_size}"
-    else:
-        size = f"--speculative-num-steps {num_tokens} \\\n  --speculative-eagle-topk 1 {size}"
-    return (
-        f"```bash\npython -m sglang.launch_server --model-path {target} \\\n"
-        f"  --speculative-algorithm {algorithm.upper()} --speculative-draft-model-path {draft} {size}\n\n"
-        f"vllm serve {target} --speculative-config '{json.dumps(speculative)}'\n```"
-    )
+STARTS = {"sglang": "python -m sglang.launch_server --model-path", "vllm": "vllm serve"}
+
+
+def launch_commands(options: ServingOptions, draft: dict[str, Any], temperature: float = 1.0) -> str:
+    """The commands of both engines, on a GPU. options: target and draft; draft: its config.json, which says how many
+    tokens a block draft drafts. temperature: above 0 the draft's tokens are drawn where the engine can draw them."""
+    steps = block_length(draft) or NUM_DRAFT_TOKENS
+    asked = replace(options, num_steps=steps, num_draft_tokens=steps + 1, temperature=temperature)
+    lines = [
+        f"{start} {options.model_path} {shlex.join(SERVING_ENGINES[name].speculative_words(asked, draft))}"
+        for name, start in STARTS.items()
+    ]
+    return "```bash\n" + "\n\n".join(lines).replace(" --", " \\\n  --") + "\n```"
 
 
 def _training_rows(run: dict[str, Any]) -> list[tuple[str, Any]]:

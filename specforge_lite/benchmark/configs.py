@@ -1,8 +1,13 @@
-"""`B,STEPS,TOPK,VERIFY`: batch size, draft steps, candidates per step, tokens verified at once (SGLang's terms)."""
+"""`B,STEPS,TOPK,VERIFY`: batch size, draft steps, candidates per step, tokens verified at once (SGLang's terms); and at
+which temperature, with which way of drafting.
+
+    plan(spread([BenchConfig.parse("8,3,1,4")], temperatures=[0, 0.7], modes=("greedy", "sampled")))
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from specforge_lite.core.errors import ConfigError
 
@@ -11,12 +16,14 @@ from specforge_lite.core.errors import ConfigError
 class Speculation:
     """How far and how wide a draft looks ahead. steps 0: no draft.
 
-    `num_draft_tokens` counts the root, as SGLang does: a chain of S steps verifies S + 1 tokens.
+    `num_draft_tokens` counts the root, as SGLang does: a chain of S steps verifies S + 1 tokens. draft_sampling: above
+    temperature 0, whether its tokens are the draft's most probable ones (`greedy`) or drawn from it (`sampled`).
     """
 
     steps: int
     topk: int
     num_draft_tokens: int
+    draft_sampling: str = "greedy"
 
     @property
     def is_baseline(self) -> bool:
@@ -51,10 +58,11 @@ BASELINE = Speculation(0, 0, 0)
 
 @dataclass(frozen=True, order=True)
 class BenchConfig:
-    """An entry of `--config-list`."""
+    """An entry of `--config-list`, at a temperature."""
 
     batch_size: int
     speculation: Speculation
+    temperature: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> BenchConfig:
@@ -78,23 +86,23 @@ class BenchConfig:
         return f"{self.batch_size},{self.speculation}"
 
 
-def check_backend(configs: list[BenchConfig], backend: str) -> None:
-    """Refuse at once what a backend cannot run: vLLM drafts chains only. Raises ConfigError."""
-    trees = [str(config) for config in configs if not config.speculation.is_baseline and config.speculation.topk > 1]
-    if backend == "vllm" and trees:
-        raise ConfigError(
-            f"config_list: {' '.join(trees)}: vllm drafts chains only (TOPK 1, VERIFY STEPS + 1);"
-            " use --backend sglang or hf for trees"
-        )
-
-
-def plan(configs: list[BenchConfig]) -> list[tuple[Speculation, list[int]]]:
-    """(speculation, batch sizes) in the order to run them: each engine start serves all batch sizes of a speculation,
-    and the baseline of every batch size comes first, asked for or not."""
-    sizes = sorted({config.batch_size for config in configs})
-    plans: dict[Speculation, list[int]] = {BASELINE: sizes}
+def spread(
+    configs: Iterable[BenchConfig], temperatures: Sequence[float], modes: Sequence[str] = ("greedy",)
+) -> list[BenchConfig]:
+    """Each config at each temperature; above 0 chains are drafted in each of `modes`."""
+    found: list[BenchConfig] = []
     for config in configs:
-        known = plans.setdefault(config.speculation, [])
-        if config.batch_size not in known:
-            known.append(config.batch_size)
-    return [(speculation, sorted(batch_sizes)) for speculation, batch_sizes in plans.items()]
+        for temperature in temperatures:
+            spec = config.speculation
+            choice = modes if temperature and spec.is_chain else ("greedy",)
+            found += [BenchConfig(config.batch_size, replace(spec, draft_sampling=m), temperature) for m in choice]
+    return found
+
+
+def plan(configs: Sequence[BenchConfig]) -> list[tuple[Speculation, list[BenchConfig]]]:
+    """(speculation, its configs) in the order to run them: each engine start serves all batch sizes and temperatures of
+    a speculation, and their baselines come first, asked for or not."""
+    plans: dict[Speculation, set[BenchConfig]] = {BASELINE: {replace(c, speculation=BASELINE) for c in configs}}
+    for config in configs:
+        plans.setdefault(config.speculation, set()).add(config)
+    return [(speculation, sorted(found)) for speculation, found in plans.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 from specforge_lite.benchmark.configs import Speculation
 from specforge_lite.benchmark.measure import Ask
@@ -39,13 +39,12 @@ class HfSession:
         self,
         model: SpeculativeModel,
         speculation: Speculation,
-        temperature: float = 0.0,
         seed: int = 0,
         eos_token_ids: Sequence[int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.speculation = model, speculation
-        self.temperature, self.seed, self.clock = temperature, seed, clock
+        self.seed, self.clock = seed, clock
         self.eos_token_ids = eos_token_ids
         self.context_length = model.target.context_length
         self._calls = 0
@@ -58,13 +57,15 @@ class HfSession:
 
     def generate(self, asks: Sequence[Ask]) -> list[Generation]:
         """Answer `asks` as one batch."""
-        shape = None if self.speculation.is_baseline else TreeShape.from_steps(*astuple(self.speculation))
+        way = self.speculation
+        shape = None if way.is_baseline else TreeShape.from_steps(way.steps, way.topk, way.num_draft_tokens)
         settings = GenerationSettings(
             max_new_tokens=max(ask.max_new_tokens for ask in asks),
-            temperature=self.temperature,
+            temperature=asks[0].temperature,
             eos_token_id=self.eos_token_ids,
             seed=self.seed + self._calls,
             shape=shape,
+            draft_sampling=way.draft_sampling,
         )
         self._calls += 1
         rows = [_Row() for _ in asks]

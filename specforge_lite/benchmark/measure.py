@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from specforge_lite.benchmark.statistics import Counters, Measurement, Record
@@ -23,14 +23,15 @@ class Ask:
 
     token_ids: tuple[int, ...]
     max_new_tokens: int
+    temperature: float = 0.0
 
 
 class Session(Protocol):
     """A running engine with one way of speculation.
 
-    batched: `generate` wants all requests in flight at once and returns when the last is answered; otherwise it is
-    called with one request by as many threads as there are requests in flight. context_length: tokens of prompt and
-    answer. clock: seconds, for all times.
+    batched: `generate` wants all requests in flight, of one temperature, at once and returns when the last is answered;
+    otherwise it is called with one request by as many threads as there are requests in flight. context_length: tokens
+    of prompt and answer. clock: seconds, for all times.
     """
 
     batched: bool
@@ -57,9 +58,17 @@ class Session(Protocol):
 class Dialogue:
     """One prompt on its way through its turns."""
 
-    def __init__(self, index: int, prompt: Prompt, chat: ChatEncoder, max_new_tokens: int, context_length: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        chat: ChatEncoder,
+        max_new_tokens: int,
+        context_length: int,
+        temperature: float = 0.0,
+    ) -> None:
         self.index, self.prompt, self.chat = index, prompt, chat
-        self.max_new_tokens, self.context_length = max_new_tokens, context_length
+        self.max_new_tokens, self.context_length, self.temperature = max_new_tokens, context_length, temperature
         self.messages: list[dict[str, Any]] = []
         self.turn = 0
         self.records: list[Record] = []
@@ -79,7 +88,7 @@ class Dialogue:
             self.turn = len(steps)
             return None
         self.messages = messages
-        self._asked = Ask(tuple(token_ids), min(self.max_new_tokens, room))
+        self._asked = Ask(tuple(token_ids), min(self.max_new_tokens, room), self.temperature)
         return self._asked
 
     def take(self, reply: Generation) -> None:
@@ -99,6 +108,7 @@ def measure(
     chat: ChatEncoder,
     max_new_tokens: int,
     on_done: Callable[[int], None] | None = None,
+    temperature: float = 0.0,
 ) -> Measurement:
     """Keep `batch_size` requests in flight until every turn of every prompt is answered.
 
@@ -107,7 +117,8 @@ def measure(
     """
 
     def begun(some: Sequence[Prompt]) -> list[Dialogue]:
-        return [Dialogue(i, p, chat, max_new_tokens, session.context_length) for i, p in enumerate(some)]
+        length = session.context_length
+        return [Dialogue(i, p, chat, max_new_tokens, length, temperature) for i, p in enumerate(some)]
 
     warm_up(session, begun(prompts[:batch_size]))
     dialogues = begun(prompts)
@@ -126,7 +137,8 @@ def measure(
 
 def warm_up(session: Session, dialogues: Sequence[Dialogue]) -> None:
     """Answer the first turns of `dialogues` for a few tokens, all at once. The conversations are used up."""
-    asks = [Ask(ask.token_ids, min(ask.max_new_tokens, WARM_UP_TOKENS)) for d in dialogues if (ask := d.next_ask())]
+    first = [ask for dialogue in dialogues if (ask := dialogue.next_ask())]
+    asks = [replace(ask, max_new_tokens=min(ask.max_new_tokens, WARM_UP_TOKENS)) for ask in first]
     if not asks:
         return
     if session.batched:

@@ -196,7 +196,7 @@ def fit_cost(rows: Sequence[SpeedupRow], batch_size: int) -> CostModel:
     if not without or not drafted:
         missing = "without" if drafted else "with"
         raise DataError(f"batch size {batch_size}: no timed row {missing} a draft")
-    one_pass = any(row.block_kind for row in drafted)
+    one_pass = any(row.draft_kind for row in drafted)
     shares = [row.draft_share for row in drafted if row.draft_share is not None]
     fitted = drafted if len(shares) == len(drafted) else [*without, *drafted]
     terms = np.array([_terms(row.speculation, one_pass) for row in fitted])
@@ -351,7 +351,7 @@ def default_candidates(rows: Sequence[SpeedupRow], acceptance: AcceptanceModel) 
     these."""
     deepest = min(max(row.steps for row in rows), len(acceptance.conditional))
     found = {row.speculation for row in rows}
-    if any(row.block_kind for row in rows):
+    if any(row.draft_kind for row in rows):
         return sorted(found)
     found |= {Speculation(steps, 1, steps + 1) for steps in range(1, deepest + 1)}
     trees = [row for row in rows if row.topk > 1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from specforge_lite.benchmark.configs import BenchConfig, Speculation
+from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation
 from specforge_lite.benchmark.statistics import (
     Measurement,
     Record,
@@ -30,25 +30,42 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Drafter:
+    """A draft: a hash of its files, which is what makes it another one; its name; and dspark or dflash, if it is."""
+
+    fingerprint: str | None = None
+    name: str = field(default="", compare=False)
+    kind: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class RowKey:
-    """What makes a row: a benchmark, how many of its prompts, and one configuration."""
+    """What makes a row: a benchmark, how many of its prompts, one configuration, and the draft, where there is one."""
 
     benchmark: str
     num_prompts: int
     config: BenchConfig
+    draft: Drafter = Drafter()
 
     @property
     def file_name(self) -> str:
         """Of the answers, below the directory of answers."""
-        spec, name = self.config.speculation, self.benchmark
-        what = f"s{spec.steps}-k{spec.topk}-v{spec.num_draft_tokens}"
-        return f"{name}-{self.num_prompts}-b{self.config.batch_size}-{what}.jsonl"
+        config, spec = self.config, self.config.speculation
+        what = f"s{spec.steps}-k{spec.topk}-v{spec.num_draft_tokens}-{spec.draft_sampling}"
+        place = f"{self.benchmark}-{self.num_prompts}-b{config.batch_size}-t{config.temperature:g}"
+        return "-".join([place, what, *filter(None, [self.draft.fingerprint])]).replace("/", "_") + ".jsonl"
+
+    @property
+    def baseline(self) -> RowKey:
+        """The same without a draft."""
+        return replace(self, config=replace(self.config, speculation=BASELINE), draft=Drafter())
 
 
 @dataclass(frozen=True)
 class SpeedupRow:
     """One line of results; `specforge_lite.benchmark.statistics` defines every figure.
 
+    draft: its name. draft_sampling: above temperature 0, `greedy` (its most probable tokens) or `sampled`.
     Times are in seconds or (with _ms) milliseconds, throughput in tokens per second, intervals 95%. seconds_per_pass:
     time in flight after the first token / passes (without a draft: / tokens); draft_share: part of the networks' time
     that is the draft's, where the engine reports it (hf). identical_share, num_differing, tokens_before_difference:
@@ -66,6 +83,11 @@ class SpeedupRow:
     duration: float
     num_prompts: int
     num_requests: int
+    temperature: float = 0.0
+    draft_sampling: str = "greedy"
+    draft: str = ""
+    draft_fingerprint: str | None = None
+    draft_kind: str | None = None
     speedup: float | None = None
     acc_length_interval: Interval | None = None
     throughput_interval: Interval | None = None
@@ -88,17 +110,14 @@ class SpeedupRow:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def block_kind(self) -> str | None:
-        """`dspark` or `dflash` where the draft is one."""
-        return self.settings.get("draft_kind")
-
-    @property
     def speculation(self) -> Speculation:
-        return Speculation(self.steps, self.topk, self.num_draft_tokens)
+        return Speculation(self.steps, self.topk, self.num_draft_tokens, self.draft_sampling)
 
     @property
     def key(self) -> RowKey:
-        return RowKey(self.benchmark, self.num_prompts, BenchConfig(self.batch_size, self.speculation))
+        draft = Drafter(self.draft_fingerprint, self.draft, self.draft_kind)
+        config = BenchConfig(self.batch_size, self.speculation, self.temperature)
+        return RowKey(self.benchmark, self.num_prompts, config, draft)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -109,7 +128,6 @@ def make_row(
     key: RowKey,
     measured: Measurement,
     settings: dict[str, Any],
-    greedy: bool,
     baseline: tuple[SpeedupRow, Sequence[Record]] | None = None,
 ) -> SpeedupRow:
     """Statistics of one measurement. baseline: row and records of the same prompts without a draft, at the same batch
@@ -132,6 +150,10 @@ def make_row(
         **_summary(records, known, passes),
         benchmark=key.benchmark,
         batch_size=key.config.batch_size,
+        temperature=key.config.temperature,
+        draft=key.draft.name,
+        draft_fingerprint=key.draft.fingerprint,
+        draft_kind=key.draft.kind,
         throughput=float(throughput),
         throughput_interval=scaled(in_flight, float(throughput / (tokens.sum() / seconds.sum()))),
         duration=measured.duration,
@@ -149,7 +171,7 @@ def make_row(
         backend=str(settings.get("backend", "")),
         settings=settings,
     )
-    if greedy and baseline is not None and (found := agreement(records, baseline[1])) is not None:
+    if not key.config.temperature and baseline is not None and (found := agreement(records, baseline[1])) is not None:
         differing = found.num_prompts - found.num_identical
         row = replace(row, identical_share=found.identical_share, num_differing=differing)
         row = replace(row, tokens_before_difference=found.tokens_before)

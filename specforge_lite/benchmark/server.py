@@ -24,9 +24,8 @@ class ServerSession:
     batched = False
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, server: ServingSession, temperature: float = 0.0) -> None:
-        self._server, self.temperature = server, temperature
-        options = server.options
+    def __init__(self, server: ServingSession) -> None:
+        self._server, options = server, server.options
         looks_ahead = (options.num_steps, options.topk, options.num_draft_tokens) if options.speculative else (0, 0, 0)
         self.context_length = options.max_length - reserved_tokens(*looks_ahead)
 
@@ -37,7 +36,7 @@ class ServerSession:
 
     def generate(self, asks: Sequence[Ask]) -> list[Generation]:
         """Answer requests one after the other (call it from several threads). Raises EngineError."""
-        return [self._server.answer(ask.token_ids, ask.max_new_tokens, self.temperature) for ask in asks]
+        return [self._server.answer(ask.token_ids, ask.max_new_tokens, ask.temperature) for ask in asks]
 
     def counters(self) -> Counters:
         """Passes over the whole server since `begin`, where the engine counts so."""

@@ -6,7 +6,6 @@ left out. Local paths are cut to their last part everywhere, since a bundle is p
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil

@@ -32,6 +32,7 @@ COMMANDS = {
     "record": ("record:main", "record the chats of a running server as training data"),
     "serve": ("target:serve", "run a target as a capture server"),
     "bench": ("bench:main", "speed-up of a draft on benchmark prompts"),
+    "bench drafts": ("bench:acceptance", "serve drafts or checkpoints, choose the best for a workload"),
     "report": ("report:main", "write report.html of a run"),
     "report curves": ("report:curves", "write training_curves.png of a run"),
     "plan": ("plan:memory", "peak memory, speed and disk before a run"),

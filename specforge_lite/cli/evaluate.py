@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,13 +31,17 @@ from specforge_lite.core.sections import (
 )
 from specforge_lite.core.settings import Section, flag, parse_config
 
+if TYPE_CHECKING:
+    from specforge_lite.evaluation.checkpoints import Checkpoint
+
 CHECKPOINTS_HELP = """Evaluate every checkpoint of a run: a table, a curve, and the best one.
 
     python scripts/evaluate_checkpoints.py outputs/run
     python scripts/evaluate_checkpoints.py CKPT_DIR --basepath MODEL --testpath eval.jsonl     (EAGLE's state_N)
 
 Target and data are those of the run unless given. Results go to RUN_DIR/evaluation; checkpoints that were evaluated
-before are not evaluated again.
+before are not evaluated again. With --served ENGINE every checkpoint is also served, on prompts of the held-out data,
+and the best is the one of which that engine accepts most.
 """
 COMPLETIONS_HELP = """\
 Fill held-out holes in code with and without the draft: decoded acceptance, exact match, BLEU, equality.
@@ -137,9 +142,13 @@ class CheckpointsSection(MeasureSection):
 
     run_dir: Path = flag(..., "output directory of a run, with step_N or EAGLE's state_N in it")
     output_dir: Path | None = flag(None, "default: RUN_DIR/evaluation")
-    metric: Literal["tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss"] = flag(
-        "tau_walk", "the best checkpoint by this; accuracy and loss: of position 0"
+    metric: Literal["tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss", "served"] | None = flag(
+        None, "the best checkpoint by this (default: tau_walk; served with --served); accuracy and loss: of position 0"
     )
+    served: Literal["sglang", "vllm", "hf"] | None = flag(None, "serve each checkpoint in this engine, chains")
+    served_prompts: int = flag(40, "--served: prompts of the held-out data", ge=1)
+    served_point: str = flag("8/0", "--served: CONCURRENCY/TEMPERATURE of the requests")
+    max_new_tokens: int = flag(256, "--served: tokens of an answer", ge=1)
     draft_model_config: Path | None = flag(
         None, "config.json of the drafts in state_N; default: beside them, else told from their tensors"
     )
@@ -172,15 +181,57 @@ def checkpoints() -> None:
     from specforge_lite.report.tables import checkpoints_table, print_table
 
     options = config.checkpoints
+    metric = options.metric or ("served" if options.served else "tau_walk")
+    if metric == "served" and options.served is None:
+        raise ConfigError("metric served: needs --served sglang, vllm or hf")
     found = find_checkpoints(options.run_dir)
     output_dir = options.output_dir or options.run_dir / "evaluation"
     file, figure = output_dir / "checkpoints.json", output_dir / "checkpoints.png"
+    served = _served(config, found, output_dir) if options.served else None
     entries = evaluate_checkpoints(
-        found, file, config.target, config.data, options, options.metric, options.draft_model_config
+        found, file, config.target, config.data, options, metric, options.draft_model_config, served
     )
-    plot_checkpoints(figure, entries, options.metric, options.run_dir.resolve().name)
-    print_table(checkpoints_table(entries, best_entry(entries, options.metric), options.metric))
+    plot_checkpoints(figure, entries, metric, options.run_dir.resolve().name)
+    print_table(checkpoints_table(entries, best_entry(entries, metric), metric))
     info(f"results: {file}, {figure}")
+
+
+def _served(config: CheckpointsConfig, found: Sequence[Checkpoint], output_dir: Path) -> dict[str, dict[str, Any]]:
+    """By name of a checkpoint what the engine accepts of it; rows in output_dir/served.jsonl, not measured again."""
+    from specforge_lite.benchmark.choice import Point, rank
+    from specforge_lite.cli.bench import DraftsSection, EngineSection, measure_served, options_of
+
+    options, target = config.checkpoints, config.target
+    point = Point.parse(options.served_point)
+    if config.data.eval_data_path is None:
+        raise ConfigError("eval_data_path: required (flag --eval-data-path)")
+    names = {"target_model_path", "trust_remote_code", "tp_size", "mem_frac", "engine_python", "engine_arg",
+             "engine_devices", "target_dtype"}  # fmt: skip
+    flags = target.model_dump(include=names)
+    if options.served == "hf":
+        flags |= {"tp_size": 1, "mem_frac": None, "engine_python": None, "engine_arg": (), "engine_devices": None}
+    work = DraftsSection(
+        drafts=tuple(str(checkpoint.path) for checkpoint in found),
+        concurrency=(point.batch_size,),
+        temperature=(point.temperature,),
+        steps=(options.chain_length,),
+        draft_sampling=("greedy",),
+        benchmark_list=(f"{config.data.eval_data_path}:{options.served_prompts}",),
+        max_new_tokens=options.max_new_tokens,
+        system_prompt=config.data.system_prompt,
+        output=output_dir / f"served-{options.served}.jsonl",
+    )
+    serving = options_of(EngineSection(backend=options.served, **flags), work)
+    rows, drafts = measure_served(serving, work, work.drafts)
+    lengths = {way.draft: way for way in rank(rows, [point]) if way.acc_length is not None}
+    return {
+        Path(draft.path).name: {
+            "served": lengths[draft.facts].acc_length,
+            "served_tokens_per_second": lengths[draft.facts].tokens_per_second,
+            "served_speedup": lengths[draft.facts].speedup,
+        }
+        for draft in drafts
+    }
 
 
 class CompletionsConfig(LocalTargetSection):

@@ -11,7 +11,7 @@ The flags are those of the training script. The weights of an in-process target 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +23,7 @@ from specforge_lite.core.settings import Section, flag, parse_config
 if TYPE_CHECKING:
     from specforge_lite.benchmark.configs import Speculation
     from specforge_lite.benchmark.planner import Prediction
+    from specforge_lite.benchmark.rows import SpeedupRow
     from specforge_lite.training.estimate import MemoryPlan, Workload
 
 GIB = 2**30
@@ -197,6 +198,9 @@ class PlanConfig(Section):
 
     results: Path = flag(..., "--output of bench_model_speedup.py")
     benchmark: str | None = flag(None, "use the rows of this benchmark only (default: of all)")
+    draft: str | None = flag(None, "of this draft, where there are several")
+    temperature: float | None = flag(None, "of this temperature, where there are several")
+    draft_sampling: str | None = flag(None, "greedy or sampled, where both were measured")
     candidates: tuple[str, ...] = flag((), "STEPS,TOPK,VERIFY to choose from (default: all inside what was measured)")
     num_shown: int = flag(5, "configurations shown per batch size", ge=1)
     output: Path | None = flag(None, "write all predictions as json")
@@ -214,22 +218,36 @@ def speculation() -> None:
         rows = [row for row in rows if row.benchmark == config.benchmark]
         if not rows:
             raise ConfigError(f"benchmark '{config.benchmark}': {config.results} has {', '.join(known) or 'no rows'}")
+    for name in ("draft", "temperature", "draft_sampling"):
+        rows = _of_one(rows, name, getattr(config, name), config.results)
     if not rows:
         raise DataError(f"{config.results}: no rows")
+    rows = [replace(row, draft_sampling="greedy") for row in rows]  # the shape alone is planned
     plan = make_plan(rows, [_parse_speculation(text) for text in config.candidates] or None)
+    kind = next((row.draft_kind for row in rows if row.draft_kind), None)
     for size in plan.predictions:
         measured = {row.speculation for row in rows if row.batch_size == size and row.steps}
-        if len(measured) < 2 and not rows[0].block_kind:
+        if len(measured) < 2 and not kind:
             warn(f"batch size {size}: one configuration with a draft was measured; costs need at least two")
     print_table(speculation_table(plan, config.num_shown), 100)
     for size in plan.predictions:
-        info(_recommendation(plan.best(size), rows[0].block_kind))
+        info(_recommendation(plan.best(size), kind))
         if (verdict := plan.verdict_on_trees(size)) is not None:
             info(f"batch size {size}: {verdict}")
     if config.output is not None:
         with user_errors(config.output):
             write_json(config.output, asdict(plan))
         info(f"wrote {config.output}")
+
+
+def _of_one(rows: list[SpeedupRow], name: str, wanted: Any, source: Path) -> list[SpeedupRow]:
+    """Rows with that value of a field (drafted rows; those without a draft are of every draft). Raises ConfigError."""
+    known = sorted({getattr(row, name) for row in rows if row.steps})
+    if (len(known) > 1 and wanted is None) or (known and wanted not in (None, *known)):
+        found = f"'{wanted}': " if wanted is not None else ""
+        raise ConfigError(f"{name}: {found}{source} has {', '.join(map(str, known))}; choose one")
+    chosen = known[:1] if wanted is None else [wanted]
+    return [row for row in rows if getattr(row, name) in chosen or (not row.steps and name != "temperature")]
 
 
 def _parse_speculation(text: str) -> Speculation:

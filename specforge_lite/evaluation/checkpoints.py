@@ -10,7 +10,7 @@ the checkpoint's weights are those that were evaluated.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from specforge_lite.evaluation.run import (
 )
 
 # metric -> +1 where more is better, -1 where less is
-METRICS = {"tau_walk": 1, "tau_chain": 1, "tau_sampling": 1, "accuracy": 1, "loss": -1}
+METRICS = {"tau_walk": 1, "tau_chain": 1, "tau_sampling": 1, "accuracy": 1, "loss": -1, "served": 1}
 FORMAT = 1
 
 
@@ -98,13 +98,15 @@ def evaluate_checkpoints(
     measure: MeasureSection,
     metric: str,
     draft_config: Path | None = None,
+    served: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Entries of `found`, in their order: those of the file at `path` that still hold, and new ones, each written to it
-    when it is known. draft_config: config.json of the drafts in state_N. Raises DataError for another file."""
+    when it is known. draft_config: config.json of the drafts in state_N. served: by name, figures of serving, which
+    every entry of `found` gets; `served`, the acceptance length, is one. Raises DataError for another file."""
     dataset = open_eval_data(target, data)
     settings = measure.model_dump(include={"ttt_length", "chain_length", "batch_size", "eval_max_samples"})
     settings |= {"target": target.target_model_path, "data": str(data.eval_data_path)}
-    results = CheckpointResults(path, metric, {**settings, "data_fingerprint": dataset.fingerprint})
+    results = CheckpointResults(path, metric, {**settings, "data_fingerprint": dataset.fingerprint}, served)
     todo = [checkpoint for checkpoint in found if not results.holds(checkpoint)]
     info(f"{found[0].path.parent}: {len(found)} checkpoints, {len(found) - len(todo)} evaluated before")
     if todo:
@@ -125,8 +127,14 @@ def evaluate_checkpoints(
 class CheckpointResults:
     """checkpoints.json: read at the start, written after each checkpoint. entries: by name."""
 
-    def __init__(self, path: Path, metric: str, settings: dict[str, Any]) -> None:
-        self.path, self.metric, self.settings = path, metric, settings
+    def __init__(
+        self,
+        path: Path,
+        metric: str,
+        settings: dict[str, Any],
+        served: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.metric, self.settings, self.served = path, metric, settings, served or {}
         self.entries: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
@@ -151,8 +159,9 @@ class CheckpointResults:
         self.write()
 
     def write(self) -> None:
+        self.entries = {name: {**entry, **self.served.get(name, {})} for name, entry in self.entries.items()}
         entries = list(self.entries.values())
-        best = best_entry(entries, self.metric)
+        best = best_entry([entry for entry in entries if self.metric in entry], self.metric)
         values = {"format": FORMAT, "metric": self.metric, "best": best["name"] if best else None}
         save_results(self.path, {**values, "settings": self.settings, "checkpoints": entries})
 

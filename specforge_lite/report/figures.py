@@ -217,6 +217,7 @@ def plot_checkpoints(path: Path, entries: Sequence[dict[str, Any]], metric: str,
     """Acceptance lengths, accuracies and losses over checkpoints; the best one by `metric` is marked."""
     places, label = _places(entries)
     names = {"tau_walk": "greedy decoding", "tau_chain": "mean over all positions", "tau_sampling": "sampling"}
+    names |= {"served": "served"} if "served" in entries[0] else {}
     lengths = [Curve(text, "", None, True, places, [e[name] for e in entries]) for name, text in names.items()]
     panels = [("estimated acceptance length", lengths)]
     for key in ("accuracy", "loss"):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specforge_lite.benchmark.choice import Candidate
 from specforge_lite.core.files import write_atomically
 from specforge_lite.core.provenance import redact
 from specforge_lite.evaluation.compare_generation import Decoding, Sample
@@ -68,13 +69,14 @@ def write_report(
     speedup_rows: Sequence[Mapping[str, Any]] | None = None,
     provenance: Mapping[str, Any] | None = None,
     errors: Mapping[str, Any] | None = None,
+    ranking: Sequence[Candidate] = (),
 ) -> Path:
     """Write report.html at `path` (atomically) and return it. A section appears for each thing that is given.
 
     metrics_path: a run's metrics.jsonl. evaluation: `EvalResult.to_dict()`, what `evaluate_draft.py` writes.
     decoding: `Decoding` or its JSON form. speedup_rows: rows of `bench_model_speedup.py`. provenance: what
     `collect_provenance` returns, or any nested mapping; secrets are removed. errors: errors.json of
-    `evaluate_draft.py --error-analysis`.
+    `evaluate_draft.py --error-analysis`. ranking: of those rows, the best first.
 
     Raises DataError for a file or a row that cannot be used.
     """
@@ -86,10 +88,10 @@ def write_report(
         acceptance_section(evaluation or {}, decoding),
         errors_section(errors) if errors else None,
         generations_section(decoding.samples) if decoding is not None and decoding.samples else None,
-        speedup_section(speedup_rows) if speedup_rows else None,
+        speedup_section(speedup_rows, ranking) if speedup_rows else None,
         _facts(rows, provenance or {}),
     ]
-    tiles = [*_tiles(rows, evaluation or {}, decoding), *(headline(speedup_rows) if speedup_rows else ())]
+    tiles = [*_tiles(rows, evaluation or {}, decoding), *(headline(speedup_rows, ranking) if speedup_rows else ())]
     started = str((provenance or {}).get("started", ""))
     shown = [section for section in sections if section is not None]
     write_atomically(Path(path), render("report.html", title=title, started=started, tiles=tiles[:5], sections=shown))

@@ -100,9 +100,12 @@ def acceptance_table(estimated: Acceptance, decoded: Decoded) -> Table:
 def checkpoints_table(entries: Sequence[dict[str, Any]], best: dict[str, Any] | None, metric: str) -> Table:
     """Entries of checkpoints.json; the best one is marked."""
     header = ["", "checkpoint", "tau walk", "tau chain", "tau sampling", "accuracy 0", "loss 0"]
+    served = [name for name in ("served", "served_tokens_per_second", "served_speedup") if name in entries[0]]
+    header += [name.replace("_", " ") for name in served]
     rows = []
     for entry in entries:
-        values = (entry["tau_walk"], entry["tau_chain"], entry["tau_sampling"], entry["accuracy"][0], entry["loss"][0])
+        values = [entry["tau_walk"], entry["tau_chain"], entry["tau_sampling"], entry["accuracy"][0], entry["loss"][0]]
+        values += [entry[name] for name in served]
         rows.append(["*" if entry is best else "", entry["name"], *(f"{value:.4f}" for value in values)])
     return Table(f"best by {metric}: {best['name'] if best else 'none'}", header, rows, 2)
 

@@ -28,9 +28,9 @@ class ServingOptions:
 
     num_steps: tokens a chain drafts; topk: branches per step; num_draft_tokens: nodes verified at once, the last
     accepted token included (SGLang's words). max_length: tokens of prompt plus answer. concurrency: requests at a time.
-    temperature: of the requests to come. draft_sampling: above temperature 0 draft tokens are drawn from the draft's
-    distribution where the engine can (`sampled`), or are its most probable ones (`greedy`, both engines' own default);
-    the answers have the target's distribution either way. engine_devices: the server's CUDA_VISIBLE_DEVICES, None: ours.
+    temperature: of the requests to come; above 0 draft tokens are drawn from the draft's distribution where the engine
+    can (`sampling_problem`), else, and by default in both engines, they are its most probable ones; answers have the
+    target's distribution either way. engine_devices: the server's CUDA_VISIBLE_DEVICES, None: ours.
     """
 
     backend: str
@@ -44,7 +44,6 @@ class ServingOptions:
     mem_frac: float | None = None
     max_length: int = 2048
     temperature: float = 0.0
-    draft_sampling: str = "sampled"
     concurrency: int = 16
     port: int | None = None
     engine_python: str | None = None
@@ -172,8 +171,7 @@ class Engine(CaptureDialect, ABC):
 
     def draws(self, options: ServingOptions, draft: dict[str, Any], gpu: bool) -> bool:
         """Whether a server is told to draw the draft's tokens."""
-        wanted = options.temperature > 0 and options.draft_sampling == "sampled"
-        return wanted and self.sampling_problem(draft, options.topk, gpu) is None
+        return options.temperature > 0 and self.sampling_problem(draft, options.topk, gpu) is None
 
     @abstractmethod
     def environment(self, launch: Launch) -> dict[str, str]:

@@ -6,9 +6,11 @@ Under torchrun the first rank of each host launches one for its host; the others
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -182,11 +184,8 @@ def start_server(
 
     Raises ConfigError or EngineError, and leaves nothing behind then.
     """
-    gpu, port = has_gpu(options.engine_devices), options.port or free_port()
-    launch = Launch(**{**vars(options), "port": port}, python=interpreter.python, host=host, gpu=gpu)
-    words, env = command(launch), engine.environment(launch)
-    if options.engine_devices is not None and gpu:
-        env["CUDA_VISIBLE_DEVICES"] = options.engine_devices
+    port = options.port or free_port()
+    words, env = _words_and_environment(engine, replace(options, port=port), interpreter, command, host)
     collect_leftovers(parent)
     run_dir = RunDirectory(parent)
     if capture_place is not None:
@@ -194,7 +193,7 @@ def start_server(
     log_dir = options.log_dir or Path(tempfile.mkdtemp(prefix=f"specforge-{engine.name}-"))
     spec = ServerSpec(
         name=f"{engine.name} {interpreter.version} ({what})",
-        command=words + engine_arg_words(options.engine_args),
+        command=words,
         env=env,
         url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
         health_path=engine.health_path,
@@ -204,6 +203,25 @@ def start_server(
     server = LaunchedServer(spec, run_dir)
     server.start()
     return server
+
+
+def _words_and_environment(
+    engine: Engine, options: ServingOptions, interpreter: Interpreter, command: Callable[[Launch], list[str]], host: str
+) -> tuple[list[str], dict[str, str]]:
+    gpu = has_gpu(options.engine_devices)
+    launch = Launch(**vars(options), python=interpreter.python, host=host, gpu=gpu)
+    words, env = command(launch), engine.environment(launch)
+    if options.engine_devices is not None and gpu:
+        env["CUDA_VISIBLE_DEVICES"] = options.engine_devices
+    return words + engine_arg_words(options.engine_args), env
+
+
+def launch_script(options: ServingOptions) -> str:
+    """A shell script that starts a server with these options, as the benchmarks do. Raises ConfigError."""
+    engine, interpreter = SERVING_ENGINES[options.backend], find_interpreter(options.backend, options.engine_python)
+    words, env = _words_and_environment(engine, options, interpreter, engine.serving_command, "127.0.0.1")
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+    return "\n".join(["#!/bin/sh", *lines, "exec " + shlex.join(words).replace(" --", " \\\n  --"), ""])
 
 
 @contextmanager

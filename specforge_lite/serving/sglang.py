@@ -14,7 +14,7 @@ from typing import Any
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.core.http import HttpLoop
-from specforge_lite.model.block_config import block_kind_of
+from specforge_lite.model.config_json import block_kind_of
 from specforge_lite.serving.engine import (
     Engine,
     Generation,

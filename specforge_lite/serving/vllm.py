@@ -18,7 +18,7 @@ from typing import Any
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.http import HttpLoop
-from specforge_lite.model.block_config import block_kind_of
+from specforge_lite.model.config_json import block_kind_of
 from specforge_lite.serving.engine import (
     Acceptance,
     Engine,
@@ -37,6 +37,7 @@ NO_AUX = Support("refused", "it hands out no aux hidden states")
 THROUGH_TRANSFORMERS = Support("read", "run through its transformers backend")
 MLA = Support("refused", "multi-head latent attention: upstream's own hidden-states connector refuses it, too")
 
+CPU_PLUGIN = Path(__file__).resolve().parent / "plugins" / "vllm_on_cpu"
 _PASSES = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})?\s+(\S+)", re.M)
 _ACCEPTED_AT = re.compile(
     r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"[^}]*\}\s+(\S+)', re.M
@@ -163,6 +164,7 @@ print(json.dumps({"known": model is not None, "eagle3": eagle3}))
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_CPU_OMP_THREADS_BIND": binding if launch.tp_size > 1 else "nobind",
             "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join([str(CPU_PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         return env | cpu | without_compiler()
 

@@ -61,7 +61,7 @@ def row(
         mean_first_token_seconds=first,
         draft_share=draft_share,
         speedup=speedup,
-        settings={} if kind is None else {"draft_kind": kind},
+        draft_kind=kind,
     )
 
 

@@ -53,7 +53,7 @@ class Bench:
     def run(self, speculation: Speculation, num_new_tokens: int, clock: Callable[[], float]) -> SpeedupRow:
         session = HfSession(self.model, speculation, eos_token_ids=[], clock=clock)
         found = measure(session, self.prompts, BATCH_SIZE, self.chat, num_new_tokens)
-        row = make_row(RowKey("gsm8k", BATCH_SIZE, BenchConfig(BATCH_SIZE, speculation)), found, {}, True)
+        row = make_row(RowKey("gsm8k", BATCH_SIZE, BenchConfig(BATCH_SIZE, speculation)), found, {})
         return replace(row, mean_first_token_seconds=0.0)
 
 

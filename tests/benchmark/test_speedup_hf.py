@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from specforge_lite.benchmark.configs import BASELINE, Speculation
-from specforge_lite.benchmark.engines import exported_draft, resolve_draft
+from specforge_lite.benchmark.engines import exported_draft
 from specforge_lite.benchmark.hf import HfSession
 from specforge_lite.benchmark.measure import Ask
 from specforge_lite.benchmark.statistics import Counters, Record, acceptance_length, share_per_position
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.export import export_draft
+from specforge_lite.checkpoints.loading import find_draft
 from specforge_lite.cli import bench
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
@@ -72,9 +73,9 @@ def test_without_a_draft(model: SpeculativeModel) -> None:
 
 def test_sampling_is_repeatable_and_every_call_is_different(model: SpeculativeModel) -> None:
     def answers() -> list[tuple[int, ...]]:
-        session = HfSession(model, Speculation(2, 1, 3), temperature=1.0, seed=5, eos_token_ids=[])
+        session = HfSession(model, Speculation(2, 1, 3), seed=5, eos_token_ids=[])
         session.begin()
-        return [session.generate([Ask(tuple(PROMPTS[0]), 20)])[0].token_ids for _ in range(2)]
+        return [session.generate([Ask(tuple(PROMPTS[0]), 20, 1.0)])[0].token_ids for _ in range(2)]
 
     first = answers()
     assert first == answers()
@@ -131,17 +132,16 @@ def test_the_script_from_end_to_end(
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert lines[:6] == found
     assert [r["benchmark"] for r in lines[6:]] == ["mtbench"] * 3
-    with pytest.raises(ConfigError, match=r"this run has 0\.5; choose another --output"):
-        script(*words, "--temperature", "0.5")
+    with pytest.raises(ConfigError, match=r"this run has 5; choose another --output"):
+        script(*words, "--seed", "5")
 
 
 def test_a_training_checkpoint_is_exported_for_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The output directory of a run means its newest complete checkpoint; hf reads that as it is."""
     for step in (12, 9):
         write_checkpoint(tmp_path / "run" / f"step_{step}", random_draft(aux_layer_ids=(1, 3, 4)), step)
-    path = resolve_draft(str(tmp_path / "run"))
+    path = str(find_draft(tmp_path / "run"))
     assert path == str(tmp_path / "run" / "step_12")
-    assert resolve_draft(path) == path
     with exported_draft(ServingOptions("hf", "m", path)) as options:
         assert options.draft_path == path
     with exported_draft(ServingOptions("vllm", "m", path, dtype="float32")) as options:
@@ -152,13 +152,13 @@ def test_a_training_checkpoint_is_exported_for_servers(tmp_path: Path, capsys: p
     assert not exported.exists()
     output = capsys.readouterr().out
     assert "the output of a training run; taking step_12" in output
-    assert "a training checkpoint, exported in float32" in output
+    assert "a training checkpoint, exported for this run" in output
+    assert config["torch_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config-list", "4,7,10,60", "--backend", "vllm"], "4,7,10,60: vllm drafts chains only"),
         (["--config-list", "4,3,1,4"], "drafting needs --speculative-draft-model-path"),
         (["--config-list", "1,0,0,0", "--tp-size", "2"], "--tp-size: --backend hf runs on one device"),
         (["--config-list", "1,0,0,0", "--port", "3"], "--port: only for --backend sglang or vllm"),

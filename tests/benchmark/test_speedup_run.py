@@ -142,7 +142,7 @@ def test_an_error_in_one_thread_ends_the_run() -> None:
 
 
 def work() -> Workload:
-    return Workload({"mine": PROMPTS, "other": PROMPTS[:2]}, CHAT, 100, greedy=True)
+    return Workload({"mine": PROMPTS, "other": PROMPTS[:2]}, CHAT, 100)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def session_on(backend: str, plan: str = "", draft: str | None = "draft") -> Ite
     thread.start()
     running = Running(f"http://127.0.0.1:{server.server_address[1]}")
     options = ServingOptions(backend, "m", draft, num_steps=2, num_draft_tokens=3, max_length=100)
-    session = ServerSession(ServingSession(options, cast(LaunchedServer, running)), 0.5)
+    session = ServerSession(ServingSession(options, cast(LaunchedServer, running)))
     server.plan, warm_up = plan, server.seen.pop()[1]
     assert (warm_up.get("prompt") or warm_up["input_ids"]) == [1, 2, 3, 4]
     try:
@@ -129,7 +129,7 @@ def session_on(backend: str, plan: str = "", draft: str | None = "draft") -> Ite
         assert running.stopped
 
 
-ASK = Ask((10, 11), 7)
+ASK = Ask((10, 11), 7, 0.5)
 
 
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, check_backend, plan
+from specforge_lite.benchmark.configs import BASELINE, BenchConfig, Speculation, plan, spread
 from specforge_lite.benchmark.rows import ResultFile, RowKey, SpeedupRow, fingerprint, make_row, read_rows
 from specforge_lite.benchmark.statistics import (
     Agreement,
@@ -60,8 +60,8 @@ KEY, BASE_KEY = RowKey("x", 2, CONFIG), RowKey("x", 2, BenchConfig(2, BASELINE))
 
 
 def rows_of(drafted: Measurement):
-    base = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {}, True)
-    return base, make_row(KEY, drafted, {}, True, (base, PLAIN))
+    base = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {})
+    return base, make_row(KEY, drafted, {}, (base, PLAIN))
 
 
 def test_a_row_by_hand() -> None:
@@ -106,7 +106,7 @@ def test_an_engine_s_own_count_wins_over_requests_that_do_not_add_up() -> None:
 def test_categories_have_intervals_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Two prompts of one category: 11 tokens in 4 passes, and 6 in 4: resampling them gives from 6/4 to 11/4."""
     records = [*DRAFTED, replace(DRAFTED[1], prompt=2, category="math")]
-    row = make_row(KEY, Measurement(records, 1.7, Counters(), 0), {}, True)
+    row = make_row(KEY, Measurement(records, 1.7, Counters(), 0), {})
     math = row.per_category["math"]
     assert math["acc_length"] == 17 / 8
     assert math["acc_length_interval"] == (6 / 4, 11 / 4)
@@ -118,9 +118,11 @@ def test_categories_have_intervals_and_a_table(capsys: pytest.CaptureFixture[str
 
 
 def test_sampled_outputs_are_not_compared() -> None:
-    base = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {}, False)
-    row = make_row(KEY, Measurement(DRAFTED, 1.7, Counters(), 0), {}, False, (base, PLAIN))
+    warm = replace(KEY, config=replace(CONFIG, temperature=0.5))
+    base = make_row(warm.baseline, Measurement(PLAIN, 3.4, Counters(), 0), {})
+    row = make_row(warm, Measurement(DRAFTED, 1.7, Counters(), 0), {}, (base, PLAIN))
     assert row.identical_share is None
+    assert "not compared" in exactness([base, row], "bfloat16")
     assert row.speedup == pytest.approx(2.0)
 
 
@@ -147,13 +149,13 @@ def test_cost_of_a_pass_is_not_fooled_by_tokens_that_came_together() -> None:
         record(2, 9, 2, (2, 2, 2), first=1.0, seconds=1.0),
     ]
     slept[2] = replace(slept[2], num_first_tokens=9)
-    row = make_row(KEY, Measurement(slept, 1.7, Counters(), 0), {}, True)
+    row = make_row(KEY, Measurement(slept, 1.7, Counters(), 0), {})
     assert row.seconds_per_pass == pytest.approx((1.0 + 2.0) / 15 * 23 / 10)
     assert row.latency_per_token_ms == pytest.approx(1000 * (0.1 + 0.4) / 2)
 
 
-def exactness(rows: Sequence[SpeedupRow], dtype: str, greedy: bool) -> str:
-    return speedup.exactness([row.to_dict() for row in rows], dtype, greedy)
+def exactness(rows: Sequence[SpeedupRow], dtype: str) -> str:
+    return speedup.exactness([row.to_dict() for row in rows], dtype)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0, 1))
@@ -174,18 +176,17 @@ def test_answers_agree_where_every_turn_does() -> None:
 def test_the_footer_says_when_output_is_identical_and_counts() -> None:
     base, row = rows_of(Measurement(DRAFTED, 1.7, Counters(), 0))
     assert (row.num_differing, row.tokens_before_difference) == (0, None)
-    assert "in float32 that is all of them: so it is here" in exactness([base, row], "float32", True)
+    assert "in float32 that is all of them: so it is here" in exactness([base, row], "float32")
     other = [replace(DRAFTED[0], token_ids=(0, 1, 2, 77)), DRAFTED[1]]
-    differing = make_row(KEY, Measurement(other, 1.7, Counters(), 0), {}, True, (base, PLAIN))
+    differing = make_row(KEY, Measurement(other, 1.7, Counters(), 0), {}, (base, PLAIN))
     assert (differing.identical_share, differing.num_differing, differing.tokens_before_difference) == (0.5, 1, 3.0)
-    assert "yet 1 of 2 differ here, a fault to report" in exactness([base, differing], "float32", True)
+    assert "yet 1 of 2 differ here, a fault to report" in exactness([base, differing], "float32")
     wide = replace(BASE_KEY, config=BenchConfig(4, BASELINE))
-    batched = make_row(wide, Measurement(other, 3, Counters(), 0), {}, True, (base, PLAIN))
-    text = exactness([base, batched, row, differing], "bfloat16", True)
+    batched = make_row(wide, Measurement(other, 3, Counters(), 0), {}, (base, PLAIN))
+    text = exactness([base, batched, row, differing], "bfloat16")
     assert "in bfloat16 up to near ties" in text
     assert "1 of 4 differ here, the first difference after 3 to 3 tokens" in text
     assert "without a draft, 1 of 2 differ by batch size alone" in text
-    assert "not compared" in exactness([base, row], "bfloat16", False)
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
@@ -260,18 +261,18 @@ def test_impossible_configs_are_refused(text: str, message: str) -> None:
         BenchConfig.parse(text)
 
 
-def test_vllm_refuses_trees_at_once() -> None:
-    chain, tree, base = (BenchConfig.parse(t) for t in ("1,3,1,4", "4,7,10,60", "2,0,0,0"))
-    check_backend([chain, base], "vllm")
-    check_backend([chain, tree], "sglang")
-    with pytest.raises(ConfigError, match="4,7,10,60: vllm drafts chains only"):
-        check_backend([chain, tree], "vllm")
-
-
 def test_plan_starts_each_way_once_and_the_baseline_first() -> None:
     configs = [BenchConfig.parse(t) for t in ("4,3,1,4", "1,7,10,60", "1,3,1,4", "4,3,1,4", "2,0,0,0")]
-    assert plan(configs) == [
-        (BASELINE, [1, 2, 4]), (Speculation(3, 1, 4), [1, 4]), (Speculation(7, 10, 60), [1]),
+    found = [(way, [config.batch_size for config in same]) for way, same in plan(configs)]
+    assert found == [(BASELINE, [1, 2, 4]), (Speculation(3, 1, 4), [1, 4]), (Speculation(7, 10, 60), [1])]
+
+
+def test_sampled_drafting_is_a_start_of_its_own_and_only_of_chains_above_temperature_0() -> None:
+    chain, tree = BenchConfig.parse("4,3,1,4"), BenchConfig.parse("4,7,10,60")
+    found = plan(spread([chain, tree], [0.7, 0.0], ("greedy", "sampled")))
+    sampled = replace(chain.speculation, draft_sampling="sampled")
+    assert [(way, [config.temperature for config in same]) for way, same in found] == [
+        (BASELINE, [0.0, 0.7]), (chain.speculation, [0.0, 0.7]), (sampled, [0.7]), (tree.speculation, [0.0, 0.7]),
     ]  # fmt: skip
 
 
@@ -298,12 +299,12 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    row = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {"temperature": 0.0, "draft": "a"}, True)
-    ResultFile(path, {"temperature": 0.0, "draft": "a"}).add(row, PLAIN)
-    with pytest.raises(ConfigError, match=r"made with temperature 0\.0, this run has 0\.7; choose another --output"):
-        ResultFile(path, {"temperature": 0.7, "draft": "a"})
-    with pytest.raises(ConfigError, match="made with draft 'a', this run has 'b'"):
-        ResultFile(path, {"temperature": 0.0, "draft": "b"})
+    row = make_row(BASE_KEY, Measurement(PLAIN, 3.4, Counters(), 0), {"seed": 0, "dtype": "a"})
+    ResultFile(path, {"seed": 0, "dtype": "a"}).add(row, PLAIN)
+    with pytest.raises(ConfigError, match=r"made with seed 0, this run has 7; choose another --output"):
+        ResultFile(path, {"seed": 7, "dtype": "a"})
+    with pytest.raises(ConfigError, match="made with dtype 'a', this run has 'b'"):
+        ResultFile(path, {"seed": 0, "dtype": "b"})
 
 
 def test_foreign_rows_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from training import TARGET, TrainingRuns, run_script
+
 from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.serving.session import ServingOptions, ServingSession
 from tests.inference_drafts import random_draft
@@ -16,11 +19,41 @@ from tests.inference_drafts import random_draft
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 class SpeedupChecks:
     """speculation: B,STEPS,TOPK,VERIFY."""
 
     engine_name: str
     speculation: str
+    temperatures: tuple[str, ...] = ("0", "0.7")
+
+    def test_a_checkpoint_is_served_as_our_decoder_decodes_it(self, training: TrainingRuns, tmp_path: Path) -> None:
+        """`serve_acceptance.py` in the engine and in our decoder, at each temperature, in both ways of drafting."""
+        training.hf_losses()
+        found: dict[str, dict[tuple[float, str], float]] = {}
+        for backend in (self.engine_name, "hf"):
+            output = tmp_path / backend / "results.jsonl"
+            run_script(
+                "scripts/serve_acceptance.py", str(max((training.directory / "hf").glob("step_*"), key=step_of)),
+                "--model-path", str(TARGET), "--backend", backend, "--target-dtype", "float32", "--concurrency", "4",
+                "--temperature", *self.temperatures, "--steps", "3", "--benchmark-list", f"{training.data()}:24",
+                "--max-new-tokens", "64", "--output", str(output),
+            )  # fmt: skip
+            rows = [json.loads(line) for line in output.read_text().splitlines()]
+            found[backend] = {(r["temperature"], r["draft_sampling"]): r["acc_length"] for r in rows if r["steps"]}
+            assert all(row["identical_share"] == 1.0 for row in rows if row["steps"] and not row["temperature"])
+        served, ours = found[self.engine_name], found["hf"]
+        assert served.keys() == ours.keys()
+        assert len(served) == 2 * len(self.temperatures) - 1
+        assert served[0.0, "greedy"] == pytest.approx(ours[0.0, "greedy"], rel=0.02)
+        for way, length in served.items():  # drawn answers differ; of a wrong sampler hardly anything is accepted
+            assert 0.6 < (length - 1) / (ours[way] - 1) < 1.6, (way, length, ours[way])
+        words = (tmp_path / self.engine_name / "launch.sh").read_text()
+        assert words.startswith("#!/bin/sh\n")
+        assert str(TARGET) in words
 
     def test_the_benchmark_counts_what_a_real_server_does(self, tiny_target: Path, tmp_path: Path) -> None:
         draft, output = tmp_path / "draft", tmp_path / "results.jsonl"

@@ -175,4 +175,21 @@ def test_of_equals_the_earliest_is_best() -> None:
     entries = [{"name": name, "tau_walk": 2.0, "loss": [1.0]} for name in ("a", "b")]
     assert [best_entry(entries, metric)["name"] for metric in ("tau_walk", "loss")] == ["a", "a"]  # type: ignore[index]
     assert best_entry([], "loss") is None
-    assert set(METRICS) == {"tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss"}
+    assert set(METRICS) == {"tau_walk", "tau_chain", "tau_sampling", "accuracy", "loss", "served"}
+
+
+def test_served_acceptance_picks_the_best(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """In our own decoder, on the questions of the held-out data; a second start serves nothing again."""
+    words = ["--served", "hf", "--served-prompts", "3", "--served-point", "2/0", "--max-new-tokens", "12"]
+    results = evaluate(run, *words)
+    assert results["metric"] == "served"
+    assert "best by served" in capsys.readouterr().out
+    served = {entry["name"]: entry["served"] for entry in results["checkpoints"]}
+    assert set(served) == {"step_2", "step_4"}
+    assert served[results["best"]] == max(served.values()) >= 1.0
+    rows = [json.loads(line) for line in (run / "evaluation" / "served-hf.jsonl").read_text().splitlines()]
+    assert {row["draft"]: row["acc_length"] for row in rows if row["steps"]} == served
+    assert evaluate(run, *words)["checkpoints"] == results["checkpoints"]
+    assert "2 checkpoints, 2 evaluated before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="metric served: needs --served"):
+        evaluate(run, "--metric", "served")

@@ -167,12 +167,15 @@ def tokens_to_reach(curve: Sequence[tuple[float, float]], wanted: float) -> floa
 
 def report(config: WarmStartConfig, out: Path) -> str:
     """What is there, as markdown: acceptance before and after, the two curves, and the tokens to recover."""
-    stats = read_json(out / "new" / "states" / "train" / "dataset" / "manifest.json")["stats"]
-    tokens_of = lambda steps: steps * config.batch_size * stats["num_tokens"] / stats["num_samples"]  # noqa: E731
+
+    def tokens_of(steps: int, place: str = "new") -> float:
+        stats = read_json(out / place / "states" / "train" / "dataset" / "manifest.json")["stats"]
+        return float(steps * config.batch_size * stats["num_tokens"] / stats["num_samples"])
+
     lines = [["draft", "training tokens", *COLUMNS.values()], ["---"] * 5]
     curves: dict[str, list[tuple[float, list[dict[str, float]]]]] = {arm: [] for arm in ARMS}
     old = {name: read(out, name, config.seeds) for name in ("before", "after")}
-    lines.append(["old draft, old target", f"{tokens_of(config.total_steps):,.0f}", *shown(old["before"])])
+    lines.append(["old draft, old target", f"{tokens_of(config.total_steps, 'old'):,.0f}", *shown(old["before"])])
     lines.append(["old draft, fine-tuned target", "0", *shown(old["after"])])
     for steps, arm in ((steps, arm) for steps in config.budgets for arm in ARMS):
         if rows := read(out, f"{arm}_{steps}", config.seeds):

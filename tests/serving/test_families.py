@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -149,3 +150,14 @@ def test_the_sglang_plugin_reports_what_the_model_captures_not_the_flag(monkeypa
     assert _captured_layer_ids(model) == [1, 28, 56]
     inner.layers_to_capture = [2, 30, 58]  # and of `1 29 57`
     assert _captured_layer_ids(model) == [1, 29, 57]
+
+
+def test_documents_and_lists_name_the_versions_that_the_code_supports() -> None:
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "engine_envs").glob("*.txt")]
+    for name, engine in SERVING_ENGINES.items():
+        found = {
+            match
+            for file in files
+            for match in re.findall(rf"\b{name}(?:-cpu)?(?:==| )(\d+\.\d+\.\d+)\b", file.read_text(encoding="utf-8"))
+        }
+        assert found == {engine.versions[0]}

@@ -32,9 +32,10 @@ from benchmarks.compare_eagle1_eagle3 import DraftsConfig, call, capture_states,
 from specforge_lite.capture.base import default_aux_layer_ids
 from specforge_lite.core.files import atomic_file
 from specforge_lite.core.log import run_script
-from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
+from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import parse_config
 from specforge_lite.evaluation.run import engine_for, evaluate_draft, open_eval_data, open_target_files
+from specforge_lite.evaluation.settings import MeasureSection
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
 from specforge_lite.training.block import DflashConfig, DsparkConfig, spread_aux_layers

@@ -23,8 +23,9 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.compare_eagle1_eagle3 import SCRIPTS, DraftsConfig, capture_states, decode, make_data, train_draft
 from scripts.train_tiny_target import pack_rows
-from specforge_lite.core.files import read_json, read_jsonl, write_atomically, write_json
+from specforge_lite.core.files import read_json, write_atomically, write_json
 from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.core.log import info, progress, run_script
 from specforge_lite.core.settings import parse_config
 from specforge_lite.data.sources import shipped_file

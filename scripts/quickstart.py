@@ -27,8 +27,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lite.core.devices import num_local_ranks
 from specforge_lite.core.errors import EngineError
+from specforge_lite.core.local_ranks import num_local_ranks
 from specforge_lite.core.log import format_seconds, info, run_script
 from specforge_lite.core.settings import Section, parse_config
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo
-from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
+from specforge_lite.capture.offline import OfflineEngine, OfflinePart, capture_offline
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.files import atomic_directory, exclusive
 from specforge_lite.core.log import run_script as run_main
 from specforge_lite.data.store import StoreWriter, TokenizedDataset

@@ -23,7 +23,8 @@ from specforge_lite.benchmark.statistics import (
     sums_by_prompt,
 )
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.files import atomic_file, quick_fingerprint, read_jsonl, user_errors
+from specforge_lite.core.files import atomic_file, quick_fingerprint, user_errors
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.core.log import warn
 
 Interval = tuple[float, float]

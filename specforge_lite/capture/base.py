@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -36,19 +35,6 @@ class TargetInfo:
     vocab_size: int
     max_length: int
     aux_layer_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EngineContext:
-    """What a served engine needs to know about the run besides its config section.
-
-    max_length: tokens of the longest sample. log_dir: where server logs go (None: a temporary directory).
-    wait_minutes: how long a server that does not answer is waited for (`--dist-timeout`).
-    """
-
-    max_length: int
-    log_dir: Path | None = None
-    wait_minutes: float = DEFAULT_WAIT_MINUTES
 
 
 class TargetEngine(Protocol):

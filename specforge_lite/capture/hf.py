@@ -25,9 +25,6 @@ from specforge_lite.types import CapturedStates, TokenizedSample
 MAX_TOKENS_PER_FORWARD = 16_384
 MAX_PADDING_SHARE = 0.2
 
-# Rotary variants whose frequencies depend on the longest row of the batch; below the original context they do not.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
 
 class HfEngine:
     """A target run by transformers, implementing `TargetEngine`.
@@ -238,15 +235,13 @@ def length_buckets(lengths: Sequence[int], group_of: Callable[[int], int] = lamb
 def length_group(text_config: Any) -> Callable[[int], int]:
     """Lengths that may share a batch: with length-dependent RoPE only those whose frequencies are the same."""
     rope = getattr(text_config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    if kind not in LENGTH_DEPENDENT_ROPE:
-        return lambda length: 0
-    original = rope.get("original_max_position_embeddings") or getattr(
-        text_config, "original_max_position_embeddings", text_config.max_position_embeddings
+    original: Any = rope.get("original_max_position_embeddings") or getattr(
+        text_config, "original_max_position_embeddings", getattr(text_config, "max_position_embeddings", 0)
     )
-    if kind == "dynamic":
+    if rope.get("rope_type") == "dynamic":
         return lambda length: length if length > original else 0
-    return lambda length: int(length > original)
+    # longrope has two sets of frequencies; of other variants they do not depend on the length
+    return lambda length: int(rope.get("rope_type") == "longrope" and length > original)
 
 
 def right_pad(samples: Sequence[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor | None]:

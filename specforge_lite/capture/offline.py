@@ -27,6 +27,7 @@ from torch import Tensor
 
 from specforge_lite.capture.base import TargetEngine, TargetInfo, check_aux_layer_ids
 from specforge_lite.capture.prefetch import Prefetcher, SkipBudget
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import CaptureError, ConfigError, DataError
 from specforge_lite.core.files import (
     atomic_directory,
@@ -37,7 +38,6 @@ from specforge_lite.core.files import (
     write_json,
 )
 from specforge_lite.core.log import format_bytes, info, progress, warn
-from specforge_lite.core.sections import CaptureSection
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.types import CapturedStates, TokenizedSample
 

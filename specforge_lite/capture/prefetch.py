@@ -35,13 +35,11 @@ Answer = tuple[list[TokenizedSample], list[CapturedStates], list[Refusal]]  # wh
 
 @dataclass
 class SkipBudget:
-    """How many samples may be left out, too long for the target or refused by it: `fraction` of `num_samples`, or of
-    those seen so far (and then at least one) where the total is not known. A sample that comes again in a later epoch
-    counts once."""
+    """How many samples may be left out, too long for the target or refused by it: `fraction` of `num_samples`. A sample
+    that comes again in a later epoch counts once."""
 
     fraction: float = DEFAULT_SKIP_FRACTION
-    num_samples: int | None = None
-    seen: int = 0
+    num_samples: int = 0
     skipped_ids: set[str] = field(default_factory=set)
 
     @property
@@ -50,8 +48,6 @@ class SkipBudget:
 
     @property
     def allowed(self) -> int:
-        if self.num_samples is None:
-            return max(1, math.floor(self.fraction * self.seen)) if self.fraction > 0 else 0
         return math.floor(self.fraction * self.num_samples)
 
     def admit(self, samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
@@ -60,7 +56,6 @@ class SkipBudget:
         Raises CaptureError once more samples were refused than the budget allows.
         """
         for sample in samples:
-            self.seen += 1
             if len(sample) > max_length:
                 place = f"sample {sample.sample_id}: {len(sample)} tokens, the target accepts {max_length}"
                 self.skip(sample.sample_id, place, LONGER_CONTEXT)

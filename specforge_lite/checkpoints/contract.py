@@ -28,7 +28,7 @@ from specforge_lite.checkpoints.draft_files import (
 from specforge_lite.checkpoints.loading import find_draft, read_draft_files
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
-from specforge_lite.core.weight_files import unused_weight_files
+from specforge_lite.core.weight_files import safetensors_files
 from specforge_lite.model.config_json import BLOCK_ARCHITECTURES, BLOCK_KINDS
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 from specforge_lite.model.target_head import family_scales
@@ -441,3 +441,9 @@ def _describe(shape: DraftConfig | None) -> str:
         f"{shape.algorithm}, {shape.hidden_size} wide, {shape.num_attention_heads}/{shape.num_key_value_heads} heads,"
         f" vocabulary {shape.draft_vocab_size} of {shape.vocab_size}"
     )
+
+
+def unused_weight_files(directory: Path) -> list[Path]:
+    """Other safetensors files of the directory, which engines may read all the same."""
+    used = set(safetensors_files(directory))
+    return [file for file in sorted(directory.glob("*.safetensors")) if file not in used]

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from specforge_lite.checkpoints.training_run import read_config, read_safetensors
 from specforge_lite.core.errors import CheckpointError, ConfigError, first_line
-from specforge_lite.core.weight_files import pickled_files, safetensors_files, weight_files
+from specforge_lite.core.weight_files import files_that_count, safetensors_files, weight_files
 from specforge_lite.model.config_json import BLOCK_KINDS, aux_layer_ids_of, block_kind_of, check_kinds
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 from specforge_lite.model.registry import build_draft
+
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -247,3 +249,8 @@ def read_draft_config(path: Path, algorithm: str | None, target_config: Any | No
     if "Eagle" in architecture or draft.algorithm in BLOCK_KINDS:
         raise ConfigError(f"{path}: architectures {architecture}: that is trained with --draft-kind {draft.algorithm}")
     return draft.replace(algorithm=algorithm or draft.algorithm, draft_vocab_size=draft.vocab_size)
+
+
+def pickled_files(directory: Path) -> list[Path]:
+    """The `pytorch_model*.bin` files that count, by the rules of `weight_files`."""
+    return files_that_count(directory, PICKLED, PICKLED_INDEX, "pytorch_model*.bin")

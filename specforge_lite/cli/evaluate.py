@@ -26,10 +26,10 @@ from specforge_lite.core.sections import (
     Dtype,
     FimOrder,
     LocalTargetSection,
-    MeasureSection,
     TargetSection,
 )
 from specforge_lite.core.settings import Section, flag, parse_config
+from specforge_lite.evaluation.settings import MeasureSection
 
 if TYPE_CHECKING:
     from specforge_lite.evaluation.checkpoints import Checkpoint

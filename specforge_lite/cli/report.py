@@ -37,7 +37,8 @@ class ReportConfig(Section):
 
 def main() -> None:
     config = parse_config(ReportConfig, positional="--run-dir")
-    from specforge_lite.core.files import read_json, read_jsonl
+    from specforge_lite.core.files import read_json
+    from specforge_lite.core.jsonl import read_jsonl
     from specforge_lite.report import write_report
     from specforge_lite.report.sources import find_run_files
 

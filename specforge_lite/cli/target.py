@@ -6,9 +6,10 @@ import signal
 import threading
 from pathlib import Path
 
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import EngineError
 from specforge_lite.core.log import info
-from specforge_lite.core.sections import CaptureSection, DataSection, TargetSection
+from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section, flag, parse_config
 
 CAPTURE_HELP = """\
@@ -81,8 +82,7 @@ class ServeTargetConfig(Section):
 
 def serve() -> None:
     config = parse_config(ServeTargetConfig, description=SERVE_HELP)
-    from specforge_lite.capture.base import EngineContext
-    from specforge_lite.serving.launch import capture_host
+    from specforge_lite.serving.launch import EngineContext, capture_host
 
     options, target = config.serve, config.target
     context = EngineContext(options.max_length, options.log_dir, options.startup_minutes)

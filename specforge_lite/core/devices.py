@@ -6,7 +6,6 @@ A run that was meant for a GPU never falls back to the CPU silently: a GPU that 
 from __future__ import annotations
 
 import os
-import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 # What the NVIDIA kernel driver creates. The second is visible in containers that were started without the GPUs.
 DRIVER_DEVICE = Path("/dev/nvidiactl")
 DRIVER_FACTS = Path("/proc/driver/nvidia")
-CPU_RANKS = 2
 
 
 def num_gpus() -> int:
@@ -35,25 +33,10 @@ def num_gpus() -> int:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if (hidden is not None and hidden.strip() in ("", "-1")) or not (DRIVER_DEVICE.exists() or DRIVER_FACTS.exists()):
         return 0
-    raise ConfigError(f"{_why_unusable()}; to use the CPU instead, set CUDA_VISIBLE_DEVICES=-1")
+    from specforge_lite.core.gpu_problem import why_unusable
 
-
-def _why_unusable() -> str:
-    import torch
-
-    built = torch.version.cuda
-    if built is None:
-        return f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA; install the CUDA build"
-    if not DRIVER_DEVICE.exists():
-        return f"there is an NVIDIA driver ({DRIVER_FACTS}), but this container has no GPU; start it with --gpus all"
-    try:
-        found = re.search(r"\b(\d{3,}(?:\.\d+)+)\b", (DRIVER_FACTS / "version").read_text())
-    except OSError:
-        found = None
-    driver = f"driver {found[1]}" if found else "the driver"
-    return (
-        f"there is an NVIDIA GPU, but torch {torch.__version__} (CUDA {built}) cannot use it: {driver} is too old for"
-        f" CUDA {built}, or no visible device works (see nvidia-smi, CUDA_VISIBLE_DEVICES)"
+    raise ConfigError(
+        f"{why_unusable(DRIVER_DEVICE, DRIVER_FACTS)}; to use the CPU instead, set CUDA_VISIBLE_DEVICES=-1"
     )
 
 
@@ -94,16 +77,3 @@ def without_cudnn(device: torch.device) -> AbstractContextManager[Any]:
 
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(kernels) if device.type == "cuda" else nullcontext()
-
-
-def num_local_ranks(requested: int | None = None) -> int:
-    """Trainer processes to start on this host: one per visible GPU, else at most `CPU_RANKS` of its cores.
-
-    Raises ConfigError for a `requested` number above the visible GPUs: a GPU holds one rank.
-    """
-    count = num_gpus()
-    if requested is None:
-        return count or min(CPU_RANKS, len(os.sched_getaffinity(0)))
-    if count and requested > count:
-        raise ConfigError(f"{requested} processes: this host has {count} visible GPU(s); start one process per GPU")
-    return requested

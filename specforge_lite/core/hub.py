@@ -29,15 +29,6 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, flag: str 
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def text_token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text. Special tokens that the tokenizer puts in front are left out where the text, such as one
-    that a chat template rendered, begins with them already."""
-    full = list(tokenizer(text)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    num_added = next((n for n in range(1, len(full) - len(bare) + 1) if full[n : n + len(bare)] == bare), 0)
-    return bare if num_added and bare[:num_added] == full[:num_added] else full
-
-
 def load_config(path: str | Path, trust_remote_code: bool = False, flag: str = TARGET_FLAG) -> Any:
     """The config.json of a model as its transformers class."""
     from transformers import AutoConfig

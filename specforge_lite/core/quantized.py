@@ -29,6 +29,17 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an int32 holds the output of
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+def read_quantized(
+    files: dict[str, Path], name: str, tensor: Tensor | None, read: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """See `weight_files.read_weight`. tensor: what the files have under `name` itself."""
+    if tensor is None or not tensor.is_floating_point():
+        return dequantized(name.removesuffix("weight"), read, quantization_of(files))
+    # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
+    scale = next((s for ending in ("_scale_inv", "_scale") if (s := read(name + ending)) is not None), None)
+    return None if scale is None else dequantize(tensor, scale)
+
+
 def dequantized(stem: str, read: Callable[[str], Tensor | None], config: dict[str, Any]) -> Tensor | None:
     """The weight [R, C] of the layer `stem` (ends with a dot) in fp32; None where no layout of the list is there.
 

@@ -95,25 +95,3 @@ class DataSection(Section):
     build_num_proc: int = flag(
         1, "processes that tokenize", "--num-proc", "--build-dataset-num-proc", "--num-workers", ge=1
     )
-
-
-class CaptureSection(Section):
-    """Hidden states on disk."""
-
-    offline_dir: Path = flag(..., "directory that receives the hidden states")
-    states_dtype: Literal["bf16", "fp32"] = flag(
-        "bf16", "precision on disk; fp32 for a target that runs in fp32 and exact repeats"
-    )
-    shard_mb: int = flag(1024, "size of one file, and of what a killed capture may lose", ge=1)
-    skip_budget: float = flag(0.001, "share of samples the engine may refuse", ge=0, le=1)
-    prefetch_depth: int = flag(4, "capture requests under way", ge=1)
-
-
-class MeasureSection(Section):
-    """How drafts are evaluated."""
-
-    ttt_length: int = flag(7, "K, draft steps to evaluate: positions 0 to K-1 of the table", ge=1, le=32)
-    chain_length: int = flag(5, "drafted tokens per pass in the acceptance lengths", ge=1)
-    batch_size: int = flag(4, "samples per batch; means and deviations are over batches", ge=1)
-    eval_max_samples: int | None = flag(None, "evaluate on the first so many samples", ge=1)
-    device: str | None = flag(None, "default: CUDA if there is one")

@@ -19,7 +19,6 @@ from torch import Tensor
 from specforge_lite.core.errors import CheckpointError
 
 WEIGHTS, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Endings under which `NAME.weight` is stored in the layouts that have no tensor of that name.
 PACKED_ENDINGS = ("qweight", "weight_packed")
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
@@ -58,21 +57,11 @@ def safetensors_files(directory: Path) -> list[Path]:
             f"{adapter}: an adapter; engines and this package would read different weights: merge it into its base"
             " model (peft: merge_and_unload) and give that directory"
         )
-    return _files_that_count(directory, WEIGHTS, INDEX_FILE, "*.safetensors")
+    return files_that_count(directory, WEIGHTS, INDEX_FILE, "*.safetensors")
 
 
-def pickled_files(directory: Path) -> list[Path]:
-    """The `pytorch_model*.bin` files that count, by the same rules."""
-    return _files_that_count(directory, PICKLED, PICKLED_INDEX, "pytorch_model*.bin")
-
-
-def unused_weight_files(directory: Path) -> list[Path]:
-    """Other safetensors files of the directory, which engines may read all the same."""
-    used = set(safetensors_files(directory))
-    return [file for file in sorted(directory.glob("*.safetensors")) if file not in used]
-
-
-def _files_that_count(directory: Path, single: str, index_name: str, pattern: str) -> list[Path]:
+def files_that_count(directory: Path, single: str, index_name: str, pattern: str) -> list[Path]:
+    """The files that an index lists, else `single`, else those that fit `pattern`; empty where there is none."""
     index, whole = directory / index_name, directory / single
     if index.exists():
         named = list(dict.fromkeys(_weight_map(index).values()))
@@ -136,20 +125,12 @@ def read_weight(files: dict[str, Path], name: str) -> Tensor | None:
     tensor = read(name)
     if tensor is not None and (tensor.element_size() > 1 or not name.endswith("weight")):
         return tensor
-    if tensor is None or not tensor.is_floating_point():
-        stem = name.removesuffix("weight")
-        if tensor is None and not any(stem + ending in files for ending in PACKED_ENDINGS):
-            return None
-        from specforge_lite.core.quantized import dequantized, quantization_of
-
-        return dequantized(stem, read, quantization_of(files))
-    # DeepSeek and transformers write *_scale_inv (which multiplies all the same), compressed-tensors *_scale.
-    scale = next((s for ending in ("_scale_inv", "_scale") if (s := read(name + ending)) is not None), None)
-    if scale is None:
+    stem = name.removesuffix("weight")
+    if tensor is None and not any(stem + ending in files for ending in PACKED_ENDINGS):
         return None
-    from specforge_lite.core.quantized import dequantize
+    from specforge_lite.core.quantized import read_quantized
 
-    return dequantize(tensor, scale)
+    return read_quantized(files, name, tensor, read)
 
 
 def logical_names(files: dict[str, Path]) -> dict[str, None]:

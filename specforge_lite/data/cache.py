@@ -18,7 +18,7 @@ from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors, write_json
 from specforge_lite.core.sections import DataSection
-from specforge_lite.data.conversations import RowRejected, ignored_fields, is_fim_row
+from specforge_lite.data.conversations import RowRejected, is_fim_row, is_plain_row
 from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.reading import BadRow, Row, RowFile
 from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
@@ -155,5 +155,8 @@ def tokenize(rows: list[Row | BadRow], tokenizer: RowTokenizer, path: Path) -> B
         except RowRejected as error:
             remedy = "scripts/prepare_data.py leaves out such rows and counts them"
             raise DataError(f"{path}:{row.line}: {error} ({remedy})") from None
-        ignored.update(ignored_fields(row.value))
+        if not is_plain_row(row.value):
+            from specforge_lite.data.forms import ignored_fields
+
+            ignored.update(ignored_fields(row.value))
     return result, ignored

@@ -21,8 +21,9 @@ import numpy as np
 from specforge_lite.core import log
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.files import atomic_file, user_errors
-from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
+from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
 from specforge_lite.data.fim import is_fim_row, to_fim_row
+from specforge_lite.data.forms import ignored_fields
 from specforge_lite.data.reading import BadRow, Row
 from specforge_lite.data.sources import Source
 from specforge_lite.data.store import ignored_warning

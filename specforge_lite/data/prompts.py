@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from specforge_lite.core.errors import ConfigError, DataError, first_line
-from specforge_lite.core.hub import load_config, load_tokenizer, text_token_ids
+from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.core.log import warn
 from specforge_lite.data.conversations import RowRejected, to_conversation
 from specforge_lite.data.reading import BadRow
@@ -206,3 +206,12 @@ def encode_prompt_file(
     text_config = load_config(target_model_path, trust_remote_code).get_text_config()
     positions = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
     return encoder.encode_all(prompts, min(max_length or positions, positions), num_new_tokens)
+
+
+def text_token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text. Special tokens that the tokenizer puts in front are left out where the text, such as one
+    that a chat template rendered, begins with them already."""
+    full = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    num_added = next((n for n in range(1, len(full) - len(bare) + 1) if full[n : n + len(bare)] == bare), 0)
+    return bare if num_added and bare[:num_added] == full[:num_added] else full

@@ -61,12 +61,6 @@ class BatchPlan:
             raise ConfigError("no samples to train on")
         if len(self.supervised_counts) != len(self.lengths):
             raise ConfigError(f"{len(self.supervised_counts)} supervised counts for {len(self.lengths)} samples")
-        sizes = (self.batch_size, self.accumulation_steps, self.world_size)
-        if min(sizes) < 1 or not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                f"batch_size {sizes[0]}, accumulation_steps {sizes[1]}, rank {self.rank} of {sizes[2]}:"
-                " expected positive sizes and a rank below the number of ranks"
-            )
         longest = int(self.lengths.max())
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < longest:
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.core.files import read_jsonl
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.doctor import Problem
 from specforge_lite.evaluation.acceptance import decode_answers

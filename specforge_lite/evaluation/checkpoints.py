@@ -19,7 +19,7 @@ from specforge_lite.checkpoints.compat.eagle_state import describe_state, epoch_
 from specforge_lite.checkpoints.training_run import MANIFEST, STEP_NAME, checkpoints, verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, DataError
 from specforge_lite.core.log import info, warn
-from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
+from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.evaluation.run import (
     engine_for,
     evaluate_draft,
@@ -28,6 +28,7 @@ from specforge_lite.evaluation.run import (
     position_rows,
     save_results,
 )
+from specforge_lite.evaluation.settings import MeasureSection
 
 # metric -> +1 where more is better, -1 where less is
 METRICS = {"tau_walk": 1, "tau_chain": 1, "tau_sampling": 1, "accuracy": 1, "loss": -1, "served": 1}

@@ -17,8 +17,9 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.files import write_json
 from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import progress
-from specforge_lite.core.sections import DataSection, MeasureSection, TargetSection
+from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.data.store import TokenizedDataset
+from specforge_lite.evaluation.settings import MeasureSection
 from specforge_lite.model.draft import Draft, TTTSettings
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine

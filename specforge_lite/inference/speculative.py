@@ -17,7 +17,8 @@ from specforge_lite.capture.hf import load_target_model, place_target
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import without_cudnn
 from specforge_lite.core.errors import CheckpointError, ConfigError, suggest
-from specforge_lite.core.hub import load_tokenizer, text_token_ids
+from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.data.prompts import text_token_ids
 from specforge_lite.inference.block_drafter import BlockDrafter
 from specforge_lite.inference.decode import Decoding, counters
 from specforge_lite.inference.drafter import CachedDraft, Drafter, Head

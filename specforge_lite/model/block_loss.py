@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from specforge_lite.model.fused import fused
+from specforge_lite.model.layers import maybe_fused
 from specforge_lite.model.target_head import TargetHead
 
 # Logits of a chunk on a CPU: what stays in its caches. A GPU wants large products: a share of its memory.
@@ -85,7 +85,7 @@ class _BlockLoss(torch.autograd.Function):
         ce_R, acceptance_R = (torch.zeros(len(h_RH), dtype=wide, device=device) for _ in range(2))
         correct_R = torch.zeros(len(h_RH), dtype=torch.bool, device=device)
         total = torch.zeros((), dtype=wide, device=device)
-        num_labels, matrix_VH, between = len(rows.label_tokens_U), head.lm_head_VH, fused(loss_pass, compiled)
+        num_labels, matrix_VH, between = len(rows.label_tokens_U), head.lm_head_VH, maybe_fused(loss_pass, compiled)
         size = chunk_labels(len(matrix_VH), device, len(h_RH) / max(num_labels, 1))
         starts = torch.arange(0, num_labels + size, size, device=device).clamp(max=num_labels)
         bounds = torch.searchsorted(rows.label_places_R, starts).tolist()

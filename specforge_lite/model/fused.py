@@ -7,6 +7,8 @@ no row or a single one would be a graph of its own each (torch takes 0 and 1 for
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -18,11 +20,9 @@ R = TypeVar("R")
 _COMPILED: dict[Callable[..., object], Callable[..., object]] = {}
 
 
-def fused(function: Callable[P, R], compiled: bool = True) -> Callable[P, R]:
-    """The compiled form of a module-level function (made at its first call and kept), or the function itself; this also
-    where its first argument, a tensor, has less than two rows."""
-    if not compiled:
-        return function
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """The compiled form of a module-level function, made at its first call and kept; the function itself where its
+    first argument, a tensor, has less than two rows."""
     if function not in _COMPILED:
         made = torch.compile(function, dynamic=True)
 
@@ -32,3 +32,13 @@ def fused(function: Callable[P, R], compiled: bool = True) -> Callable[P, R]:
 
         _COMPILED[function] = call
     return _COMPILED[function]  # type: ignore[return-value]
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on this machine."""
+    if device.type == "cuda":
+        from specforge_lite.model.device_cuda import triton_problem
+
+        return triton_problem()
+    compilers = ("g++", "clang++", os.environ.get("CXX", "g++"))
+    return None if any(map(shutil.which, compilers)) else "no C++ compiler (g++ or clang++; or CXX) for Inductor"

@@ -34,21 +34,6 @@ def init_random(draft: Draft, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def fit_own_embeddings(draft: Draft, target_head: TargetHead) -> None:
-    """For a draft narrower or wider than its target: project the target's embedding on its main directions."""
-    if draft.embed_tokens is None:
-        return
-    table = target_head.embed_VH.float()
-    width = draft.config.hidden_size
-    if width >= table.shape[1]:
-        draft.embed_tokens.weight[:, : table.shape[1]] = table
-        draft.embed_tokens.weight[:, table.shape[1] :] = 0
-        return
-    _, directions = torch.linalg.eigh(table.T @ table)  # ascending eigenvalues
-    draft.embed_tokens.weight.copy_(table @ directions[:, -width:].flip(1))
-
-
-@torch.no_grad()
 def init_from_target(draft: Draft, model_dir: str | Path, hf_config: Any, target_head: TargetHead) -> list[str]:
     """Copy from the target's last layer o_proj, MLP, norms and q, k, v; EAGLE-3 also takes `lm_head` rows and `norm`
     from the target's head. EAGLE-3's q, k, v have an embedding half, which stays random and small.

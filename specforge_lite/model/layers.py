@@ -6,17 +6,19 @@ Letters: D hidden width, F feed-forward width, H / G query / key heads, d head w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu, rms_norm, silu
 
-from specforge_lite.model.fused import fused
 from specforge_lite.model.rope import apply_rope
 
 if TYPE_CHECKING:
     from specforge_lite.model.draft import Attend, DraftConfig
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -155,11 +157,20 @@ class _SiluGate(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, compiled: bool) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(gate_up)
         ctx.compiled = compiled
-        return fused(silu_gate, compiled)(gate_up)
+        return maybe_fused(silu_gate, compiled)(gate_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        return fused(silu_gate_backward, ctx.compiled)(grad, *ctx.saved_tensors), None
+        return maybe_fused(silu_gate_backward, ctx.compiled)(grad, *ctx.saved_tensors), None
+
+
+def maybe_fused(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
+    """A module-level function, or its compiled form."""
+    if not compiled:
+        return function
+    from specforge_lite.model.fused import fused
+
+    return fused(function)
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.model.deferred_grad import add_product
-from specforge_lite.model.fused import fused
+from specforge_lite.model.layers import maybe_fused
 from specforge_lite.model.target_head import TargetHead
 
 # Logits alive at a time. On a CPU a chunk stays in the cache; a GPU wants few and large ones, as its memory allows.
@@ -202,11 +202,11 @@ def _logits_to_gradient(
         tokens = max(1, CPU_PASS_ELEMENTS // logits_mKV[0].numel())
     parts = zip(logits_mKV.split(tokens), teacher_mV.split(tokens), teacher_id_m.split(tokens))
     if lse_m is None:
-        results = [fused(cross_entropy_pass, compiled)(*part) for part in parts]
+        results = [maybe_fused(cross_entropy_pass, compiled)(*part) for part in parts]
     else:
         from specforge_lite.model.lk_loss import lk_pass
 
-        lk = fused(lk_pass, compiled)
+        lk = maybe_fused(lk_pass, compiled)
         results = [lk(*part, lse, loss_name) for part, lse in zip(parts, lse_m.split(tokens))]
     if len(results) == 1:
         return results[0]

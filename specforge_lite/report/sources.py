@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from specforge_lite.core.errors import DataError, suggest
-from specforge_lite.core.files import read_jsonl
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.evaluation.compare_generation import Decoding, Sample
 
 # pydantic's kind of mistake -> what was expected

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import read_jsonl
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.report.figures import Curve, plot_panels
 from specforge_lite.training.reporting import METRICS_FILE
 

@@ -10,12 +10,12 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from specforge_lite.capture.base import EngineContext, TargetInfo, read_target_info
+from specforge_lite.capture.base import DEFAULT_WAIT_MINUTES, TargetInfo, read_target_info
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.capture.transport import check_space, mooncake_address
 from specforge_lite.core.errors import ConfigError, SpecforgeError
@@ -37,6 +37,19 @@ from specforge_lite.serving.process import LaunchedServer, RunDirectory, ServerS
 CONTEXT_MARGIN = 8
 LARGEST_DTYPE_BYTES = 4
 SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What a served engine needs to know about the run besides its config section.
+
+    max_length: tokens of the longest sample. log_dir: where server logs go (None: a temporary directory).
+    wait_minutes: how long a server that does not answer is waited for (`--dist-timeout`).
+    """
+
+    max_length: int
+    log_dir: Path | None = None
+    wait_minutes: float = DEFAULT_WAIT_MINUTES
 
 
 def open_remote(engine: Engine, target: TargetSection, context: EngineContext) -> RemoteEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specforge_lite.capture.base import DEFAULT_WAIT_MINUTES, EngineContext, TargetEngine, read_target_info
+from specforge_lite.capture.base import DEFAULT_WAIT_MINUTES, TargetEngine, read_target_info
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.log import info
 from specforge_lite.core.sections import TargetSection
@@ -37,7 +37,7 @@ def open_engine(
         info(f"target backend: {name} (auto)")
     if name not in IN_PROCESS:
         from specforge_lite.serving.environment import SERVING_ENGINES
-        from specforge_lite.serving.launch import open_remote
+        from specforge_lite.serving.launch import EngineContext, open_remote
 
         return open_remote(SERVING_ENGINES[name], target, EngineContext(max_length, log_dir, wait_minutes))
     for flag in ("target_url", "engine_python", "engine_arg", "engine_devices"):

@@ -49,7 +49,7 @@ from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.model.draft import Draft
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
-from specforge_lite.training.parallel import ParallelDraft, check_shape, frozen_tensors
+from specforge_lite.training.parallel import ReplicatedDraft, check_shape, frozen_tensors
 from specforge_lite.training.settings import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +73,7 @@ class Progress:
 def save_checkpoint(
     output_dir: Path,
     state: SavedState,
-    parallel: ParallelDraft,
+    parallel: ReplicatedDraft,
     optimizer: DraftOptimizer,
     world: World,
     documents: dict[str, Any],
@@ -184,7 +184,11 @@ def find_resume(
     frozen = frozen_tensors(draft)
 
     def look() -> dict[str, Any] | None:
-        found = _read_own(config, draft, identity, tensors) or _read_eagle(config, draft, plan, tensors)
+        found, section = _read_own(config, draft, identity, tensors), config.checkpoint
+        if found is None and section.resume and not section.overwrite and any(section.output_dir.glob("state_*")):
+            from specforge_lite.training.eagle_resume import read_eagle
+
+            found = read_eagle(config, draft, plan, tensors)
         for name, tensor in frozen.items():
             check_shape(name, tensor.shape, tensors.get(name, tensor))
         return found
@@ -223,28 +227,6 @@ def _read_own(
     return {"path": str(path), "state": asdict(state), "steps": steps, "from_eagle": False}
 
 
-def _read_eagle(
-    config: TrainConfig, draft: Draft, plan: BatchPlan, tensors: dict[str, Tensor]
-) -> dict[str, Any] | None:
-    """The same from EAGLE's newest `state_N`, written at the end of epoch N: training goes on with epoch N + 1, as
-    EAGLE's own trainer does. The learning-rate schedule follows from the step; EAGLE's scheduler is not read."""
-    directory = config.checkpoint.output_dir
-    if not config.checkpoint.resume or config.checkpoint.overwrite or not any(directory.glob("state_*")):
-        return None
-    from specforge_lite.checkpoints.compat.eagle_state import epoch_of, read_start, state_directories
-
-    states = state_directories(directory)
-    if not states:
-        return None
-    read, steps = read_start(states[0], config.draft.draft_model_config, draft)
-    tensors |= read
-    epoch = epoch_of(states[0]) + 1
-    counters = {"skipped_samples": 0.0, "nonfinite_steps": 0.0, "seconds": 0.0}
-    data = {**plan.state_dict(), "epoch": epoch, "consumed": 0}
-    state = SavedState(plan.total_steps(epoch), data, counters, 0)
-    return {"path": str(states[0]), "state": asdict(state), "steps": steps, "from_eagle": True}
-
-
 def _check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -> None:
     """Raise CheckpointError naming what differs between the checkpoint's run and this one; log what else changed."""
     before = read_config(path / "identity.json")
@@ -265,7 +247,7 @@ def _check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -
 
 
 def restore_run(
-    resume: Resume, parallel: ParallelDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
+    resume: Resume, parallel: ReplicatedDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
 ) -> Progress:
     """Weights, optimizer, random numbers and the position in the data; every rank calls it."""
     load_tensors(resume, parallel, optimizer, world)
@@ -290,7 +272,7 @@ def restore_run(
     )
 
 
-def load_tensors(resume: Resume, parallel: ParallelDraft, optimizer: DraftOptimizer, world: World) -> None:
+def load_tensors(resume: Resume, parallel: ReplicatedDraft, optimizer: DraftOptimizer, world: World) -> None:
     """Weights and optimizer state; rank 0 has them, the others receive them over gloo."""
     states, shapes = optimizer.state_tensors(), {name: p.shape for name, p in parallel.draft.named_parameters()}
     for name, parameter in parallel.parameters.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from specforge_lite.capture.prefetch import CLOSE_SECONDS, Prefetcher, SkipBudge
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
+
+if TYPE_CHECKING:
+    from specforge_lite.training.cuda_batches import CopyStream
 
 
 @dataclass
@@ -46,7 +50,9 @@ class Dataloader:
         self.num_skipped = 0
         depth = max(2, -(-engine.max_concurrency // max(1, int(samples_per_batch))))
         if torch.cuda.is_available():
-            engine = _PinningEngine(engine)
+            from specforge_lite.training.cuda_batches import PinningEngine
+
+            engine = PinningEngine(engine)
         self._prefetcher = Prefetcher(engine, self._micro_batches(), depth, skips)
 
     @property
@@ -82,31 +88,17 @@ class Dataloader:
             yield batch
 
 
-class _PinningEngine:
-    """An engine whose states are copied to pinned memory by the thread that captures, not by the one that trains: from
-    there they travel to the GPU while it computes."""
-
-    def __init__(self, engine: TargetEngine) -> None:
-        self._engine = engine
-        self.info, self.max_concurrency, self.close = engine.info, engine.max_concurrency, engine.close
-
-    def capture(self, samples: Sequence[TokenizedSample]) -> list[CapturedStates]:
-        pin = lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory()  # noqa: E731
-        states = self._engine.capture(samples)
-        return [replace(state, aux_LAH=pin(state.aux_LAH), last_LH=pin(state.last_LH)) for state in states]
-
-
 class BatchMaker:
-    """Captured states of a micro batch -> DraftBatch on the device, last state normed, in the compute dtype.
-
-    On a GPU states from the host travel on a stream of their own: the loop asks for the next batch while the device is
-    still busy with this one, so the copy and the step run at the same time.
-    """
+    """Captured states of a micro batch -> DraftBatch on the device, last state normed, in the compute dtype."""
 
     def __init__(self, target_head: TargetHead, num_aux_layers: int, device: torch.device, dtype: torch.dtype) -> None:
         self._head, self._num_aux_layers = target_head, num_aux_layers
         self._device, self._dtype = device, dtype
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: CopyStream | None = None
+        if device.type == "cuda":
+            from specforge_lite.training.cuda_batches import CopyStream
+
+            self._copies = CopyStream(device)
 
     def __call__(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
         if not samples:
@@ -114,13 +106,7 @@ class BatchMaker:
         with record_function("copy to device"):
             if self._copies is None or any(s.aux_LAH.is_cuda or s.last_LH.is_cuda for s in states):
                 return self._make(samples, states)
-            main = torch.cuda.current_stream(self._device)
-            with torch.cuda.stream(self._copies):
-                batch = self._make(samples, states)
-            main.wait_stream(self._copies)
-            for tensor in (batch.input_ids_N, batch.loss_mask_N, batch.aux_NG, batch.last_NH):
-                tensor.record_stream(main)  # so that its memory is not given to the next copy too early
-            return batch
+            return self._copies.run(lambda: self._make(samples, states))
 
     def _make(self, samples: Sequence[TokenizedSample], states: Sequence[CapturedStates]) -> DraftBatch:
         last = [state.last_LH.to(self._device, non_blocking=True) for state in states]

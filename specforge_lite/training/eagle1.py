@@ -105,3 +105,13 @@ class Eagle1Config(TrainConfig):
     draft: Eagle1DraftSection = Eagle1DraftSection()
     training: Eagle1TrainingSection = Eagle1TrainingSection()
     optimizer: Eagle1OptimizerSection = Eagle1OptimizerSection()
+
+    @model_validator(mode="after")
+    def _not_for_eagle1(self) -> Eagle1Config:
+        if self.training.loss != "ce":
+            raise ValueError(
+                f"loss {self.training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce"
+            )
+        if self.distributed.sp_size > 1:
+            raise ValueError(f"sp_size {self.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
+        return self

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from specforge_lite.model.draft import Draft
 from specforge_lite.training.distributed import World
-from specforge_lite.training.parallel import ParallelDraft, check_shape
+from specforge_lite.training.parallel import ReplicatedDraft, check_shape
 from specforge_lite.training.settings import DistributedSection
 
 
-class ShardedDraft(ParallelDraft):
+class ShardedDraft(ReplicatedDraft):
     """FSDP2. Importing torch's takes as long as importing torch, so this module is imported where it is chosen."""
 
     def __init__(self, draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> None:
@@ -74,3 +74,6 @@ class ShardedDraft(ParallelDraft):
     def frozen(self) -> dict[str, Tensor]:
         whole = super().frozen()
         return {n: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t for n, t in whole.items()}
+
+    def checksum(self) -> int | None:
+        return None

@@ -216,7 +216,8 @@ class Trainer:
         self.progress.data = planned.state_after
         self._packed_tokens += planned.num_tokens
         self._packed_slots += planned.num_slots
-        self._pending.append(PendingStep.of(self.progress.step, row, local_row, update, flags, sample_ids))
+        tail = torch.stack([local_row[0], local_row[WEIGHT_AT], update.grad_norm.to(row), update.skipped.to(row)])
+        self._pending.append(PendingStep(self.progress.step, torch.cat([row, tail]), flags, sample_ids))
 
     def _after_step(self) -> None:
         training, checkpoint = self.config.training, self.config.checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -34,9 +33,12 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The config with what the device cannot do replaced, one line each, before anything is loaded. Raises ConfigError
     where no attention backend fits."""
     training: dict[str, Any] = {}
-    if config.training.compile and (problem := _compiler_problem(device)) is not None:
-        info(f"--compile: {problem}; training without it")
-        training["compile"] = False
+    if config.training.compile:
+        from specforge_lite.model.fused import compiler_problem
+
+        if problem := compiler_problem(device):
+            info(f"--compile: {problem}; training without it")
+            training["compile"] = False
     if device.type == "cuda":
         precision = config.training.precision
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
@@ -65,15 +67,6 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
             )
             sections["target"] = {"tp_size": 1}
     return config.with_values(**sections)
-
-
-def _compiler_problem(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        from specforge_lite.model.device_cuda import triton_problem
-
-        return triton_problem()
-    compilers = ("g++", "clang++", os.environ.get("CXX", "g++"))
-    return None if any(map(shutil.which, compilers)) else "no C++ compiler (g++ or clang++; or CXX) for Inductor"
 
 
 def draft_shape(config: TrainConfig) -> DraftConfig:

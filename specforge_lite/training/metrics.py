@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specforge_lite.core.log import format_bytes, format_seconds
-from specforge_lite.training.optimizer import OVERFLOW, UpdateResult
+from specforge_lite.training.optimizer import OVERFLOW
 from specforge_lite.types import DraftBatch, StepOutput
 
 NUM_SCALARS, TOKENS_AT, WEIGHT_AT = 5, 1, 4
@@ -63,13 +63,6 @@ class PendingStep:
     values: Tensor
     bad_docs: list[Tensor]
     sample_ids: list[str]
-
-    @classmethod
-    def of(
-        cls, step: int, row: Tensor, local_row: Tensor, update: UpdateResult, bad_docs: list[Tensor], ids: list[str]
-    ) -> PendingStep:
-        tail = [local_row[0], local_row[WEIGHT_AT], update.grad_norm.to(row), update.skipped.to(row)]
-        return cls(step, torch.cat([row, torch.stack(tail)]), bad_docs, ids)
 
 
 @dataclass

@@ -22,11 +22,21 @@ from specforge_lite.training.settings import DistributedSection
 from specforge_lite.types import DraftBatch, StepOutput
 
 
-class ParallelDraft:
-    """A draft on its device. `parameters`: the trained fp32 tensors this rank updates, by name."""
+class ReplicatedDraft:
+    """A draft on its device, whole on every rank; gradients live in one flat buffer. `fsdp.ShardedDraft` overrides it.
 
-    draft: Draft
-    parameters: dict[str, Tensor]
+    parameters: the trained fp32 tensors this rank updates, by name.
+    """
+
+    def __init__(self, draft: Draft, world: World) -> None:
+        self.draft = draft.to(world.device)
+        self._world = world
+        self.parameters: dict[str, Tensor] = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+        self._flat = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=world.device)
+        start = 0
+        for parameter in self.parameters.values():  # autograd adds into an existing .grad in place
+            parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
 
     def forward(self, batch: DraftBatch, target_head: TargetHead, ttt: TTTSettings) -> StepOutput:
         """Run the draft on this rank's micro batch."""
@@ -34,7 +44,7 @@ class ParallelDraft:
 
     def begin_step(self) -> None:
         """Forget the gradients of the last step."""
-        raise NotImplementedError
+        self._flat.zero_()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro batch; `last` marks the last one of the step."""
@@ -42,15 +52,18 @@ class ParallelDraft:
 
     def reduce_gradients(self) -> Tensor:
         """Sum gradients over ranks; returns the squared norm of the summed gradient (scalar, same on every rank)."""
-        raise NotImplementedError
+        self._world.sum_(self._flat)
+        return self._flat.square().sum() if self._flat.device.type == "cuda" else torch.dot(self._flat, self._flat)
 
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor shaped like this rank's part of parameter `name` -> the whole one on the CPU. All ranks call it."""
         return tensor.detach().cpu()
 
+    @torch.no_grad()
     def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
         """Copy this rank's part of the whole tensor `full` into `tensor`. Raises CheckpointError on a wrong shape."""
-        raise NotImplementedError
+        check_shape(name, tensor.shape, full)
+        tensor.copy_(full)
 
     def frozen(self) -> dict[str, Tensor]:
         """Buffers that belong into a checkpoint (the vocabulary map), and parameters that are not trained."""
@@ -58,39 +71,10 @@ class ParallelDraft:
 
     def checksum(self) -> int | None:
         """A fingerprint of replicated weights, equal on all ranks as long as they agree; None where sharded."""
-        return None
-
-
-class ReplicatedDraft(ParallelDraft):
-    """Every rank holds the whole draft; gradients live in one flat buffer."""
-
-    def __init__(self, draft: Draft, world: World) -> None:
-        self.draft = draft.to(world.device)
-        self._world = world
-        self.parameters = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-        self._flat = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=world.device)
-        start = 0
-        for parameter in self.parameters.values():  # autograd adds into an existing .grad in place
-            parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
-
-    def begin_step(self) -> None:
-        self._flat.zero_()
-
-    def reduce_gradients(self) -> Tensor:
-        self._world.sum_(self._flat)
-        return self._flat.square().sum() if self._flat.device.type == "cuda" else torch.dot(self._flat, self._flat)
-
-    @torch.no_grad()
-    def load(self, name: str, tensor: Tensor, full: Tensor) -> None:
-        check_shape(name, tensor.shape, full)
-        tensor.copy_(full)
-
-    def checksum(self) -> int | None:
         return sum(int(p.detach().view(torch.int32).long().sum()) for p in self.parameters.values())
 
 
-def spread_draft(draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> ParallelDraft:
+def spread_draft(draft: Draft, world: World, config: DistributedSection, compute_dtype: torch.dtype) -> ReplicatedDraft:
     """Place a draft (fp32, the same weights on every rank) as `--sharding` asks."""
     draft.float()
     if config.sharding == "ddp":

@@ -315,10 +315,6 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
             f"max_tokens_per_batch {training.max_tokens_per_batch} is below max_length {data.max_length}:"
             " the longest sample would fit into no batch"
         )
-    if config.algorithm == "eagle1" and training.loss != "ce":
-        found.append(f"loss {training.loss}: EAGLE-1 has its own two losses (--v-weight, --p-weight); leave it at ce")
-    if config.algorithm == "eagle1" and config.distributed.sp_size > 1:
-        found.append(f"sp_size {config.distributed.sp_size}: EAGLE-3 only; EAGLE-1 trains with --sp-size 1")
     if config.distributed.cpu_offload and config.distributed.sharding != "fsdp2":
         found.append("cpu_offload: only with --sharding fsdp2")
     if training.offline_dir is not None and not training.offline_dir.is_dir():

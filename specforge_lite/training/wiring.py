@@ -22,7 +22,7 @@ from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.vocab import open_or_build_vocab_map
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
-from specforge_lite.model.initialize import fit_own_embeddings, init_from_target, init_random
+from specforge_lite.model.initialize import init_from_target, init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
@@ -30,7 +30,7 @@ from specforge_lite.training.checkpoint import Progress, find_resume, restore_ru
 from specforge_lite.training.dataloader import BatchMaker, Dataloader
 from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
-from specforge_lite.training.parallel import ParallelDraft, spread_draft
+from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.settings import TrainConfig, run_length
 from specforge_lite.types import DraftBatch
 
@@ -129,10 +129,8 @@ def make_draft_config(config: TrainConfig, target: TargetInfo, target_config: An
         draft = DraftConfig.from_target(target_config, section.draft_vocab_size, config.algorithm)
     changes = config.draft_shape(draft, target_config)
     changes["aux_layer_ids"] = None if config.algorithm == "eagle1" else target.aux_layer_ids
-    if section.norm_output is not None:
-        changes["norm_output"] = section.norm_output
-    if section.fc_norm is not None:
-        changes["fc_norm"] = section.fc_norm
+    given = {"norm_output": section.norm_output, "fc_norm": section.fc_norm}
+    changes |= {name: value for name, value in given.items() if value is not None}
     if draft.aux_layer_ids not in (None, target.aux_layer_ids) and section.draft_model_config is not None:
         raise ConfigError(
             f"{section.draft_model_config}: aux layers {list(draft.aux_layer_ids or ())}, the target's engine captures"
@@ -179,7 +177,10 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     head = load_target_head(directory, target_config)
     draft = build_draft(draft_config, vocab_map.d2t, vocab_map.t2d)
     init_random(draft, config.training.seed)
-    fit_own_embeddings(draft, head)
+    if draft.embed_tokens is not None:
+        from specforge_lite.model.own_embeddings import fit_own_embeddings
+
+        fit_own_embeddings(draft, head)
     source = _warm_start(config)
     if config.draft.init == "target" or (source is not None and config.algorithm == "eagle3"):
         left_random = init_from_target(draft, directory, target_config, head)
@@ -244,7 +245,7 @@ def open_dataloader(
 
 def restore_or_start(
     config: TrainConfig, world: World, models: RunModels, plan: BatchPlan, dtype: torch.dtype
-) -> tuple[ParallelDraft, DraftOptimizer, Progress, int]:
+) -> tuple[ReplicatedDraft, DraftOptimizer, Progress, int]:
     """(draft on its device, optimizer, position, total steps), from the newest checkpoint where there is one."""
     resume = find_resume(config, models.draft, models.identity, plan, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
@@ -278,16 +279,15 @@ def restore_or_start(
 def check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draft: DraftConfig) -> SkipBudget:
     """The budget of samples that a rank may leave out. Raises ConfigError if more are too long for the target; warns
     of samples that are too long for the draft's positions."""
-    lengths = data.train.lengths.tolist()
-    skips = SkipBudget(config.training.skip_budget, len(lengths))
-    skips.check_lengths(lengths, engine.info.max_length, "training data")
-    data.train.warn_beyond(draft.max_position_embeddings)
-    if data.eval is not None:
-        lengths = data.eval.lengths.tolist()[: config.training.eval_max_samples]
-        budget = SkipBudget(config.training.skip_budget, len(lengths))
-        budget.check_lengths(lengths, engine.info.max_length, "evaluation data")
-        data.eval.warn_beyond(draft.max_position_embeddings)
-    return skips
+    budgets = []
+    parts = ((data.train, "training data", None), (data.eval, "evaluation data", config.training.eval_max_samples))
+    for dataset, what, count in parts:
+        if dataset is not None:
+            lengths = dataset.lengths.tolist()[:count]
+            budgets.append(SkipBudget(config.training.skip_budget, len(lengths)))
+            budgets[-1].check_lengths(lengths, engine.info.max_length, what)
+            dataset.warn_beyond(draft.max_position_embeddings)
+    return budgets[0]
 
 
 def ttt_settings(config: TrainConfig, dtype: torch.dtype, world: World, draft: Draft) -> TTTSettings:

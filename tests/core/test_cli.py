@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from specforge_lite import __version__
-from specforge_lite.cli import COMMANDS, main
+from specforge_lite.cli.commands import COMMANDS, main
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.mistakes import peer_flags
 from specforge_lite.core.sections import DataSection, TargetSection

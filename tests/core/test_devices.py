@@ -13,6 +13,7 @@ from scripts import quickstart
 from specforge_lite.core import devices
 from specforge_lite.core.devices import without_cudnn
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.core.local_ranks import num_local_ranks
 from specforge_lite.training.distributed import _own_device
 
 DRIVER_TEXT = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.07  Sat Feb 17 22:55:48 UTC 2024\n"
@@ -45,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no
 )
 def test_ranks_follow_the_devices(machine, gpus: int, cores: int, ranks: int) -> None:  # type: ignore[no-untyped-def]
     machine(gpus, cores, driver=gpus > 0)
-    assert devices.num_local_ranks() == ranks
+    assert num_local_ranks() == ranks
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(1, "1"), (3, "3"), (0, "2")])
@@ -68,10 +69,10 @@ def test_quickstart_starts_one_rank_per_gpu(  # type: ignore[no-untyped-def]
 def test_more_ranks_than_gpus_are_refused(machine) -> None:  # type: ignore[no-untyped-def]
     machine(1, 16)
     with pytest.raises(ConfigError, match=r"2 processes: this host has 1 visible GPU\(s\); start one process per GPU"):
-        devices.num_local_ranks(2)
-    assert devices.num_local_ranks(1) == 1
+        num_local_ranks(2)
+    assert num_local_ranks(1) == 1
     machine(0, 1)
-    assert devices.num_local_ranks(4) == 4  # ranks may share a CPU
+    assert num_local_ranks(4) == 4  # ranks may share a CPU
 
 
 def test_a_driver_too_old_is_an_error_that_names_it(machine) -> None:  # type: ignore[no-untyped-def]
@@ -79,7 +80,7 @@ def test_a_driver_too_old_is_an_error_that_names_it(machine) -> None:  # type: i
     pattern = (
         r"torch .* \(CUDA 13.0\) cannot use it: driver 535.161.07 is too old for CUDA 13.0.*CUDA_VISIBLE_DEVICES=-1"
     )
-    for ask in (devices.num_gpus, devices.pick_device, devices.num_local_ranks, lambda: _own_device(0)):
+    for ask in (devices.num_gpus, devices.pick_device, num_local_ranks, lambda: _own_device(0)):
         with pytest.raises(ConfigError, match=pattern) as caught:
             ask()
         assert "\n" not in str(caught.value)
@@ -101,7 +102,7 @@ def test_gpus_hidden_on_purpose_mean_the_cpu(machine, monkeypatch: pytest.Monkey
     machine(0, cores=1, driver=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert devices.pick_device() == torch.device("cpu")
-    assert devices.num_local_ranks() == 1
+    assert num_local_ranks() == 1
 
 
 def test_a_device_by_name(machine, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

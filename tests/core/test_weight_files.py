@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from specforge_lite.checkpoints.contract import unused_weight_files
+from specforge_lite.checkpoints.draft_files import pickled_files
 from specforge_lite.core.errors import CheckpointError
 from specforge_lite.core.quantized import dequantize
 from specforge_lite.core.weight_files import (
     INDEX_FILE,
-    pickled_files,
     read_weight,
-    unused_weight_files,
     weight_files,
 )
 

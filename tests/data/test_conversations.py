@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data import json_values, reading
-from specforge_lite.data.conversations import RowRejected, content_digest, ignored_fields, to_conversation, to_row
+from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
+from specforge_lite.data.forms import ignored_fields
 from specforge_lite.data.reading import BadRow, Row, RowFile
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

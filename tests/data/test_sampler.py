@@ -192,8 +192,6 @@ def test_impossible_sizes() -> None:
         BatchPlan([])
     with pytest.raises(ConfigError, match="2 supervised counts for 1 samples"):
         BatchPlan([1], [1, 2])
-    with pytest.raises(ConfigError, match="rank 2 of 2"):
-        BatchPlan([1], rank=2, world_size=2)
     with pytest.raises(ConfigError, match="max_tokens_per_batch 4 < 9 tokens"):
         BatchPlan([3, 9], max_tokens_per_batch=4)
 

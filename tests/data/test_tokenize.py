@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from specforge_lite.core.errors import ConfigError, DataError
-from specforge_lite.core.hub import load_config, load_tokenizer, text_token_ids
+from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.data.conversations import check_messages
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
-from specforge_lite.data.prompts import ChatEncoder
+from specforge_lite.data.prompts import ChatEncoder, text_token_ids
 from specforge_lite.data.templates.families import TEMPLATES
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow
 from specforge_lite.types import Conversation

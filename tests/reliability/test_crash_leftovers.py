@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from specforge_lite.capture.offline import CaptureSection, OfflinePart, capture_offline
+from specforge_lite.capture.offline import OfflinePart, capture_offline
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core import files as atomic
 from specforge_lite.core.files import atomic_file, lock_directory, remove_leftovers, replace_directory
 from specforge_lite.regenerate.shards import ShardStore

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from specforge_lite.capture import remote, transport
-from specforge_lite.capture.base import EngineContext, TargetInfo
+from specforge_lite.capture.base import TargetInfo
 from specforge_lite.capture.remote import RemoteEngine
 from specforge_lite.core.errors import CaptureError, ConfigError, EngineError
 from specforge_lite.core.sections import TargetSection
 from specforge_lite.serving.engine import Launch, cpu_thread_binding, engine_arg, engine_arg_words
 from specforge_lite.serving.environment import choose_backend
-from specforge_lite.serving.launch import open_remote
+from specforge_lite.serving.launch import EngineContext, open_remote
 from specforge_lite.serving.sglang import Sglang
 from specforge_lite.serving.vllm import Vllm
 from specforge_lite.types import TokenizedSample

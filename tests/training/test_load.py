@@ -99,7 +99,7 @@ def median(samples: list[Sample], name: str) -> float:
 
 
 def test_handles_threads_and_objects_stay_flat_over_a_short_run(tmp_path: Path) -> None:
-    samples = run_watched(tmp_path, 600, 50, 60)
+    samples = run_watched(tmp_path, 360, 30, 120)
     early, late = samples[4:8], samples[8:]
     assert max(s.handles for s in late) <= max(s.handles for s in early)
     assert max(s.threads for s in late) <= max(s.threads for s in early)

@@ -13,7 +13,8 @@ import torch
 from benchmarks.bench_memory import Case
 from benchmarks.bench_training import SHAPES, memory_of, needed_gemms
 from benchmarks.block_step import block_draft, block_gemms
-from specforge_lite.capture.offline import CaptureSection, plan_capture
+from specforge_lite.capture.offline import plan_capture
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.registry import build_draft

@@ -12,7 +12,8 @@ import torch
 
 from specforge_lite.checkpoints.training_run import verify_checkpoint
 from specforge_lite.core.errors import CheckpointError, ConfigError
-from specforge_lite.core.files import read_jsonl, write_atomically
+from specforge_lite.core.files import write_atomically
+from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.core.log import format_bytes
 from specforge_lite.core.provenance import REMOVED, collect_provenance, redact, redact_argv
 from specforge_lite.core.settings import parse_config

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_lite.capture.offline import CaptureSection, OfflineEngine, OfflinePart, capture_offline
+from specforge_lite.capture.offline import OfflineEngine, OfflinePart, capture_offline
 from specforge_lite.capture.prefetch import SkipBudget
+from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import CaptureError, CheckpointError, ConfigError, DataError, TrainingError
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.draft import DraftConfig, TTTSettings

@@ -132,15 +132,12 @@ class ChatTemplate:
         return texts[0], blocks[0] if blocks else []
 
     def _drawn(self, messages: list[Message], tools: Tools) -> Drawing:
-        """The first of these forms of a conversation that the template takes: a thought that was cut off as reasoning,
-        then as it is; each without and with ids for the tool calls that have none (Mistral's refuse those)."""
-        last, forms = messages[-1], [messages]
-        if last["role"] == "assistant" and _is_cut_off(last) and not last.get("reasoning_content"):
-            _, opened, thought = last["content"].rpartition("<think>")
-            if "</think>" not in last["content"] and (opened or self.probes.opens_thought):
-                forms.insert(0, [*messages[:-1], {**last, "content": "", "reasoning_content": thought.lstrip("\n")}])
-        if any("id" not in call for message in messages for call in message.get("tool_calls") or ()):
-            forms = [with_ids for form in forms for with_ids in (form, _with_call_ids(form))]
+        """The first form of a conversation that the template takes."""
+        forms = [messages]
+        if any(is_cut_off(message) or message.get("tool_calls") for message in messages):
+            from specforge_lite.data.templates.forms import forms_of
+
+            forms = forms_of(self, messages)
         first_error: DataError | None = None
         for form in forms:
             try:
@@ -182,7 +179,11 @@ class ChatTemplate:
             drawing = found or replace(drawing, lost_reasoning=True)
             if drawing.lost_reasoning and not last["content"].strip() and not last.get("tool_calls"):
                 raise DataError(f"{self.what} has no form for reasoning without an answer")
-        return _without_cut_ends(messages, drawing)
+        if any(map(is_cut_off, messages)):
+            from specforge_lite.data.templates.forms import without_cut_ends
+
+            drawing = without_cut_ends(messages, drawing)
+        return drawing
 
 
 def choose_template(name: str, spec: TokenizerSpec) -> ChatTemplate:
@@ -221,20 +222,8 @@ def own_template(spec: TokenizerSpec, for_tools: bool = False) -> ChatTemplate |
     return replace(own, name="generation") if own.marks_generation else own
 
 
-def _without_cut_ends(messages: Sequence[Message], drawing: Drawing) -> Drawing:
-    """An answer that was cut off by a token limit ends with the last text that the target produced."""
-    spans = []
-    for index, start, end in drawing.spans:
-        if 0 <= index < len(messages) and _is_cut_off(messages[index]):
-            end = min(end, max(drawing.places(index), default=start))
-        spans.append((index, start, end))
-    text, last = drawing.text, len(messages) - 1
-    if _is_cut_off(messages[last]) and spans and spans[-1][0] == last:
-        text = text[: spans[-1][2]]
-    return replace(drawing, text=text, spans=tuple(spans))
-
-
-def _is_cut_off(message: Message) -> bool:
+def is_cut_off(message: Message) -> bool:
+    """A token limit ended it."""
     return message.get("finish_reason") == "length"
 
 
@@ -244,17 +233,3 @@ def split_reasoning(message: Message) -> tuple[str, str]:
         return message["reasoning_content"], message["content"]
     before, closed, after = message["content"].rpartition("</think>")
     return (before.rpartition("<think>")[2], after) if closed else ("", message["content"])
-
-
-def _with_call_ids(messages: list[Message]) -> list[Message]:
-    """Tool calls numbered with ids of nine digits, and their results with the id of the call they answer."""
-    result, waiting, number = [], [], 0
-    for message in messages:
-        if message.get("tool_calls"):
-            calls = [{"id": f"{number + i:09d}", **call} for i, call in enumerate(message["tool_calls"])]
-            message, waiting = {**message, "tool_calls": calls}, [call["id"] for call in calls]
-            number += len(calls)
-        elif message["role"] == "tool" and waiting:
-            message = {"tool_call_id": waiting.pop(0), **message}
-        result.append(message)
-    return result

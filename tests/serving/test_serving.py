@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.evaluation.compare_serving import ServingComparison
 from specforge_lite.serving.engine import Launch
 from specforge_lite.serving.environment import SERVING_ENGINES
 from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession
+from specforge_lite.serving.vllm import CPU_PLUGIN
 
 
 @pytest.fixture
@@ -195,3 +200,19 @@ def test_the_verdict(tmp_path: Path) -> None:
     compared(2.0).write(tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())["acceptance_length"] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_vllm_on_a_cpu_gives_each_drafted_token_its_request_s_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = types.ModuleType("vllm.utils.cpu_triton_utils")
+    utils = types.ModuleType("vllm.utils")
+    utils.cpu_triton_utils = kernels  # type: ignore[attr-defined]
+    for name, module in (("vllm", types.ModuleType("vllm")), ("vllm.utils", utils), (kernels.__name__, kernels)):
+        monkeypatch.setitem(sys.modules, name, module)
+    (entry,) = importlib.metadata.Distribution.discover(name="vllm-on-cpu", path=[str(CPU_PLUGIN)])
+    monkeypatch.syspath_prepend(CPU_PLUGIN)
+    next(iter(entry.entry_points.select(group="vllm.general_plugins"))).load()()
+    out = torch.full((6,), -1.0)
+    kernels._expand_kernel_impl(out, torch.tensor([0.7, 0.0, 1.5]), torch.tensor([2, 2, 6], dtype=torch.int32), 0, 1, 8)
+    assert torch.equal(out, torch.tensor([0.7, 0.7, 1.5, 1.5, 1.5, 1.5]))
+    kernels._expand_kernel_impl(out[:1], torch.tensor([0.0]), torch.tensor([1], dtype=torch.int32), 0, 1)
+    assert out[0] == 1.0

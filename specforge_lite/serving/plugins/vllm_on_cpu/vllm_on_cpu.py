@@ -6,12 +6,17 @@ given, so the temperatures and top_p of drafted tokens are what was in memory: a
 the target's distribution, and hardly a drafted token is accepted.
 """
 
+from typing import Any
 
-def register():
+
+def register() -> None:
+    """Called by vLLM in each of its processes, before it registers its kernels."""
     import torch
     from vllm.utils import cpu_triton_utils
 
-    def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
+    def expand(
+        output: Any, input_val: Any, cu_num_tokens: Any, replace_from: int, replace_to: int, MAX_NUM_TOKENS: Any = None
+    ) -> None:
         """output [tokens]: the request's value for each of its tokens, `replace_to` where it is `replace_from`."""
         ends = cu_num_tokens.to(torch.int64)
         values = input_val.masked_fill(input_val == replace_from, replace_to)

@@ -101,10 +101,11 @@ class Prefetcher(Iterator[Captured]):
     def __init__(
         self,
         engine: TargetEngine,
-        batches: Iterator[list[TokenizedSample]],
+        batches: Iterator[list[TokenizedSample] | None],
         depth: int,
         skips: SkipBudget | None = None,
     ) -> None:
+        """batches: None where the next one is not there yet; it is asked for again by the next call."""
         if depth < 1:
             raise ValueError(f"prefetch depth {depth}: expected at least 1")
         self.wait_seconds = 0.0
@@ -170,6 +171,8 @@ class Prefetcher(Iterator[Captured]):
             try:
                 samples = next(self._batches)
             except StopIteration:
+                return
+            if samples is None:
                 return
             future: Future[Answer] = Future()
             self._in_order.append(future)

@@ -35,14 +35,8 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     DataError with `file:line` for a row that cannot be read, and for a file without one trained token.
     """
     path = Path(data_path)
-    spec = TokenizerSpec.from_tokenizer(tokenizer)
     data_format = section.data_format if section.data_format != "auto" else _recognise_format(path)
-    rows = RowTokenizer(spec, TokenizeOptions.from_section(section), data_format)
-    if rows.template is not None and not rows.template.is_own and log.is_main_rank():
-        from specforge_lite.data.templates.families import template_warning
-
-        if warning := template_warning(rows.template, spec):
-            log.warn(warning)
+    rows = row_tokenizer(tokenizer, section, data_format)
     with user_errors(section.cache_dir):
         key = {**rows.key(), "file": _content_hash(path, section.cache_dir)}
         directory = section.cache_dir / f"dataset-{key_digest(key)[:20]}"
@@ -57,6 +51,18 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     for warning in dataset.stats.warnings() if log.is_main_rank() else ():
         log.warn(f"{path}: {warning}")
     return dataset
+
+
+def row_tokenizer(tokenizer: Any, section: DataSection, data_format: str) -> RowTokenizer:
+    """What tokenizes the rows of a run; a template that has its doubts says so on the main rank."""
+    spec = TokenizerSpec.from_tokenizer(tokenizer)
+    rows = RowTokenizer(spec, TokenizeOptions.from_section(section), data_format)
+    if rows.template is not None and not rows.template.is_own and log.is_main_rank():
+        from specforge_lite.data.templates.families import template_warning
+
+        if warning := template_warning(rows.template, spec):
+            log.warn(warning)
+    return rows
 
 
 def _content_hash(path: Path, cache_dir: Path) -> str:

@@ -124,11 +124,12 @@ def _lines(file: BinaryIO) -> Iterator[Row | BadRow]:
             while line and not line.endswith(b"\n"):
                 line = file.readline(CHUNK)
         elif line.strip():
-            yield _parse_line(line, number)
+            yield parse_line(line, number)
         number, line = number + 1, file.readline(MAX_ROW_BYTES + 1)
 
 
-def _parse_line(line: bytes, number: int) -> Row | BadRow:
+def parse_line(line: bytes, number: int) -> Row | BadRow:
+    """The JSON value of one line of a file."""
     try:
         return Row(number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ from specforge_lite.training.distributed import World
 from specforge_lite.training.optimizer import DraftOptimizer
 from specforge_lite.training.parallel import ReplicatedDraft, check_shape, frozen_tensors
 from specforge_lite.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from specforge_lite.data.follow import FollowPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -172,7 +175,7 @@ class Resume:
 
 
 def find_resume(
-    config: TrainConfig, draft: Draft, identity: dict[str, Any], plan: BatchPlan, world: World
+    config: TrainConfig, draft: Draft, identity: dict[str, Any], plan: BatchPlan | FollowPlan, world: World
 ) -> Resume | None:
     """The newest complete checkpoint of the output directory, else EAGLE's newest `state_N`; rank 0 looks, all know.
 
@@ -247,7 +250,7 @@ def _check_identity(path: Path, identity: dict[str, Any], config: TrainConfig) -
 
 
 def restore_run(
-    resume: Resume, parallel: ReplicatedDraft, optimizer: DraftOptimizer, plan: BatchPlan, world: World
+    resume: Resume, parallel: ReplicatedDraft, optimizer: DraftOptimizer, plan: BatchPlan | FollowPlan, world: World
 ) -> Progress:
     """Weights, optimizer, random numbers and the position in the data; every rank calls it."""
     load_tensors(resume, parallel, optimizer, world)

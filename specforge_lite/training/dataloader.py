@@ -18,6 +18,7 @@ from specforge_lite.model.target_head import TargetHead
 from specforge_lite.types import CapturedStates, DraftBatch, TokenizedSample, collate
 
 if TYPE_CHECKING:
+    from specforge_lite.data.follow import FollowPlan
     from specforge_lite.training.cuda_batches import CopyStream
 
 
@@ -37,14 +38,15 @@ class Dataloader:
 
     def __init__(
         self,
-        steps: Iterator[PlannedStep],
-        dataset: Sequence[TokenizedSample],
+        steps: Iterator[PlannedStep | None],
+        dataset: Sequence[TokenizedSample] | FollowPlan,
         engine: TargetEngine,
         to_batch: Callable[[Sequence[TokenizedSample], Sequence[CapturedStates]], DraftBatch],
         skips: SkipBudget,
         samples_per_batch: float = 1,
     ) -> None:
-        """samples_per_batch: of a micro batch on average, to keep the engine's request slots full."""
+        """steps: None where the rows of the next one have not come. samples_per_batch: of a micro batch on average, to
+        keep the engine's request slots full."""
         self._steps, self._dataset, self._to_batch = steps, dataset, to_batch
         self._planned: deque[PlannedStep] = deque()
         self.num_skipped = 0
@@ -71,8 +73,11 @@ class Dataloader:
         """Stop the captures that run ahead; wait so long for those that an engine is at."""
         self._prefetcher.close(timeout_s)
 
-    def _micro_batches(self) -> Iterator[list[TokenizedSample]]:
+    def _micro_batches(self) -> Iterator[list[TokenizedSample] | None]:
         for step in self._steps:
+            if step is None:
+                yield None
+                continue
             self._planned.append(step)
             for indices in step.micro_batches:
                 yield [self._dataset[i] for i in indices]

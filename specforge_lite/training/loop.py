@@ -5,6 +5,7 @@ Nothing in `train_step` waits for the device. Every `--log-interval` steps the s
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from specforge_lite.training.metrics import (
     fetch,
     interval_metrics,
     memory_bytes,
+    of_end,
     output_row,
     step_line,
     summarize_sums,
@@ -67,7 +69,10 @@ def run_training(config: TrainConfig) -> int:
         data = load_data(config)
         with open_target(config, world, data) as engine, report_failure(world):
             models = load_models(config, engine.info, data, world)
-            Trainer(config, world, data, engine, models, reporter, stop).train()
+            trainer_class: type[Trainer] = Trainer
+            if config.training.follow is not None:
+                from specforge_lite.training.follow import FollowTrainer as trainer_class
+            trainer_class(config, world, data, engine, models, reporter, stop).train()
     return stop.exit_code
 
 
@@ -94,16 +99,17 @@ class Trainer:
         dtype = compute_dtype(config, world)
         torch.manual_seed(config.training.seed + world.rank)
         skips = check_lengths(config, data, engine, models.draft.config)
-        plan = plan_batches(config, data.train, world)
+        plan = self.plan = plan_batches(config, data.train, world)
         self.parallel, self.optimizer, self.progress, self.total_steps = restore_or_start(
             config, world, models, plan, dtype
         )
+        self.end = None if math.isinf(self.total_steps) else int(self.total_steps)
         self.ttt = ttt_settings(config, dtype, world, models.draft)
         self.to_batch = BatchMaker(models.target_head, len(engine.info.aux_layer_ids), world.device, dtype)
         self.dataloader = open_dataloader(config, world, plan, data, engine, self.to_batch, skips)
         trained = sum(p.numel() for p in models.draft.parameters() if p.requires_grad)
         info(
-            f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {self.total_steps} steps,"
+            f"training {trained:,} parameters in {str(dtype).removeprefix('torch.')}: {self.end or 'endless'} steps,"
             f" {plan.steps_per_epoch} per epoch, {world.world_size} rank(s)"
             + (f" ({world.sp_size} per batch)" if world.sp_size > 1 else "")
             + f", {config.distributed.sharding}, "
@@ -150,18 +156,21 @@ class Trainer:
     def _run_steps(self) -> str:
         """Steps until the last one, a signal, or the end of the data; -> which of them it was."""
         done, hidden = self.progress.step, not sys.stderr.isatty()
-        bar = progress(self.total_steps, "training", "step", initial=done, disable=hidden)
+        bar = progress(self.end, "training", "step", initial=done, disable=hidden)
         with bar, self._profiler(done) as profiler:
             while self.progress.step < self.total_steps:
+                waits = self.waits_for_rows()
                 with self._naming_the_checkpoint():
-                    batches = None if self.stop else next(self.dataloader, None)
-                out_of_data = batches is None and not self.stop
+                    batches = None if self.stop or waits else next(self.dataloader, None)
+                out_of_data = batches is None and not self.stop and not waits
                 verdict = self.world.agree(
                     self.progress.step, bool(self.stop), out_of_data, self.dataloader.num_skipped
                 )
                 self._num_skipped = self.progress.skipped_before + verdict.num_skipped_samples
                 if verdict.num_stopping or verdict.num_out_of_data:
                     return f"stopped by {self.stop.name or 'a signal'}" if verdict.num_stopping else "out of data"
+                if waits:
+                    continue
                 assert batches is not None
                 with self._naming_the_checkpoint(), record_function("training step"):
                     self.train_step(batches)
@@ -170,6 +179,10 @@ class Trainer:
                     profiler.step()
                 self._after_step()
         return "finished"
+
+    def waits_for_rows(self) -> bool:
+        """True where the rows of the next step have not come yet, as they may with --follow; on every rank the same."""
+        return False
 
     def _profiler(self, done: int) -> AbstractContextManager[torch.profiler.profile | None]:
         if self.config.training.profile_start_step is None:
@@ -230,7 +243,7 @@ class Trainer:
             self._report()
         if self._epoch_ended:
             self._report_epoch(epoch - 1)
-        self.reporter.beat(step, self.total_steps, "training")
+        self.reporter.beat(step, self.end, "training")
         if self.eval_data is not None and (last or due(training.eval_interval, training.eval_epochs)):
             self.evaluate()
         if not last and due(checkpoint.save_interval, checkpoint.save_epochs):
@@ -274,18 +287,18 @@ class Trainer:
         step, good = self.progress.step, [record for record in interval if not record.skipped]
         if not good:
             if interval:
-                info(f"step {step}/{self.total_steps}: every step since the last line was skipped")
+                info(f"step {of_end(step, self.end)}: every step since the last line was skipped")
             return
         seconds, wait_share = self._clock.interval(self.dataloader.wait_seconds)
         per_step = (time.perf_counter() - self._started) / max(1, step - self._first_step)
         metrics = {
             **interval_metrics(good, self.ttt.num_steps),
             "learning_rate": self.optimizer.learning_rate(step - 1),
-            "epoch": self.progress.data["epoch"] + self.progress.data["consumed"] / self.progress.data["num_samples"],
+            **self.data_metrics(),
             "tokens_per_second": sum(record.row[TOKENS_AT] for record in interval) / max(seconds, 1e-9),
             "wait_share": wait_share,
             "memory_bytes": memory_bytes(self.world.device),
-            "eta_seconds": per_step * (self.total_steps - step),
+            **({} if self.end is None else {"eta_seconds": per_step * (self.end - step)}),
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": self.progress.nonfinite_steps,
             "engine": self.engine_health(),
@@ -294,8 +307,13 @@ class Trainer:
         if self._packed_slots:
             metrics["packing_efficiency"] = self._packed_tokens / self._packed_slots
         self._packed_tokens = self._packed_slots = 0
-        info(step_line(step, self.total_steps, metrics))
+        info(step_line(step, self.end, metrics))
         self._send(metrics)
+
+    def data_metrics(self) -> dict[str, Any]:
+        """How far the run is in its data."""
+        data = self.progress.data
+        return {"epoch": data["epoch"] + data["consumed"] / data["num_samples"]}
 
     def _report_epoch(self, epoch: int) -> None:
         """Accuracy and loss by position, averaged over the epoch (over the part of it since a resume)."""
@@ -315,7 +333,7 @@ class Trainer:
         """Evaluate the draft as it is now on the held-out samples; all ranks share the work."""
         assert self.eval_data is not None
         self.world.place("evaluating", self.progress.step)
-        self.reporter.beat(self.progress.step, self.total_steps, "evaluating")
+        self.reporter.beat(self.progress.step, self.end, "evaluating")
         start, training = time.perf_counter(), self.config.training
         # An EAGLE-1 draft trains one step and decodes a chain; evaluation follows the chain.
         num_steps = max(self.ttt.num_steps, training.eval_chain_length if self.config.algorithm == "eagle1" else 1)
@@ -333,7 +351,7 @@ class Trainer:
             world=self.world,
             skips=SkipBudget(training.skip_budget, len(self.eval_data)),
         )
-        info(f"step {self.progress.step}/{self.total_steps} {result.line()}")
+        info(f"step {of_end(self.progress.step, self.end)} {result.line()}")
         self._send({**result.metrics(), "eval/seconds": time.perf_counter() - start})
         self._clock.interval(self.dataloader.wait_seconds)  # evaluation is not training time
 
@@ -342,7 +360,7 @@ class Trainer:
         self._drain()
         progress, config = self.progress, self.config.checkpoint
         self.world.place("saving", progress.step)
-        self.reporter.beat(progress.step, self.total_steps, "saving")
+        self.reporter.beat(progress.step, self.end, "saving")
         counters = {
             "skipped_samples": self._num_skipped,
             "nonfinite_steps": progress.nonfinite_steps,
@@ -368,7 +386,7 @@ class Trainer:
         return ExitSummary(
             reason=reason,
             step=progress.step,
-            total_steps=self.total_steps,
+            total_steps=self.end,
             last_checkpoint=str(progress.last_checkpoint) if progress.last_checkpoint else None,
             skipped_samples=self._num_skipped,
             nonfinite_steps=progress.nonfinite_steps,

@@ -173,13 +173,22 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def step_line(step: int, total_steps: int, metrics: dict[str, Any]) -> str:
+def of_end(step: int, end: int | None) -> str:
+    """`120/800`, or `120` of a run without an end."""
+    return f"{step}" if end is None else f"{step}/{end}"
+
+
+def step_line(step: int, end: int | None, metrics: dict[str, Any]) -> str:
     """`step 120/800 loss 3.41 acc0 0.52 tau 2.3 tok/s 812 wait 3% mem 1.9G eta 12m`, plus what is out of order."""
     line = (
-        f"step {step}/{total_steps} loss {metrics['loss']:.4g} acc0 {metrics['acc0']:.3f} tau {metrics['tau']:.2f}"
+        f"step {of_end(step, end)} loss {metrics['loss']:.4g} acc0 {metrics['acc0']:.3f} tau {metrics['tau']:.2f}"
         f" tok/s {metrics['tokens_per_second']:.0f} wait {100 * metrics['wait_share']:.0f}%"
-        f" mem {format_bytes(metrics['memory_bytes'])} eta {format_seconds(metrics['eta_seconds'])}"
+        f" mem {format_bytes(metrics['memory_bytes'])}"
     )
+    if "eta_seconds" in metrics:
+        line += f" eta {format_seconds(metrics['eta_seconds'])}"
+    if "rows" in metrics:
+        line += f" rows {metrics['rows']:,} ({format_bytes(metrics['bytes_behind'])} behind)"
     if "loss_scale" in metrics:
         line += f" scale {metrics['loss_scale']:g}"
     if "packing_efficiency" in metrics:

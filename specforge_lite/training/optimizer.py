@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 NOT_FINITE, OVERFLOW = 1.0, 2.0
 
 
-def learning_rate_at(config: OptimizerSection, step: int, total_steps: int) -> float:
+def learning_rate_at(config: OptimizerSection, step: int, total_steps: float) -> float:
     """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant.
 
     total_steps: length of the schedule where the config gives none.
     """
     total_steps = config.schedule_steps or total_steps
     ratio = 0.015 if config.warmup_ratio is None else config.warmup_ratio
-    warmup = math.ceil(ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
+    warmup: float = math.ceil(ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
     warmup = min(warmup, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -63,7 +63,7 @@ class DraftOptimizer:
         self,
         parameters: dict[str, Tensor],
         config: OptimizerSection,
-        total_steps: int,
+        total_steps: float,
         scaler: LossScaler | None = None,
     ) -> None:
         self.parameters, self.scaler = parameters, scaler

@@ -27,6 +27,7 @@ from specforge_lite.core.log import info, warn
 from specforge_lite.core.provenance import collect_provenance, redact, wall_time, without_secrets
 from specforge_lite.training.checkpoint import prune_checkpoints
 from specforge_lite.training.distributed import World
+from specforge_lite.training.metrics import of_end
 from specforge_lite.training.settings import CheckpointSection, LoggingSection, TrainConfig
 
 MAX_NAMED_SAMPLES = 20
@@ -137,7 +138,7 @@ class RunDirectory:
                 " --overwrite deletes that run, --resume continues it, or choose another --output-dir"
             )
 
-    def beat(self, step: int, total_steps: int, state: str, force: bool = False) -> None:
+    def beat(self, step: int, total_steps: int | None, state: str, force: bool = False) -> None:
         """Refresh heartbeat.json, at most once a second."""
         now = time.monotonic()
         if force or now - self._last_beat >= HEARTBEAT_SECONDS:
@@ -159,7 +160,7 @@ class ExitSummary:
 
     reason: str
     step: int
-    total_steps: int = 0
+    total_steps: int | None = 0
     last_checkpoint: str | None = None
     skipped_samples: int = 0
     nonfinite_steps: int = 0
@@ -169,7 +170,7 @@ class ExitSummary:
     def line(self) -> str:
         """For people; of an error its kind only, since its text is printed as the error line."""
         return (
-            f"ended: {self.reason.split(': ')[0]} at step {self.step}/{self.total_steps} | last checkpoint"
+            f"ended: {self.reason.split(': ')[0]} at step {of_end(self.step, self.total_steps)} | last checkpoint"
             f" {self.last_checkpoint or 'none'} | skipped samples {self.skipped_samples} | non-finite steps"
             f" {self.nonfinite_steps} | restarts {self.restarts}"
         )
@@ -227,7 +228,7 @@ class Reporter:
             warn(f"{message}; samples: {shown or 'not known'}{more}")
             self.event(name, {"step": step, "message": message, "sample_ids": sample_ids})
 
-    def beat(self, step: int, total_steps: int, state: str) -> None:
+    def beat(self, step: int, total_steps: int | None, state: str) -> None:
         """Sign of life (at most one a second)."""
         self._step = step
         if self._directory is not None:

@@ -40,12 +40,13 @@ class FollowerDataloader(Dataloader):
 
     wait_seconds = 0.0
 
-    def __init__(self, steps: Iterator[PlannedStep], world: World, dtype: torch.dtype) -> None:
+    def __init__(self, steps: Iterator[PlannedStep | None], world: World, dtype: torch.dtype) -> None:
         self._steps, self._world, self._dtype = steps, world, dtype
         self.num_skipped = 0
 
     def __next__(self) -> StepBatches:
         step = next(self._steps)
+        assert step is not None  # the loop waits for rows before it asks
         return StepBatches((share_batch(None, self._world, self._dtype) for _ in step.micro_batches), step)
 
     def close(self, timeout_s: float = 0.0) -> None:

@@ -110,6 +110,19 @@ class TrainingSection(Section):
         " from a folder of EAGLE's own samples (data_0.ckpt, ...)",
         "--tmpdir",
     )
+    follow: Path | None = flag(
+        None,
+        "train on the rows of this directory of specforge-lite record as they come, each once, oldest first, until"
+        " --total-steps or a signal; without --total-steps at a constant learning rate",
+    )
+    follow_models: tuple[str, ...] = flag(
+        (), "--follow: only rows recorded under these model names; default: all, other names than the target's are told"
+    )
+    hand_over_to: str | None = flag(
+        None,
+        "--follow: http://HOST:PORT of the server of this draft; after each checkpoint it is exported to"
+        " OUTPUT_DIR/draft and loaded there where the engine can (SGLang), else the command to serve it is printed",
+    )
     profile_start_step: int | None = flag(None, "write a chrome trace from this step on", ge=1)
     profile_num_steps: int = flag(3, "steps in the trace", ge=1)
 
@@ -298,8 +311,14 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
     found: list[str] = []
     if config.draft.draft_kind not in (None, config.algorithm):
         found.append(f"draft_kind {config.draft.draft_kind}: this command trains {config.algorithm}")
-    if training.offline_dir is None and data.train_data_path is None:
-        found.append("train_data_path: required (flag --train-data-path), unless --offline-dir is given")
+    if training.follow is not None:
+        from specforge_lite.training.follow import wrong_with_follow
+
+        found += wrong_with_follow(config, training.follow)
+    elif training.follow_models or training.hand_over_to:
+        found.append("follow_models, hand_over_to: only with --follow")
+    elif training.offline_dir is None and data.train_data_path is None:
+        found.append("train_data_path: required (flag --train-data-path), unless --offline-dir or --follow is given")
     if training.offline_dir is not None and data.train_data_path is not None:
         found.append("offline_dir and train_data_path: give one; the offline directory holds its own samples")
     if optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None:
@@ -330,7 +349,7 @@ def _impossible_combinations(config: TrainConfig) -> list[str]:
     return found
 
 
-def run_length(config: TrainingSection, steps_of_epochs: Callable[[int], int]) -> int:
+def run_length(config: TrainingSection, steps_of_epochs: Callable[[int], float]) -> float:
     """Optimizer steps of the whole run. steps_of_epochs: step at which the n-th epoch ends."""
     if config.total_steps is None:
         return steps_of_epochs(config.num_epochs or 1)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -34,6 +34,9 @@ from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.settings import TrainConfig, run_length
 from specforge_lite.types import DraftBatch
 
+if TYPE_CHECKING:
+    from specforge_lite.data.follow import FollowPlan, TrafficReader
+
 # ----------------------------------------------------------------------------------------------------- data and target
 
 
@@ -41,7 +44,7 @@ from specforge_lite.types import DraftBatch
 class RunData:
     """Datasets of a run, `eval` where there is one; with `--offline-dir` also what reads the states beside them."""
 
-    train: TokenizedDataset
+    train: TokenizedDataset | TrafficReader
     eval: TokenizedDataset | None
     states: TargetEngine | None = None
 
@@ -56,7 +59,12 @@ def load_data(config: TrainConfig) -> RunData:
 
         return open_offline(config, config.training.offline_dir)
     _check_max_length(config)
-    train = open_dataset(config.data.train_data_path, config.target, config.data)
+    if config.training.follow is not None:
+        from specforge_lite.training.follow import open_traffic
+
+        train: TokenizedDataset | TrafficReader = open_traffic(config)
+    else:
+        train = open_dataset(config.data.train_data_path, config.target, config.data)
     evaluation = config.data.eval_data_path
     return RunData(train, open_dataset(evaluation, config.target, config.data) if evaluation is not None else None)
 
@@ -169,11 +177,18 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     directory = local_directory(config.target.target_model_path)
     target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
     draft_config = make_draft_config(config, target, target_config)
-    for dataset in filter(None, (data.train, data.eval)):
-        config.check_dataset(draft_config, dataset)
-    vocab_map = open_or_build_vocab_map(
-        data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
-    )
+    for dataset in (data.train, data.eval):
+        if isinstance(dataset, TokenizedDataset):
+            config.check_dataset(draft_config, dataset)
+    source = _warm_start(config)
+    if isinstance(data.train, TokenizedDataset):
+        vocab_map = open_or_build_vocab_map(
+            data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
+        )
+    else:
+        from specforge_lite.training.follow import kept_vocab_map
+
+        vocab_map = kept_vocab_map(draft_config, source, data.train)
     head = load_target_head(directory, target_config)
     draft = build_draft(draft_config, vocab_map.d2t, vocab_map.t2d)
     init_random(draft, config.training.seed)
@@ -181,7 +196,6 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
         from specforge_lite.model.own_embeddings import fit_own_embeddings
 
         fit_own_embeddings(draft, head)
-    source = _warm_start(config)
     if config.draft.init == "target" or (source is not None and config.algorithm == "eagle3"):
         left_random = init_from_target(draft, directory, target_config, head)
         if left_random and source is None:
@@ -205,25 +219,25 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
-def plan_batches(config: TrainConfig, dataset: TokenizedDataset, world: World) -> BatchPlan:
+def plan_batches(config: TrainConfig, data: TokenizedDataset | TrafficReader, world: World) -> BatchPlan | FollowPlan:
     """Which samples form a batch in which step."""
     training = config.training
-    return BatchPlan(
-        dataset.lengths,
-        dataset.supervised_counts,
-        batch_size=training.batch_size,
-        accumulation_steps=training.accumulation_steps,
-        rank=world.dp_rank,
-        world_size=world.dp_size,
-        seed=training.seed,
-        max_tokens_per_batch=training.max_tokens_per_batch,
-    )
+    sizes: dict[str, Any] = {
+        "batch_size": training.batch_size,
+        "accumulation_steps": training.accumulation_steps,
+        "rank": world.dp_rank,
+        "world_size": world.dp_size,
+        "max_tokens_per_batch": training.max_tokens_per_batch,
+    }
+    if not isinstance(data, TokenizedDataset):
+        return data.plan(**sizes)
+    return BatchPlan(data.lengths, data.supervised_counts, seed=training.seed, **sizes)
 
 
 def open_dataloader(
     config: TrainConfig,
     world: World,
-    plan: BatchPlan,
+    plan: BatchPlan | FollowPlan,
     data: RunData,
     engine: TargetEngine,
     to_batch: BatchMaker,
@@ -239,13 +253,15 @@ def open_dataloader(
             return FollowerDataloader(plan.steps(), world, dtype)
         make = lambda *parts: share_batch(to_batch(*parts), world, dtype)  # noqa: E731
     budget = config.training.max_tokens_per_batch
-    per_batch = config.training.batch_size if budget is None else budget / data.train.lengths.mean()
-    return Dataloader(plan.steps(), data.train, engine, make, skips, per_batch)
+    length = data.train.lengths.mean() if isinstance(data.train, TokenizedDataset) else config.data.max_length
+    per_batch = config.training.batch_size if budget is None else budget / length
+    samples = data.train if isinstance(data.train, TokenizedDataset) else cast("FollowPlan", plan)
+    return Dataloader(plan.steps(), samples, engine, make, skips, per_batch)
 
 
 def restore_or_start(
-    config: TrainConfig, world: World, models: RunModels, plan: BatchPlan, dtype: torch.dtype
-) -> tuple[ReplicatedDraft, DraftOptimizer, Progress, int]:
+    config: TrainConfig, world: World, models: RunModels, plan: BatchPlan | FollowPlan, dtype: torch.dtype
+) -> tuple[ReplicatedDraft, DraftOptimizer, Progress, float]:
     """(draft on its device, optimizer, position, total steps), from the newest checkpoint where there is one."""
     resume = find_resume(config, models.draft, models.identity, plan, world)
     parallel = spread_draft(models.draft, world, config.distributed, dtype)
@@ -262,7 +278,7 @@ def restore_or_start(
     # Epochs are counted in samples: what is left of them takes more or fewer steps in other batch sizes.
     total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
     optimizer.total_steps = training.total_steps or total
-    if resume is not None and resume.from_eagle and progress.step >= total:
+    if resume is not None and resume.from_eagle and isinstance(plan, BatchPlan) and progress.step >= total:
         epochs, end = plan.epoch, run_length(training, plan.total_steps)
         raise ConfigError(
             f"{resume.path}: {epochs} epochs are done ({progress.step} steps), the run ends after {end} steps; give"
@@ -282,11 +298,15 @@ def check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draf
     budgets = []
     parts = ((data.train, "training data", None), (data.eval, "evaluation data", config.training.eval_max_samples))
     for dataset, what, count in parts:
-        if dataset is not None:
+        if isinstance(dataset, TokenizedDataset):
             lengths = dataset.lengths.tolist()[:count]
             budgets.append(SkipBudget(config.training.skip_budget, len(lengths)))
             budgets[-1].check_lengths(lengths, engine.info.max_length, what)
             dataset.warn_beyond(draft.max_position_embeddings)
+    if not isinstance(data.train, TokenizedDataset):
+        from specforge_lite.training.follow import FollowBudget
+
+        return FollowBudget(config.training.skip_budget)
     return budgets[0]
 
 

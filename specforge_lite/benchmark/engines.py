@@ -160,7 +160,8 @@ def measure_drafts(
     longest = max(work.chat.longest(some, work.max_new_tokens) for some in work.prompts.values())
     rows: dict[Any, SpeedupRow] = {}
     for draft, configs in drafts:
-        with session_opener(replace(options, draft_path=draft and draft.path), longest, seed) as opener:
+        path = None if draft is None else draft.path
+        with session_opener(replace(options, draft_path=path), longest, seed) as opener:
             facts = draft.facts if draft is not None else Drafter()
             rows |= {row.key: row for row in run_benchmark(configs, work, results, opener, facts)}
     return list(rows.values())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -188,10 +188,11 @@ def find_resume(
 
     def look() -> dict[str, Any] | None:
         found, section = _read_own(config, draft, identity, tensors), config.checkpoint
-        if found is None and section.resume and not section.overwrite and any(section.output_dir.glob("state_*")):
+        may_be_eagle = found is None and isinstance(plan, BatchPlan) and section.resume and not section.overwrite
+        if may_be_eagle and any(section.output_dir.glob("state_*")):
             from specforge_lite.training.eagle_resume import read_eagle
 
-            found = read_eagle(config, draft, plan, tensors)
+            found = read_eagle(config, draft, cast(BatchPlan, plan), tensors)
         for name, tensor in frozen.items():
             check_shape(name, tensor.shape, tensors.get(name, tensor))
         return found

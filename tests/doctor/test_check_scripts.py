@@ -30,7 +30,7 @@ def test_a_broken_draft(tmp_path: Path, tiny_target: Path, capsys: pytest.Captur
     assert run_in_process("check_draft", ["--draft-model-path", str(folder)]) == 2
     printed = capsys.readouterr().out
     assert "BROKEN" in printed
-    assert "broken: tied embeddings: tie_word_embeddings is true: SGLang would use" in printed
+    assert "broken: tied embeddings: tie_word_embeddings is true; expected false: SGLang would use" in printed
     with pytest.raises(ConfigError, match="target_model_path"):
         run_in_process("check_draft", [str(folder), "--target-model-path", str(tmp_path / "nowhere")])
 

@@ -22,8 +22,8 @@ from specforge_lite.data.vocab import VocabMap
 from specforge_lite.model.config_json import BLOCK_KINDS
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.serving.engine import ServingOptions, read_draft_config
-from specforge_lite.serving.reload import hand_over
 from specforge_lite.training.loop import Trainer
+from specforge_lite.training.reload import hand_over
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.types import TokenizedSample
 

@@ -194,6 +194,6 @@ def test_a_wrong_command_under_torchrun_ends_with_the_useful_line(tmp_path: Path
     start = lines.index("error: 2 mistakes:")
     assert lines[start + 1 :] == [
         "  --lr: Input should be a valid number, unable to parse string as a number (found 'fast')",
-        "  train_data_path: required (flag --train-data-path), unless --offline-dir is given",
+        "  train_data_path: required (flag --train-data-path), unless --offline-dir or --follow is given",
     ]
     assert done.stderr.count("unable to parse string") == 1

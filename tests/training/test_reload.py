@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from specforge_lite.core.errors import EngineError
 from specforge_lite.serving import reload
-from specforge_lite.serving.reload import hand_over
+from specforge_lite.training.reload import hand_over
 
 CONFIG = {"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 4, "draft_vocab_size": 3}
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from specforge_lite.core.errors import EngineError
-from specforge_lite.serving import reload
+from specforge_lite.training import reload
 from specforge_lite.training.reload import hand_over
 
 CONFIG = {"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 4, "draft_vocab_size": 3}

@@ -52,7 +52,7 @@ class DraftsConfig(Section):
     learning_rate: float = Field(2e-3, gt=0)
     max_new_tokens: int = Field(80, ge=1)
     max_length: int = Field(512, ge=8, description="tokens of a sample at most")
-    states_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the captured states")
+    states_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the target that is captured, and its states")
 
 
 class CompareConfig(DraftsConfig):
@@ -131,8 +131,8 @@ def capture_states(config: DraftsConfig, train: Path, states: Path, *flags: str)
     call(
         "scripts/capture_hidden_states.py", "--target-model-path", config.target_model_path, "--train-data-path",
         str(train), "--offline-dir", str(states), "--cache-dir", str(states.parent / "cache"), "--target-backend",
-        config.target_backend, "--target-dtype", "float32", "--states-dtype", config.states_dtype, "--max-length",
-        str(config.max_length), *flags,
+        config.target_backend, "--target-dtype", "float32" if config.states_dtype == "fp32" else "bfloat16",
+        "--states-dtype", config.states_dtype, "--max-length", str(config.max_length), *flags,
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.model.config_json import block_kind_of
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.serving.engine import read_draft_config
-from specforge_lite.serving.environment import SERVING_ENGINES, find_interpreter, first_installed_engine, has_gpu
+from specforge_lite.serving.environment import SERVING_ENGINES, first_installed_engine, has_gpu
+from specforge_lite.serving.launch import check_server
 from specforge_lite.serving.session import ServingOptions, ServingSession
 
 SERVER_FLAGS = {
@@ -63,13 +64,7 @@ def check_options(options: ServingOptions, temperatures: Sequence[float], drafte
     """Refuse at once what would fail, or mean something else, after the first engine start. options: of a server, or
     `backend` hf. drafted: some configuration uses a draft."""
     if options.backend != "hf":
-        find_interpreter(options.backend, options.engine_python)
-        greedy = SERVING_ENGINES[options.backend].greedy_on_cpu and not has_gpu(options.engine_devices)
-        if drafted and greedy and any(temperatures):
-            raise ConfigError(
-                f"temperature {max(temperatures):g}: {options.backend} on a CPU answers greedily with a draft, whatever"
-                " the temperature; measure temperature 0, or with --backend vllm or hf"
-            )
+        check_server(options, max(temperatures, default=0.0) if drafted else 0.0)
         return
     for name, flag in SERVER_FLAGS.items():
         if getattr(options, name):

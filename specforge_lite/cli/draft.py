@@ -118,6 +118,10 @@ def check() -> int:
     from specforge_lite.doctor.acceptance import check_acceptance
     from specforge_lite.report.tables import print_findings
 
+    if config.live:
+        from specforge_lite.serving.launch import check_server
+
+        check_server(serving_options(config.live, config, None), config.temperature)
     trained = draft_config_of(read_draft_files(config.checkpoint)).aux_layer_ids if config.checkpoint else None
     path = config.target_model_path
     target = load_config(path, config.trust_remote_code) if path is not None else None

@@ -205,6 +205,8 @@ def _served(config: CheckpointsConfig, found: Sequence[Checkpoint], output_dir: 
     point = Point.parse(options.served_point)
     if config.data.eval_data_path is None:
         raise ConfigError("eval_data_path: required (flag --eval-data-path)")
+    if not Path(config.data.eval_data_path).is_file():
+        raise ConfigError(f"eval_data_path: no such file: {config.data.eval_data_path}")
     names = {"target_model_path", "trust_remote_code", "tp_size", "mem_frac", "engine_python", "engine_arg",
              "engine_devices", "target_dtype"}  # fmt: skip
     flags = target.model_dump(include=names)

@@ -12,6 +12,7 @@ from specforge_lite.evaluation.compare_generation import decode_both_ways
 from specforge_lite.evaluation.misreadings import likely_causes, misread_acceptance
 from specforge_lite.inference.output import DecodeStats
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
+from specforge_lite.serving.launch import check_server
 from specforge_lite.serving.session import ServingOptions, ServingSession
 
 TOLERANCE = 0.05
@@ -112,6 +113,7 @@ def compare_serving(
     not compared. explain: look for the cause of a low acceptance. Raises ConfigError, EngineError."""
     if not options.speculative or options.topk != 1:
         raise ConfigError("compare_serving: expected a draft and chains (topk 1)")
+    check_server(options, options.temperature)
     load = lambda: SpeculativeModel.from_pretrained(  # noqa: E731
         options.model_path, options.draft_path, num_draft_tokens=options.num_steps, dtype=options.dtype
     )

@@ -229,6 +229,17 @@ def _words_and_environment(
     return words + engine_arg_words(options.engine_args), env
 
 
+def check_server(options: ServingOptions, temperature: float) -> None:
+    """What can be known before a server is started: raises ConfigError where the engine is not installed, or would not
+    answer at this temperature. temperature: the highest with a draft."""
+    find_interpreter(options.backend, options.engine_python)
+    if temperature > 0 and SERVING_ENGINES[options.backend].greedy_on_cpu and not has_gpu(options.engine_devices):
+        raise ConfigError(
+            f"temperature {temperature:g}: {options.backend} on a CPU answers greedily with a draft, whatever the"
+            " temperature; give temperature 0, or take vllm"
+        )
+
+
 def launch_script(options: ServingOptions) -> str:
     """A shell script that starts a server with these options, as the benchmarks do. Raises ConfigError."""
     engine, interpreter = SERVING_ENGINES[options.backend], find_interpreter(options.backend, options.engine_python)

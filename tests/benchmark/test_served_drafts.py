@@ -143,15 +143,29 @@ def test_drafts_that_would_not_be_served_are_refused_first(tiny_target: Path, tm
 def test_a_cpu_that_answers_greedily_is_no_place_for_a_temperature(
     tiny_target: Path, tmp_path: Path, gpu: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the benchmarks, a live check of a draft and an evaluation of checkpoints, before anything is decoded."""
     from specforge_lite.benchmark import engines
 
     gpu(False)
-    monkeypatch.setattr(engines, "find_interpreter", lambda *_: None)
+    monkeypatch.setattr(launch, "find_interpreter", lambda *_: None)
     options = ServingOptions("sglang", str(tiny_target))
     engines.check_options(options, [0.0], True)
     engines.check_options(options, [0.7], False)
-    with pytest.raises(ConfigError, match=r"temperature 0\.7: sglang on a CPU answers greedily with a draft"):
+    greedily = r"temperature 0\.7: sglang on a CPU answers greedily with a draft"
+    with pytest.raises(ConfigError, match=greedily):
         engines.check_options(options, [0.0, 0.7], True)
+    draft = export_draft(random_draft(128, 4096, 500, max_position_embeddings=1024), tmp_path / "draft")
+    words = [str(draft), "--target-model-path", str(tiny_target), "--live", "sglang", "--temperature", "0.7"]
+    with pytest.raises(ConfigError, match=greedily):
+        run_in_process("check_draft", words)
+    write_checkpoint(tmp_path / "run" / "step_4", random_draft(128, 4096, 500, aux_layer_ids=(1, 3, 4)), 4)
+    words = [str(tmp_path / "run"), "--target-model-path", str(tiny_target), "--served", "sglang", "--served-point"]
+    words += ["8/0.7", "--eval-data-path", str(tmp_path / "eval.jsonl")]
+    with pytest.raises(ConfigError, match=r"eval_data_path: no such file: .*eval\.jsonl"):
+        run_in_process("evaluate_checkpoints", words)
+    (tmp_path / "eval.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=greedily):
+        run_in_process("evaluate_checkpoints", words)
 
 
 def test_the_command_of_the_best_has_its_flags(

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from specforge_lite.capture.hf import load_target_model
 from specforge_lite.checkpoints.loading import load_draft
-from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.core.hub import load_config, load_tokenizer
 from specforge_lite.data.prompts import encode_prompt_file
 from specforge_lite.evaluation import misreadings
 from specforge_lite.evaluation.misreadings import RIGHT, likely_causes, misread_acceptance
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
+from specforge_lite.model.target_head import load_target_head
 from tests.doctor.test_verify_acceptance import write_answers
+from tests.inference_drafts import random_draft
 from tests.script_runner import run_in_process
 
 Change = Callable[[Tensor], Tensor]
@@ -139,6 +141,63 @@ def test_the_mistake_is_told_apart(
     found = likely_causes(misread, served)
     assert cause in found, (served, misread)
     assert len({text.partition(":")[0] for text in found}) == 1 or max(served) < 0.05, (served, misread)
+
+
+def test_the_targets_head_in_place_of_the_drafts_is_told(
+    draft: Path, decode: Callable[..., Any], misread: dict[str, list[float]], tmp_path: Path, tiny_target: Path
+) -> None:
+    head_VH = load_target_head(tiny_target, load_config(tiny_target, False)).lm_head_VH
+    rows = head_VH[load_draft(draft).target_ids]
+    served = decode(replaced(draft, tmp_path / "draft", {}, {"lm_head.weight": rows.to}), accepted)
+    found = likely_causes(misread, served)
+    assert "head: the target's rows take the place of lm_head" in found, (served, misread)
+    assert {text.partition(":")[0] for text in found} == {"head"} or max(served) < 0.05, (served, misread)
+
+
+def test_a_state_that_is_taken_before_the_norm_is_told(
+    draft: Path, decode: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft of EAGLE-3.1 that is served as one of EAGLE-3."""
+    every = misreadings.misreadings
+    monkeypatch.setattr(
+        misreadings, "misreadings", lambda *parts: [each for each in every(*parts) if "next step" in each[0]]
+    )
+    found = decode(replaced(draft, tmp_path / "draft", {"norm_output": True}, {}), misread_acceptance)
+    cause = "norm: the state of the next step is taken before norm"
+    assert found.keys() == {RIGHT, cause}
+    assert found[cause] == decode(draft, accepted)
+    assert likely_causes(found, found[cause]) == [cause]
+
+
+@pytest.mark.parametrize("ids", [(1, 3, 4), (0, 2, 4, 6)])
+def test_layers_in_another_order_are_what_fc_and_its_norms_get(ids: tuple[int, ...]) -> None:
+    """What the draft reads wrong is what it would compute of the layers that are named."""
+    draft, parts = random_draft(aux_layer_ids=ids, fc_norm=True), torch.randn(len(ids), 5, 32)
+    place_of = {str(layer): place for place, layer in enumerate(ids)}
+    found = [each for each in misreadings.misreadings(draft, 8, torch.randn(100, 32)) if "layer order" in each[0]]
+    assert len(found) == (5 if len(ids) == 3 else 1)
+    for text, other in found:
+        named = text.removeprefix("layer order: fc gets layers ").partition(";")[0].split(", ")
+        wrong = torch.cat([parts[place_of[layer]] for layer in named], -1)
+        assert torch.allclose(other.first_state(torch.cat([*parts], -1)), draft.first_state(wrong), atol=1e-5)
+
+
+def test_layer_ids_off_by_one_keep_within_the_target() -> None:
+    found = [
+        (text, other.config.aux_layer_ids)
+        for text, other in misreadings.misreadings(random_draft(aux_layer_ids=(1, 3, 6)), 8, torch.randn(100, 32))
+        if text.startswith("layer ids")
+    ]
+    shifts = {"0, 2, 5": (0, 2, 5), "2, 4, 6": (2, 4, 6)}  # the last layer but one is the last that is captured
+    assert found == [(f"layer ids: {text} for 1, 3, 6, off by one", ids) for text, ids in shifts.items()]
+
+
+def test_an_eagle1_draft_may_get_state_and_embedding_the_other_way_round() -> None:
+    draft, (state, embeds) = random_draft(algorithm="eagle1"), torch.randn(2, 1, 4, 32)
+    found = dict(misreadings.misreadings(draft, 8, torch.randn(100, 32)))
+    other = found.pop("layer order: fc gets the last state before the embedding")
+    assert torch.allclose(other.layer_input(state, embeds)[0], draft.layer_input(embeds, state)[0], atol=1e-5)  # type: ignore[operator]
+    assert {text.partition(":")[0] for text in found} == {"norm"}
 
 
 def test_a_damaged_file_is_told_from_a_draft_that_learnt_little(

@@ -35,6 +35,7 @@ class DraftSection(Section):
     )
     init: str = flag("target", "start from the target's last layer (target), randomly (random), or from this draft")
     init_partial: bool = flag(False, "with --init PATH: parts that do not fit start anew")
+    init_kind: str | None = flag(None, "with --init PATH: the kind that the draft becomes, eagle3.1 of an eagle3 draft")
     norm_output: bool | None = flag(None, "EAGLE-3.1: the state fed to the next step is the normed one")
     fc_norm: bool | None = flag(None, "EAGLE-3.1: one RMSNorm per aux layer before fc")
     allow_vocab_mismatch: bool = flag(
@@ -43,8 +44,8 @@ class DraftSection(Section):
 
     @property
     def starts_from_draft(self) -> bool:
-        """`--init PATH`."""
-        return self.init not in ("target", "random")
+        """`--init PATH`, which `--init-kind` needs."""
+        return self.init not in ("target", "random") or self.init_kind is not None
 
 
 class TrainingSection(Section):

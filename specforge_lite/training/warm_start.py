@@ -19,23 +19,47 @@ from specforge_lite.training.settings import TrainConfig
 
 # What EAGLE-3.1 adds to EAGLE-3 starts as a norm of weight one.
 ADDED_NORMS = "fc_norm."
+# (kind of the draft, --init-kind) -> settings of the draft section.
+CONVERSIONS = {("eagle3", "eagle3.1"): {"norm_output": True, "fc_norm": True}}
 
 
 def with_source_layers(config: TrainConfig) -> TrainConfig:
-    """The aux layers of the draft to start from, where none were given. Raises ConfigError or CheckpointError for a
-    draft that cannot be read or is of another kind."""
-    ids = source_of(config).config.aux_layer_ids
+    """The aux layers of the draft to start from, where none were given, and what `--init-kind` makes of it. Raises
+    ConfigError or CheckpointError for a draft that cannot be read or is of another kind."""
+    source = source_of(config)
+    changes = _conversion(config, source)
+    if no := [name for name in changes if getattr(config.draft, name) is False]:
+        raise ConfigError(f"init_kind {config.draft.init_kind}: needs {', '.join(no)}, given as False; leave it out")
+    config, ids = config.with_values(draft=changes), source.config.aux_layer_ids
     if ids is None or config.target.aux_layer_ids is not None or config.training.offline_dir is not None:
         return config
     return config.with_values(target={"aux_layer_ids": ids})
+
+
+def _conversion(config: TrainConfig, source: Draft) -> dict[str, bool]:
+    """Settings of the draft that `--init-kind` stands for. Raises ConfigError for what a draft cannot become."""
+    is_31 = source.config.norm_output and source.config.fc_norm
+    found, wanted = "eagle3.1" if is_31 else source.config.algorithm, config.draft.init_kind
+    if wanted is None or wanted == found:
+        return {}
+    if (found, wanted) not in CONVERSIONS:
+        known = ", ".join(" -> ".join(pair) for pair in CONVERSIONS)
+        raise ConfigError(
+            f"init_kind {wanted}: {config.draft.init} is a draft of kind {found}, whose weights fit no other;"
+            f" what can be converted: {known}"
+        )
+    return CONVERSIONS[found, wanted]
 
 
 def source_of(config: TrainConfig) -> Draft:
     """The draft to start from, on the CPU."""
     target, place = config.target, config.draft.init
     if not Path(place).exists() and "/" not in place:
+        if config.draft.init_kind is not None:
+            raise ConfigError(f"init_kind {config.draft.init_kind}: needs --init PATH, found init {place}")
         raise ConfigError(f"init {place}: no such draft; expected target, random or a path or hub name")
     source = _load(place, target.target_model_path, target.trust_remote_code)
+    _conversion(config, source)
     if source.config.algorithm != config.algorithm:
         raise ConfigError(
             f"init {place}: a draft of kind {source.config.algorithm}, this run trains {config.algorithm};"

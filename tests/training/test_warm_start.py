@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from specforge_lite.checkpoints.export import export_draft
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.model.draft import Draft, DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.training.warm_start import copy_source
+from tests.inference_drafts import random_draft
 from tests.script_runner import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +117,37 @@ def test_a_run_starts_from_an_exported_draft_with_another_vocabulary(
         assert float(difference.abs().max()) < 1e-6
     for name in stored.keys() - {"lm_head.weight"}:
         assert torch.allclose(after[name], stored[name].float(), atol=1e-6)
+    third = [str(tmp_path / "c") if word == str(tmp_path / "b") else word for word in second]
+    third += ["--init-kind", "eagle3.1"]
+    assert not run_in_process("train_eagle3_online", third)
+    converted = load_draft(tmp_path / "c")
+    assert (converted.config.norm_output, converted.config.fc_norm) == (True, True)
+    assert all(bool((norm.weight - 1).abs().max() < 1e-6) for norm in converted.fc_norm)  # type: ignore[union-attr]
+    assert torch.allclose(weights_of(converted)["fc.weight"], stored["fc.weight"].float(), atol=1e-6)
+
+
+def test_conversions_without_sense_are_refused_by_name(tmp_path: Path) -> None:
+    export_draft(random_draft(128, 4096, algorithm="eagle1"), tmp_path / "eagle1")
+    export_draft(random_draft(128, 4096), tmp_path / "eagle3")
+    export_draft(random_draft(128, 4096, norm_output=True, fc_norm=True), tmp_path / "eagle3.1")
+    data = rows(tmp_path / "a.jsonl", ["one two "])
+    words = ["--target-model-path", str(TARGET), "--target-backend", "hf", "--train-data-path", str(data)]
+    words += ["--output-dir", str(tmp_path / "a"), "--cache-dir", str(tmp_path / "cache")]
+    for source, kind, more in (
+        ("eagle1", "eagle3", []), ("eagle1", "eagle3.1", []), ("eagle3", "eagle1", []), ("eagle3.1", "eagle3", []),
+        ("eagle3", "dflash", []), ("eagle1", "dspark", ["--draft-kind", "dspark"]),
+    ):  # fmt: skip
+        named = rf"init_kind {kind}: .*{source} is a draft of kind {source}, .*can be converted: eagle3 -> eagle3\.1$"
+        with pytest.raises(ConfigError, match=named):
+            run_in_process(
+                "train_eagle3_online", [*words, "--init", str(tmp_path / source), "--init-kind", kind, *more]
+            )
+    convert = [*words, "--init", str(tmp_path / "eagle3"), "--init-kind", "eagle3.1"]
+    with pytest.raises(ConfigError, match=r"init_kind eagle3\.1: needs fc_norm, given as False"):
+        run_in_process("train_eagle3_online", [*convert, "--fc-norm", "false"])
+    with pytest.raises(ConfigError, match=r"init_kind eagle3\.1: needs --init PATH, found init target"):
+        run_in_process("train_eagle3_online", [*words, "--init-kind", "eagle3.1"])
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_path_that_is_no_draft_is_refused_before_the_target_is_loaded(tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ class FollowPlan:
     """The endless sequence of steps of one rank, as `BatchPlan` is for a file; also the samples of those steps.
 
     A step is `batch_size` rows per micro batch, or what fits into one packed bin of `max_tokens_per_batch`, times
-    accumulation steps, times ranks. num_planned: steps that rows have come for since the start.
+    accumulation steps, times ranks. captures: this rank asks for its samples (with `--sp-size` one of a group does), so
+    they are kept until it has. num_planned: steps that rows have come for since the start.
     """
 
     reader: TrafficReader
@@ -222,6 +223,7 @@ class FollowPlan:
     rank: int = 0
     world_size: int = 1
     max_tokens_per_batch: int | None = None
+    captures: bool = True
     num_planned: int = field(default=0, init=False)
     epoch: int = field(default=0, init=False)
     steps_per_epoch: float = field(default=math.inf, init=False)
@@ -248,15 +250,17 @@ class FollowPlan:
     def refill(self, on_main: Callable[[Callable[[], Any]], Any]) -> None:
         """Take in rows that have come, for a few steps at most. Every rank calls it at the same time.
 
-        on_main: `World.on_main`; only rank 0 reads.
+        on_main: `World.on_main`; only rank 0 reads, and says when it is enough: other ranks may be less far ahead.
         """
-        while len(self._ready) < STEPS_AHEAD:
-            received = on_main(lambda: [row.to_json() for row in self.reader.read(ROWS_AT_ONCE)])
+
+        def more() -> list[list[Any]]:
+            enough = len(self._ready) >= STEPS_AHEAD
+            return [] if enough else [row.to_json() for row in self.reader.read(ROWS_AT_ONCE)]
+
+        while received := on_main(more):
             self._waiting.extend(map(TrafficRow.from_json, received))
             while size := self._next_size():
                 self._plan([self._waiting.popleft() for _ in range(size)])
-            if not received:
-                return
 
     def steps(self) -> Iterator[PlannedStep | None]:
         """The steps in their order; None where the next one's rows have not come, and then again."""
@@ -308,6 +312,7 @@ class FollowPlan:
         )
         step = next(plan.steps())
         batches = [[first + i for i in batch] for batch in step.micro_batches]
-        self._samples |= {first + i: rows[i].tokens.to_sample() for batch in step.micro_batches for i in batch}
+        if self.captures:
+            self._samples |= {first + i: rows[i].tokens.to_sample() for batch in step.micro_batches for i in batch}
         self._ready.append(replace(step, micro_batches=batches, state_after={**rows[-1].after, "epoch": 0}))
         self.num_planned += 1

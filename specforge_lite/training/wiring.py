@@ -230,7 +230,7 @@ def plan_batches(config: TrainConfig, data: TokenizedDataset | TrafficReader, wo
         "max_tokens_per_batch": training.max_tokens_per_batch,
     }
     if not isinstance(data, TokenizedDataset):
-        return data.plan(**sizes)
+        return data.plan(**sizes, captures=not world.sp_rank)
     return BatchPlan(data.lengths, data.supervised_counts, seed=training.seed, **sizes)
 
 

@@ -79,6 +79,11 @@ def same_weights(left: Path, right: Path) -> bool:
     return all((left / name).read_bytes() == (right / name).read_bytes() for name in files)
 
 
+def losses_of(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -302,12 +307,41 @@ def test_two_ranks_agree_while_rows_come(undisturbed: Path, tmp_path: Path, tiny
     codes = run_ranks(2, follow_on_ranks, (config,), root / "log")
     thread.join()
     assert codes == [0, 0], (root / "log" / "rank_0.log").read_text()
-    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
-    plain = [json.loads(line) for line in (undisturbed / "plain" / "metrics.jsonl").read_text().splitlines()]
-    losses = [[line["loss"] for line in part if "loss" in line] for part in (lines, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses_of(root / "run") == pytest.approx(losses_of(undisturbed / "plain"), rel=1e-4)
     state = json.loads((root / "run" / "step_6" / "state.json").read_text())
     assert state["data"]["rows"] == 12
+
+
+@pytest.fixture(scope="module")
+def in_pairs(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """A root with 13 rows, any two of which fill one packed row of 72 tokens, and `plain`: two rows a step."""
+    root = tmp_path_factory.mktemp("packed")
+    write(root / "traffic", 1, [row_of(5 * n) for n in range(2, 15)])
+    assert run_training(config_of(tiny_target, root, "plain")) == 0
+    return root
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_rows_and_ranks_that_share_them_train_the_same(
+    in_pairs: Path, tmp_path: Path, tiny_target: Path, ranks: int
+) -> None:
+    """`--max-tokens-per-batch`, alone and with `--sp-size 2`: the 13th row says that the pair before it is whole."""
+    config = config_of(
+        tiny_target, in_pairs, f"packed-{ranks}", training={"batch_size": 1, "max_tokens_per_batch": 72},
+        distributed={"sp_size": ranks},
+    )  # fmt: skip
+    assert run_ranks(ranks, follow_on_ranks, (config,), tmp_path / "log") == [0] * ranks
+    assert losses_of(in_pairs / f"packed-{ranks}") == pytest.approx(losses_of(in_pairs / "plain"), rel=1e-5)
+    state = json.loads((in_pairs / f"packed-{ranks}" / "step_6" / "state.json").read_text())
+    assert state["data"]["rows"] == 12
+
+
+def test_a_rank_that_asks_for_no_samples_keeps_none(tmp_path: Path, tiny_target: Path) -> None:
+    write(tmp_path / "traffic", 1, [row_of(n) for n in range(8)])
+    plan = reader_of(tiny_target, tmp_path / "traffic").plan(batch_size=2, captures=False)
+    plan.refill(lambda function: function())
+    assert plan.num_planned == 4
+    assert not plan._samples
 
 
 def test_a_run_without_an_end_has_a_constant_rate(tmp_path: Path, tiny_target: Path) -> None:

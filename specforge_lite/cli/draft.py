@@ -163,6 +163,7 @@ def _template(config: CheckConfig) -> list[Finding]:
 
 
 def _serve(config: CheckConfig, target: Any) -> Finding:
+    from specforge_lite.capture.base import num_positions
     from specforge_lite.checkpoints.draft_files import draft_config_of
     from specforge_lite.checkpoints.loading import read_draft_files
     from specforge_lite.data.prompts import encode_prompt_file
@@ -171,18 +172,19 @@ def _serve(config: CheckConfig, target: Any) -> Finding:
 
     assert config.live is not None
     draft = draft_config_of(read_draft_files(config.draft_model_path), target)
+    length = min(LIVE_LENGTH, num_positions(target) or LIVE_LENGTH)
     steps = draft.block_size - (draft.algorithm == "dflash") if draft.block_size else LIVE_STEPS
     encoded = encode_prompt_file(
         config.prompts or shipped_file("mtbench.jsonl"),
         config.num_prompts,
         str(config.target_model_path),
         config.trust_remote_code,
-        LIVE_LENGTH,
+        length,
         config.max_new_tokens + 1,  # the server keeps a position back
     )
     chain = {"num_steps": steps, "num_draft_tokens": steps + 1}
     options = serving_options(
-        config.live, config, str(config.draft_model_path), **chain, max_length=LIVE_LENGTH, log_dir=config.log_dir,
+        config.live, config, str(config.draft_model_path), **chain, max_length=length, log_dir=config.log_dir,
         temperature=config.temperature,
     )  # fmt: skip
     return compare_serving(options, [token_ids for _, token_ids in encoded], config.max_new_tokens, True).finding()

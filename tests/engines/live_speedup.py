@@ -13,6 +13,9 @@ import pytest
 from training import TARGET, TrainingRuns, run_script
 
 from specforge_lite.checkpoints.export import export_draft
+from specforge_lite.core.http import HttpLoop
+from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.process import LaunchedServer, RunDirectory, ServerSpec, free_port
 from specforge_lite.serving.session import ServingOptions, ServingSession
 from tests.inference_drafts import random_draft
 
@@ -31,8 +34,10 @@ class SpeedupChecks:
     temperatures: tuple[str, ...] = ("0", "0.7")
 
     def test_a_checkpoint_is_served_as_our_decoder_decodes_it(self, training: TrainingRuns, tmp_path: Path) -> None:
-        """`serve_acceptance.py` in the engine and in our decoder, at each temperature, in both ways of drafting."""
+        """`serve_acceptance.py` in the engine and in our decoder, at each temperature, in both ways of drafting; then
+        the server that its launch.sh starts."""
         training.hf_losses()
+        port = free_port()
         found: dict[str, dict[tuple[float, str], float]] = {}
         for backend in (self.engine_name, "hf"):
             output = tmp_path / backend / "results.jsonl"
@@ -41,6 +46,7 @@ class SpeedupChecks:
                 "--model-path", str(TARGET), "--backend", backend, "--target-dtype", "float32", "--concurrency", "4",
                 "--temperature", *self.temperatures, "--steps", "3", "--benchmark-list", f"{training.data()}:24",
                 "--max-new-tokens", "64", "--output", str(output),
+                *(("--port", str(port)) if backend == self.engine_name else ()),
             )  # fmt: skip
             rows = [json.loads(line) for line in output.read_text().splitlines()]
             found[backend] = {(r["temperature"], r["draft_sampling"]): r["acc_length"] for r in rows if r["steps"]}
@@ -51,9 +57,21 @@ class SpeedupChecks:
         assert served[0.0, "greedy"] == pytest.approx(ours[0.0, "greedy"], rel=0.02)
         for way, length in served.items():  # drawn answers differ; of a wrong sampler hardly anything is accepted
             assert 0.6 < (length - 1) / (ours[way] - 1) < 1.6, (way, length, ours[way])
-        words = (tmp_path / self.engine_name / "launch.sh").read_text()
-        assert words.startswith("#!/bin/sh\n")
-        assert str(TARGET) in words
+        script = tmp_path / self.engine_name / "launch.sh"
+        assert str(TARGET) in script.read_text()
+        url, health = f"http://127.0.0.1:{port}", SERVING_ENGINES[self.engine_name].health_path
+        spec = ServerSpec("launch.sh", ["sh", str(script)], {}, url, health, tmp_path / "launch.log", 300)
+        server = LaunchedServer(spec, RunDirectory(tmp_path))
+        server.start()
+        try:
+            question, answer = json.loads(training.data().read_text().splitlines()[0])["conversations"][:2]
+            body = {"model": str(TARGET), "messages": [question], "max_tokens": 16, "temperature": 0}
+            loop = HttpLoop()
+            reply = loop.run(loop.post_json(url + "/v1/chat/completions", body))
+            loop.close()
+        finally:
+            server.stop()
+        assert answer["content"].startswith(reply["choices"][0]["message"]["content"].strip()[:30])
 
     def test_the_benchmark_counts_what_a_real_server_does(self, tiny_target: Path, tmp_path: Path) -> None:
         draft, output = tmp_path / "draft", tmp_path / "results.jsonl"

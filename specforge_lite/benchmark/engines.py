@@ -26,8 +26,7 @@ from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
 from specforge_lite.inference.hf_generate import eos_token_ids_of
 from specforge_lite.inference.speculative import SpeculativeModel
-from specforge_lite.model.config_json import block_kind_of
-from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.config_json import block_kind_of, config_from_file
 from specforge_lite.serving.engine import read_draft_config
 from specforge_lite.serving.environment import SERVING_ENGINES, first_installed_engine, has_gpu
 from specforge_lite.serving.launch import check_server
@@ -89,7 +88,7 @@ def read_drafts(paths: Sequence[str | Path], options: ServingOptions) -> list[Se
 def _read_draft(folder: Path, name: str, target: Any, options: ServingOptions) -> ServedDraft:
     if (folder / TRAINING_CONFIG).exists():
         verify_checkpoint(folder)
-        shape = DraftConfig.from_json(folder / TRAINING_CONFIG)
+        shape = config_from_file(folder / TRAINING_CONFIG)
         config, text = exported_config(shape, "bfloat16"), target.get_text_config()
         found = (shape.target_hidden_size, shape.vocab_size)
         if found != (text.hidden_size, text.vocab_size):

@@ -130,12 +130,6 @@ def eagle_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
     return 1, num_layers // 2 - 1, num_layers - 4
 
 
-def unnamed_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """What a draft that names no aux layers is taken to read: EAGLE-3's choice, or ours where that collapses."""
-    ids = eagle_aux_layer_ids(num_layers)
-    return ids if ids[0] < ids[1] < ids[2] else default_aux_layer_ids(num_layers)[0]
-
-
 def check_aux_layer_ids(aux_layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Return the ids as a tuple if they are distinct, ascending and below the last layer; raise ConfigError if not."""
     ids = tuple(aux_layer_ids)

@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_lite.capture.base import default_aux_layer_ids, eagle_aux_layer_ids
 from specforge_lite.checkpoints.training_run import read_config, read_safetensors
 from specforge_lite.core.errors import CheckpointError, ConfigError, first_line
 from specforge_lite.core.weight_files import files_that_count, safetensors_files, weight_files
-from specforge_lite.model.config_json import BLOCK_KINDS, aux_layer_ids_of, block_kind_of, check_kinds
+from specforge_lite.model.config_json import (
+    BLOCK_KINDS,
+    aux_layer_ids_of,
+    block_kind_of,
+    check_kinds,
+    config_from_values,
+)
 from specforge_lite.model.draft import ARCHITECTURES, AUX_IDS_KEY, DraftConfig
 from specforge_lite.model.registry import build_draft
 
@@ -85,7 +92,7 @@ def draft_config_of(files: DraftFiles, target: Any | None = None) -> DraftConfig
     values = dict(files.config)
     values["algorithm"] = algorithm_of(values, list(files.tensors))
     if values["algorithm"] in BLOCK_KINDS:  # their config.json says everything
-        return DraftConfig.from_dict(values, source)
+        return config_from_values(values, source)
     values = fill_from_tensors(values, files.tensors, target)
     values = fill_from_target(values, target if values.get("hidden_size") else None, source)
     fc = files.tensors.get("fc.weight")
@@ -110,7 +117,7 @@ def draft_config_of(files: DraftFiles, target: Any | None = None) -> DraftConfig
     values["aux_layer_ids"] = ids
     values.pop("eagle_config", None)
     values.pop(AUX_IDS_KEY, None)
-    return DraftConfig.from_dict(values, source)
+    return config_from_values(values, source)
 
 
 def fill_from_tensors(values: dict[str, Any], tensors: dict[str, Tensor], target: Any | None) -> dict[str, Any]:
@@ -242,7 +249,7 @@ def read_draft_config(path: Path, algorithm: str | None, target_config: Any | No
     file = path / "config.json" if path.is_dir() else path
     values = read_config(file)
     known = target_config if values.get("hidden_size") else None  # an empty file is a mistake, not a wish
-    draft = DraftConfig.from_dict(fill_from_target(values, known, str(file)), str(file))
+    draft = config_from_values(fill_from_target(values, known, str(file)), str(file))
     if algorithm in (None, draft.algorithm):
         return draft
     architecture = "".join(values.get("architectures") or [])
@@ -254,3 +261,9 @@ def read_draft_config(path: Path, algorithm: str | None, target_config: Any | No
 def pickled_files(directory: Path) -> list[Path]:
     """The `pytorch_model*.bin` files that count, by the rules of `weight_files`."""
     return files_that_count(directory, PICKLED, PICKLED_INDEX, "pytorch_model*.bin")
+
+
+def unnamed_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """What a draft that names no aux layers is taken to read: EAGLE-3's choice, or ours where that collapses."""
+    ids = eagle_aux_layer_ids(num_layers)
+    return ids if ids[0] < ids[1] < ids[2] else default_aux_layer_ids(num_layers)[0]

@@ -128,9 +128,9 @@ def cache() -> None:
     if config.data.eval_data_path is not None:
         open_or_build_dataset(config.data.eval_data_path, tokenizer, config.data)
     if config.model.draft_model_config is not None:
-        from specforge_lite.model.draft import DraftConfig
+        from specforge_lite.model.config_json import config_from_file
 
-        train.warn_beyond(DraftConfig.from_json(config.model.draft_model_config).max_position_embeddings)
+        train.warn_beyond(config_from_file(config.model.draft_model_config).max_position_embeddings)
     open_or_build_vocab_map(train, draft_vocab_size, vocab_size, config.data.cache_dir)
     show(config.view, train, tokenizer)
 

@@ -44,9 +44,9 @@ def capture() -> int:
     from specforge_lite.capture.base import read_target_info
     from specforge_lite.capture.offline import capture_offline, check_room
     from specforge_lite.core.files import lock_directory
+    from specforge_lite.data.cache import open_dataset
     from specforge_lite.serving.registry import open_engine
     from specforge_lite.training.reporting import catch_signals
-    from specforge_lite.training.wiring import open_dataset
 
     capture = config.capture
     datasets = {"train": open_dataset(config.data.train_data_path, config.target, config.data)}

@@ -292,6 +292,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def key_digest(key: dict[str, Any]) -> str:
+    """sha256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()
+
+
 def quick_fingerprint(path: Path) -> str:
     """Size and a hash of the first and the last MiB: tells files apart without reading 100 GB. Raises OSError."""
     size = path.stat().st_size

@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lite.core import log
-from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import atomic_directory, exclusive, sha256_of, user_errors, write_json
-from specforge_lite.core.sections import DataSection
+from specforge_lite.core.errors import ConfigError, DataError
+from specforge_lite.core.files import atomic_directory, exclusive, key_digest, sha256_of, user_errors, write_json
+from specforge_lite.core.hub import load_tokenizer
+from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.data.conversations import RowRejected, is_fim_row, is_plain_row
-from specforge_lite.data.encoding import TokenizerSpec
 from specforge_lite.data.reading import BadRow, Row, RowFile
-from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset, key_digest
-from specforge_lite.data.tokenize import RowTokenizer, TokenizeOptions, TokenRow
+from specforge_lite.data.store import CacheDamaged, StoreWriter, TokenizedDataset
+from specforge_lite.data.tokenize import RowTokenizer, TokenRow, row_tokenizer
 
 ROWS_PER_BATCH = 64
 SMALL_FILE_BYTES = 1 << 20  # tokenized sooner than other processes would have started
+
+
+def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> TokenizedDataset:
+    """Open or build the tokenized dataset of a file. Raises ConfigError without one."""
+    if path is None:
+        raise ConfigError("train_data_path: required (flag --train-data-path)")
+    return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
 
 
 def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSection) -> TokenizedDataset:
@@ -51,18 +58,6 @@ def open_or_build_dataset(data_path: str | Path, tokenizer: Any, section: DataSe
     for warning in dataset.stats.warnings() if log.is_main_rank() else ():
         log.warn(f"{path}: {warning}")
     return dataset
-
-
-def row_tokenizer(tokenizer: Any, section: DataSection, data_format: str) -> RowTokenizer:
-    """What tokenizes the rows of a run; a template that has its doubts says so on the main rank."""
-    spec = TokenizerSpec.from_tokenizer(tokenizer)
-    rows = RowTokenizer(spec, TokenizeOptions.from_section(section), data_format)
-    if rows.template is not None and not rows.template.is_own and log.is_main_rank():
-        from specforge_lite.data.templates.families import template_warning
-
-        if warning := template_warning(rows.template, spec):
-            log.warn(warning)
-    return rows
 
 
 def _content_hash(path: Path, cache_dir: Path) -> str:

@@ -16,6 +16,8 @@ from specforge_lite.data.encoding import clean, map_strings
 from specforge_lite.types import Conversation
 
 ID_KEYS = ("id", "conversation_id", "prompt_id", "question_id", "uuid", "seq_id", "task_id")
+# What a row in the normal form may have besides turns; the last four are a recorder's.
+PLAIN_KEYS = {"id", "conversations", "finish_reason", "model", "sampling", "recorded_at"}
 CUT_OFF = ("length", "max_tokens")  # finish reasons of an answer that a token limit cut off
 
 
@@ -38,9 +40,9 @@ def to_conversation(row: Any) -> Conversation:
     expect(row, dict, "not-an-object", "expected a JSON object per row")
     try:
         if is_plain_row(row):
-            messages, tools = check_messages(row["conversations"]), None
+            messages, tools = [map_strings(turn, clean_text) for turn in row["conversations"]], None
         else:
-            from specforge_lite.data.forms import messages_of, tools_of
+            from specforge_lite.data.forms import check_messages, messages_of, tools_of
 
             messages = check_messages(messages_of(row))
             tools = map_strings(tools_of(row.get("tools")), clean_text)
@@ -52,14 +54,19 @@ def to_conversation(row: Any) -> Conversation:
 
 
 def is_plain_row(row: Any) -> bool:
-    """True for a row in the normal form with nothing but roles and texts; `forms` reads all others."""
-    turns = row.get("conversations") if isinstance(row, dict) and row.keys() <= {"id", "conversations"} else None
-    return isinstance(turns, list) and bool(turns) and all(map(_is_plain_turn, turns))
+    """True for a row in the normal form with nothing but texts, user and assistant in turn, after a system prompt or
+    none; `forms` reads all others, and mends them."""
+    turns = row.get("conversations") if isinstance(row, dict) and row.keys() <= PLAIN_KEYS else None
+    if not isinstance(turns, list) or not all(map(_is_text, turns)):
+        return False
+    roles = [turn["role"] for turn in turns]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    return bool(talk) and talk == [("user", "assistant")[i % 2] for i in range(len(talk))]
 
 
-def _is_plain_turn(turn: Any) -> bool:
+def _is_text(turn: Any) -> bool:
     plain = isinstance(turn, dict) and turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
-    return plain and turn["role"] in ("system", "user", "assistant")
+    return plain and bool(turn["content"].strip())
 
 
 def to_row(conversation: Conversation) -> dict[str, Any]:
@@ -77,47 +84,6 @@ def content_digest(conversation: Conversation) -> str:
     """Hash of what is said (not of the id); equal conversations have equal digests."""
     text = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns in an order a chat can have, else RowRejected.
-
-    Dropped on purpose: an empty system prompt, assistant turns before the first user turn (ShareGPT is full of
-    conversations that were cut in the middle), and an empty last answer; an empty answer before that is kept and not
-    trained. Neighbouring system turns become one, and user turns, and parts of one answer: reasoning, text, tool calls.
-    """
-    result: list[dict[str, Any]] = []
-    first_empty = 0
-    for number, message in enumerate(messages, 1):
-        message = map_strings(message, clean_text)
-        role, last = message["role"], result[-1]["role"] if result else None
-        if role == "assistant" and last in (None, "system"):
-            continue
-        if is_empty(message) and role != "tool":
-            if role == "system":
-                continue
-            if role == "user":
-                raise RowRejected("empty-turn", f"turn {number}: empty user turn")
-            first_empty = first_empty or number
-            message["weight"] = 0
-        if role == "system" and last not in (None, "system"):
-            raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
-        if role == last and role != "tool":
-            from specforge_lite.data.forms import joined
-
-            result[-1] = joined(result[-1], message, number)
-            continue
-        if role == "tool" and last in (None, "system", "user"):
-            found = "at the start" if last is None else f"after {last}"
-            raise RowRejected("bad-order", f"turn {number}: {role} {found}; expected user and assistant in turn")
-        result.append(message)
-    while result and result[-1]["role"] == "assistant" and is_empty(result[-1]):
-        result.pop()
-    if not any(message["role"] == "user" for message in result):
-        raise RowRejected("no-user-turn", "no user turn")
-    if first_empty and not any(m["role"] == "assistant" and not is_empty(m) for m in result):
-        raise RowRejected("empty-turn", f"turn {first_empty}: empty assistant turn")
-    return result
 
 
 def is_empty(message: dict[str, Any]) -> bool:

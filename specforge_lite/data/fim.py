@@ -23,6 +23,7 @@ import numpy as np
 from specforge_lite.core.errors import DataError
 from specforge_lite.data.conversations import CUT_OFF, ID_KEYS, RowRejected, clean_text, is_fim_row
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec
+from specforge_lite.data.tokenize import ONE_FORMAT, TOKENIZATION_VERSION, RowTokenizer, TokenizeOptions, TokenRow
 
 
 @dataclass(frozen=True)
@@ -199,3 +200,23 @@ def _without_prepend(part: Any) -> Any:
         return None
     never = {"prepend_scheme": "never", "add_prefix_space": False}
     return {key: never[key] if key in never else _without_prepend(value) for key, value in part.items()}
+
+
+class FimRowTokenizer(RowTokenizer):
+    """Parsed FIM row -> TokenRow."""
+
+    def __init__(self, spec: TokenizerSpec, options: TokenizeOptions) -> None:
+        self._arguments = (spec, options)
+        self._fim = FimTokenizer(spec, options.fim_order, options.max_length)
+
+    def key(self) -> dict[str, Any]:
+        spec, options = self._arguments
+        key = {"version": TOKENIZATION_VERSION, "format": "fim", "tokenizer": spec.fingerprint}
+        content = {"template": self._fim.name, "template_content": self._fim.layout}
+        return {**key, **content, "max_length": options.max_length}
+
+    def __call__(self, value: Any) -> TokenRow:
+        if not is_fim_row(value):
+            raise RowRejected("mixed-formats", f"a chat row in a file of FIM rows; {ONE_FORMAT}")
+        row = to_fim_row(value)
+        return TokenRow(row.id, *self._fim(row))

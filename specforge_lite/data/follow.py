@@ -27,12 +27,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from specforge_lite.core.errors import DataError
+from specforge_lite.core.files import key_digest
 from specforge_lite.core.log import warn
 from specforge_lite.data.conversations import RowRejected, one_line
-from specforge_lite.data.packing import PACKING_WINDOW, pack
 from specforge_lite.data.reading import MAX_ROW_BYTES, BadRow, parse_line
-from specforge_lite.data.sampler import BatchPlan, PlannedStep
-from specforge_lite.data.store import key_digest
+from specforge_lite.data.sampler import PlannedStep, plan_steps
 from specforge_lite.data.tokenize import RowTokenizer, TokenRow
 from specforge_lite.types import TokenizedSample
 
@@ -290,6 +289,8 @@ class FollowPlan:
         if self.max_tokens_per_batch is None:
             size = self._groups * self.batch_size
             return size if len(self._waiting) >= size else 0
+        from specforge_lite.data.packing import PACKING_WINDOW, pack
+
         lengths = [len(row.tokens.input_ids) for row in islice(self._waiting, PACKING_WINDOW + 1)]
         # Best fit leaves no two bins half empty, so that many tokens fit in any case.
         start = int(np.searchsorted(np.cumsum(lengths), self._groups * self.max_tokens_per_batch // 2))
@@ -300,7 +301,7 @@ class FollowPlan:
 
     def _plan(self, rows: list[TrafficRow]) -> None:
         first = rows[0].after["rows"]
-        plan = BatchPlan(
+        plan = plan_steps(
             [len(row.tokens.input_ids) for row in rows],
             [int(row.tokens.loss_mask.sum()) for row in rows],
             batch_size=self.batch_size,

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from specforge_lite.data.conversations import CUT_OFF, RowRejected, expect, is_empty, kind_of, one_line
+from specforge_lite.data.conversations import CUT_OFF, RowRejected, clean_text, expect, is_empty, kind_of, one_line
+from specforge_lite.data.encoding import map_strings
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -202,6 +203,45 @@ def prompt_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     for message in messages:
         message["content"] = text_of(message["content"], len(messages), bool(message.get("tool_calls")))
     return messages
+
+
+def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns in an order a chat can have, else RowRejected.
+
+    Dropped on purpose: an empty system prompt, assistant turns before the first user turn (ShareGPT is full of
+    conversations that were cut in the middle), and an empty last answer; an empty answer before that is kept and not
+    trained. Neighbouring system turns become one, and user turns, and parts of one answer: reasoning, text, tool calls.
+    """
+    result: list[dict[str, Any]] = []
+    first_empty = 0
+    for number, message in enumerate(messages, 1):
+        message = map_strings(message, clean_text)
+        role, last = message["role"], result[-1]["role"] if result else None
+        if role == "assistant" and last in (None, "system"):
+            continue
+        if is_empty(message) and role != "tool":
+            if role == "system":
+                continue
+            if role == "user":
+                raise RowRejected("empty-turn", f"turn {number}: empty user turn")
+            first_empty = first_empty or number
+            message["weight"] = 0
+        if role == "system" and last not in (None, "system"):
+            raise RowRejected("bad-order", f"turn {number}: a system turn after the start")
+        if role == last and role != "tool":
+            result[-1] = joined(result[-1], message, number)
+            continue
+        if role == "tool" and last in (None, "system", "user"):
+            found = "at the start" if last is None else f"after {last}"
+            raise RowRejected("bad-order", f"turn {number}: {role} {found}; expected user and assistant in turn")
+        result.append(message)
+    while result and result[-1]["role"] == "assistant" and is_empty(result[-1]):
+        result.pop()
+    if not any(message["role"] == "user" for message in result):
+        raise RowRejected("no-user-turn", "no user turn")
+    if first_empty and not any(m["role"] == "assistant" and not is_empty(m) for m in result):
+        raise RowRejected("empty-turn", f"turn {first_empty}: empty assistant turn")
+    return result
 
 
 def joined(first: dict[str, Any], second: dict[str, Any], number: int) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 The order depends on (seed, epoch) only; where a run stands is (epoch, samples consumed). So it goes on with another
 number of ranks or accumulation steps, every sample of an epoch comes exactly once, and ranks need not talk. With
-`max_tokens_per_batch` a micro batch is a bin of samples of at most that many tokens. Bins are made of windows of the
-order, and shuffled, so that they mix samples as it does; those of a global step are shared out by supervised tokens.
+`max_tokens_per_batch` a micro batch is a bin of samples of at most that many tokens (`data/packing.py`).
 """
 
 from __future__ import annotations
@@ -30,13 +29,23 @@ class PlannedStep:
     epoch: int = 0
 
 
+def plan_steps(
+    lengths: Any, supervised_counts: Any = None, *, max_tokens_per_batch: int | None = None, **sizes: Any
+) -> BatchPlan:
+    """The steps of one rank, packed where a micro batch is counted in tokens; sizes: as those of `BatchPlan`."""
+    if max_tokens_per_batch is None:
+        return BatchPlan(lengths, supervised_counts, **sizes)
+    from specforge_lite.data.packing import PackedPlan
+
+    return PackedPlan(lengths, supervised_counts, max_tokens_per_batch=max_tokens_per_batch, **sizes)
+
+
 @dataclass(eq=False)
 class BatchPlan:
     """The endless sequence of steps of one rank. Raises ConfigError for impossible sizes.
 
-    lengths, supervised_counts: int [S], tokens and supervised tokens of each sample (counts balance packed steps;
-    default: lengths). A global step is `batch_size` samples, or one packed bin, per micro batch, times accumulation
-    steps, times ranks.
+    lengths, supervised_counts: int [S], tokens and supervised tokens of each sample (default: lengths). A global step
+    is `batch_size` samples per micro batch, times accumulation steps, times ranks.
     """
 
     lengths: Any
@@ -48,10 +57,9 @@ class BatchPlan:
     world_size: int = 1
     seed: int = 0
     shuffle: bool = True
-    max_tokens_per_batch: int | None = None
+    max_tokens_per_batch: int | None = field(default=None, init=False)
     epoch: int = field(default=0, init=False)
     consumed: int = field(default=0, init=False)
-    _bins: tuple[int, list[list[int]]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         counts = self.lengths if self.supervised_counts is None else self.supervised_counts
@@ -61,11 +69,6 @@ class BatchPlan:
             raise ConfigError("no samples to train on")
         if len(self.supervised_counts) != len(self.lengths):
             raise ConfigError(f"{len(self.supervised_counts)} supervised counts for {len(self.lengths)} samples")
-        longest = int(self.lengths.max())
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < longest:
-            raise ConfigError(
-                f"max_tokens_per_batch {self.max_tokens_per_batch} < {longest} tokens of the longest sample"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the plan stands, and what its order depends on; JSON."""
@@ -95,31 +98,16 @@ class BatchPlan:
             return np.arange(len(self.lengths))
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.lengths))
 
-    def bins(self, epoch: int) -> list[list[int]]:
-        """The packed bins of an epoch in training order, as lists of sample indices."""
-        assert self.max_tokens_per_batch is not None
-        if self._bins is None or self._bins[0] != epoch:
-            from specforge_lite.data.packing import packed_bins
-
-            shuffler = np.random.Generator(np.random.PCG64([self.seed, epoch, 1])) if self.shuffle else None
-            self._bins = (epoch, packed_bins(self.order(epoch), self.lengths, self.max_tokens_per_batch, shuffler))
-        return self._bins[1]
-
     def _groups_after(self, epoch: int, consumed: int) -> list[list[int]]:
         """What is never torn apart, bins or single samples: those of an epoch after its first `consumed` samples."""
-        if self.max_tokens_per_batch is None:
-            return [[index] for index in self.order(epoch)[consumed:].tolist()]
-        groups = self.bins(epoch)
-        ends = np.cumsum([0, *map(len, groups)])
-        at = int(np.searchsorted(ends, consumed))
-        if ends[at] != consumed:
-            raise CheckpointError(f"{consumed} samples consumed is inside a packed batch; the order has changed")
-        return groups[at:]
+        return [[index] for index in self.order(epoch)[consumed:].tolist()]
+
+    def _num_groups(self, epoch: int) -> int:
+        return len(self.lengths)
 
     def num_steps(self, epoch: int) -> int:
         """Global steps of one whole epoch; with packing it differs a little between epochs."""
-        num_groups = len(self.lengths) if self.max_tokens_per_batch is None else len(self.bins(epoch))
-        return -(-num_groups // self._groups_per_step)
+        return -(-self._num_groups(epoch) // self._groups_per_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -139,8 +127,7 @@ class BatchPlan:
 
     @property
     def _groups_per_step(self) -> int:
-        per_micro = 1 if self.max_tokens_per_batch is not None else self.batch_size
-        return per_micro * self.accumulation_steps * self.world_size
+        return self.batch_size * self.accumulation_steps * self.world_size
 
     def steps(self) -> Iterator[PlannedStep]:
         """Steps from the current position, epoch after epoch, without end. The position moves when the caller takes
@@ -155,17 +142,13 @@ class BatchPlan:
                 yield self._planned(chunk, epoch)
 
     def _planned(self, chunk: list[list[int]], epoch: int) -> PlannedStep:
-        if self.max_tokens_per_batch is None:  # samples over micro batches and ranks, sizes as equal as they can be
-            num_micro = -(-len(chunk) // (self.batch_size * self.world_size))
-            parts = np.array_split(np.array(chunk, dtype=np.int64).reshape(-1), num_micro * self.world_size)
-            micro_batches = [part.tolist() for part in parts[self.rank :: self.world_size]]
-        else:
-            from specforge_lite.data.packing import balance
-
-            weights = [int(self.supervised_counts[group].sum()) for group in chunk]
-            own = balance(weights, self.world_size)[self.rank]
-            num_micro = -(-len(chunk) // self.world_size)
-            micro_batches = [chunk[item] for item in own] + [[]] * (num_micro - len(own))
+        micro_batches = self._share(chunk)
         num_tokens = sum(int(self.lengths[batch].sum()) for batch in micro_batches if batch)
-        num_slots = num_micro * (self.max_tokens_per_batch or 0)
+        num_slots = len(micro_batches) * (self.max_tokens_per_batch or 0)
         return PlannedStep(micro_batches, self.state_dict(), num_tokens, num_slots, epoch)
+
+    def _share(self, chunk: list[list[int]]) -> list[list[int]]:
+        """This rank's micro batches of a global step, of sizes as equal as they can be."""
+        num_micro = -(-len(chunk) // (self.batch_size * self.world_size))
+        parts = np.array_split(np.array(chunk, dtype=np.int64).reshape(-1), num_micro * self.world_size)
+        return [part.tolist() for part in parts[self.rank :: self.world_size]]

@@ -20,7 +20,7 @@ import numpy as np
 
 from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
-from specforge_lite.core.files import quick_fingerprint, sha256_of
+from specforge_lite.core.files import key_digest, quick_fingerprint, sha256_of
 from specforge_lite.types import TokenizedSample
 
 FORMAT = 2
@@ -146,11 +146,6 @@ class StoreWriter:
         """Close the arrays; may be called twice."""
         for file in self._files.values():
             file.close()
-
-
-def key_digest(key: dict[str, Any]) -> str:
-    """sha256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 class TokenizedDataset(Sequence[TokenizedSample]):

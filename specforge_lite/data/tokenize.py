@@ -1,4 +1,4 @@
-"""Conversation or FIM row -> TokenizedSample: template, one tokenization, loss mask, length."""
+"""Conversation -> TokenizedSample: template, one tokenization, loss mask, length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from specforge_lite.core import log
 from specforge_lite.core.errors import DataError
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data.conversations import RowRejected, is_fim_row, to_conversation
@@ -16,6 +17,7 @@ from specforge_lite.types import Conversation, TokenizedSample
 
 # Raised when the same text and template would give other ids or another mask than before: old caches are then unused.
 TOKENIZATION_VERSION = 2
+ONE_FORMAT = "expected one format per file"
 
 
 @dataclass(frozen=True)
@@ -86,53 +88,49 @@ class ConversationTokenizer:
 
 
 class RowTokenizer:
-    """Parsed row -> TokenRow, for files of conversations (`data_format` chat) or of FIM rows (fim).
+    """Parsed row -> TokenRow, for files of conversations; `fim.FimRowTokenizer` is that of the others.
 
     Calling it raises RowRejected for a row that is neither read nor mended. Other processes get a copy of their own.
     """
 
-    def __init__(self, spec: TokenizerSpec, options: TokenizeOptions, data_format: str) -> None:
-        self._arguments = (spec, options, data_format)
-        self._fim = None
-        if data_format == "fim":
-            from specforge_lite.data.fim import FimTokenizer
-
-            self._fim = FimTokenizer(spec, options.fim_order, options.max_length)
-        self._chat = ConversationTokenizer(spec, options) if self._fim is None else None
+    def __init__(self, spec: TokenizerSpec, options: TokenizeOptions) -> None:
+        self._arguments = (spec, options)
+        self.chat = ConversationTokenizer(spec, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowTokenizer, self._arguments
-
-    @property
-    def template(self) -> ChatTemplate | None:
-        """The chat template; None for FIM rows."""
-        return self._chat.template if self._chat is not None else None
+        return type(self), self._arguments
 
     def key(self) -> dict[str, Any]:
         """All that decides ids and masks besides the rows, as part of a cache's key."""
-        spec, options, data_format = self._arguments
-        key = {"version": TOKENIZATION_VERSION, "format": data_format, "tokenizer": spec.fingerprint}
-        key["max_length"] = options.max_length
-        if self._fim is not None:
-            return {**key, "template": self._fim.name, "template_content": self._fim.layout}
-        assert self._chat is not None
-        content = [self._chat.template.fingerprint, self._chat.tool_template.fingerprint]
-        others = {"train_only_last_turn": options.train_only_last_turn, "system_prompt": options.system_prompt}
-        return {**key, "template": self._chat.template.name, "template_content": content, **others}
+        spec, options = self._arguments
+        key = {"version": TOKENIZATION_VERSION, "format": "chat", "tokenizer": spec.fingerprint}
+        content = [self.chat.template.fingerprint, self.chat.tool_template.fingerprint]
+        key |= {"template": self.chat.template.name, "template_content": content, "max_length": options.max_length}
+        return {**key, "train_only_last_turn": options.train_only_last_turn, "system_prompt": options.system_prompt}
 
     def __call__(self, value: Any) -> TokenRow:
-        if is_fim_row(value) != (self._fim is not None):
-            found, expected = ("fill-in-the-middle", "conversations") if self._fim is None else ("chat", "FIM rows")
-            raise RowRejected("mixed-formats", f"a {found} row in a file of {expected}; expected one format per file")
-        if self._fim is not None:
-            from specforge_lite.data.fim import to_fim_row
-
-            row = to_fim_row(value)
-            return TokenRow(row.id, *self._fim(row))
-        assert self._chat is not None
+        if is_fim_row(value):
+            raise RowRejected("mixed-formats", f"a fill-in-the-middle row in a file of conversations; {ONE_FORMAT}")
         conversation = to_conversation(value)
         try:
-            return self._chat(conversation)
+            return self.chat(conversation)
         except DataError as error:
             nothing = np.zeros(0, dtype=np.int32)
             return TokenRow(conversation.id, nothing, nothing.astype(bool), refused=str(error))
+
+
+def row_tokenizer(tokenizer: Any, section: DataSection, data_format: str) -> RowTokenizer:
+    """What tokenizes the rows of a run; a template that has its doubts says so on the main rank."""
+    spec = TokenizerSpec.from_tokenizer(tokenizer)
+    options = TokenizeOptions.from_section(section)
+    if data_format == "fim":
+        from specforge_lite.data.fim import FimRowTokenizer
+
+        return FimRowTokenizer(spec, options)
+    rows = RowTokenizer(spec, options)
+    if not rows.chat.template.is_own and log.is_main_rank():
+        from specforge_lite.data.templates.families import template_warning
+
+        if warning := template_warning(rows.chat.template, spec):
+            log.warn(warning)
+    return rows

@@ -16,12 +16,12 @@ from specforge_lite.checkpoints.training_run import TRAINING_CONFIG, read_config
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.jsonl import read_jsonl
 from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.data.cache import open_dataset
 from specforge_lite.doctor import Problem
 from specforge_lite.evaluation.acceptance import decode_answers
 from specforge_lite.inference.speculative import SpeculativeModel
-from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.config_json import config_from_file
 from specforge_lite.training.reporting import METRICS_FILE
-from specforge_lite.training.wiring import open_dataset
 
 # Of the tokens gained beyond one per pass. On answers that are the target's own greedy ones the estimate describes the
 # very passes of decoding (evaluation/acceptance.py) and differs by rounding and by which samples are decoded; on others
@@ -60,7 +60,7 @@ def read_run(checkpoint: Path) -> RunRecord:
         chain_length, num_steps = training["eval_chain_length"], training["ttt_length"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'}: not a training run's: {error}") from None
-    num_steps = DraftConfig.from_json(checkpoint / TRAINING_CONFIG).tokens_per_block or num_steps
+    num_steps = config_from_file(checkpoint / TRAINING_CONFIG).tokens_per_block or num_steps
     path = data.eval_data_path or data.train_data_path
     if path is None:
         raise CheckpointError(f"{checkpoint}: the run trained from an offline directory; its text is not known here")

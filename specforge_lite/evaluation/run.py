@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from specforge_lite.capture.base import TargetEngine, unnamed_aux_layer_ids
+from specforge_lite.capture.base import TargetEngine
+from specforge_lite.checkpoints.draft_files import unnamed_aux_layer_ids
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.devices import pick_device
 from specforge_lite.core.errors import ConfigError
@@ -18,6 +19,7 @@ from specforge_lite.core.files import write_json
 from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import progress
 from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.data.cache import open_dataset
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.evaluation.settings import MeasureSection
 from specforge_lite.model.draft import Draft, TTTSettings
@@ -25,7 +27,6 @@ from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.serving.registry import open_engine
 from specforge_lite.training.dataloader import BatchMaker
 from specforge_lite.training.evaluate import EvalResult, evaluate
-from specforge_lite.training.wiring import open_dataset
 from specforge_lite.types import DraftBatch, StepOutput
 
 Observer = Callable[[StepOutput, DraftBatch], None]

@@ -10,15 +10,6 @@ import keyword
 import re
 
 CLASSES = ("number", "name", "punctuation", "whitespace", "keyword", "word", "control")
-CLASS_TITLES = {
-    "number": "numbers",
-    "name": "names",
-    "punctuation": "punctuation",
-    "whitespace": "whitespace",
-    "keyword": "code keywords",
-    "word": "other words",
-    "control": "control tokens",
-}
 # Python's own, and the common ones of C, C++, Java, JavaScript, Go, Rust and shells.
 OTHER_KEYWORDS = """
 auto bool byte case catch char const constexpr default defer do done double echo enum esac export extends extern false

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_lite.capture.base import check_aux_layer_ids, unnamed_aux_layer_ids
+from specforge_lite.capture.base import check_aux_layer_ids
 from specforge_lite.capture.hf import find_decoder
+from specforge_lite.checkpoints.draft_files import unnamed_aux_layer_ids
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.inference.kv_cache import GROUPED, SlotCache, share_keys_of_groups
 from specforge_lite.inference.output import Metered

@@ -57,8 +57,11 @@ def with_block_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def read_values(values: dict[str, Any], source: str) -> DraftConfig:
-    """See `DraftConfig.from_dict`."""
+def config_from_values(values: dict[str, Any], source: str = "draft config") -> DraftConfig:
+    """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.
+
+    Layer ids: see `aux_layer_ids_of`. Raises ConfigError naming the key.
+    """
     check_kinds(values, source)
     values = with_block_fields(values, source)
     architecture = (values.get("architectures") or [""])[0]
@@ -85,11 +88,11 @@ def read_values(values: dict[str, Any], source: str) -> DraftConfig:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def read_file(path: str | Path) -> DraftConfig:
-    """See `DraftConfig.from_json`."""
+def config_from_file(path: str | Path) -> DraftConfig:
+    """Read a draft's config.json (a file, or a directory that holds one)."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
-    return read_values(read_json(file, ConfigError), str(file))
+    return config_from_values(read_json(file, ConfigError), str(file))
 
 
 # Keys of a config.json whose content is looked into.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,23 +103,6 @@ class DraftConfig:
     def tokens_per_block(self) -> int:
         """Tokens that a block drafts: a dflash block's first slot only carries the anchor. 0: another kind of draft."""
         return self.block_size - (self.algorithm == "dflash")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "draft config") -> DraftConfig:
-        """Read a config.json as SpecForge, EAGLE, SGLang and vLLM write them; keys with no meaning here are ignored.
-
-        Layer ids: see `aux_layer_ids_of`. Raises ConfigError naming the key.
-        """
-        from specforge_lite.model.config_json import read_values
-
-        return read_values(values, source)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> DraftConfig:
-        """Read a draft's config.json (a file, or a directory that holds one)."""
-        from specforge_lite.model.config_json import read_file
-
-        return read_file(path)
 
     @classmethod
     def from_target(cls, target: Any, draft_vocab_size: int | None = None, algorithm: str = "eagle3") -> DraftConfig:

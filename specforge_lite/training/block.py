@@ -13,6 +13,7 @@ from specforge_lite.core.log import warn
 from specforge_lite.core.settings import flag
 from specforge_lite.data.store import TokenizedDataset
 from specforge_lite.data.vocab import COUNT_BLOCK, count_supervised_tokens
+from specforge_lite.model.config_json import config_from_file
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.eagle1 import refuse_eagle3_options, unless_given
 from specforge_lite.training.settings import (
@@ -109,7 +110,7 @@ class DsparkConfig(TrainConfig):
             return self
         file, ids = self.draft.draft_model_config, None
         if file is not None:
-            ids = DraftConfig.from_json(file).aux_layer_ids
+            ids = config_from_file(file).aux_layer_ids
         if ids is None:
             target = load_config(self.target.target_model_path, self.target.trust_remote_code)
             ids = spread_aux_layers(int(target.get_text_config().num_hidden_layers))

@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specforge_lite.capture.base import num_positions
 from specforge_lite.capture.prefetch import SkipBudget
-from specforge_lite.checkpoints.bundle import launch_commands
-from specforge_lite.checkpoints.export import export_checkpoint
-from specforge_lite.core.errors import ConfigError, SpecforgeError
+from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_config, load_tokenizer
-from specforge_lite.core.log import info, warn
-from specforge_lite.data.cache import row_tokenizer
+from specforge_lite.core.log import info
 from specforge_lite.data.follow import FollowPlan, TrafficReader
-from specforge_lite.data.vocab import VocabMap
-from specforge_lite.model.config_json import BLOCK_KINDS
+from specforge_lite.data.tokenize import row_tokenizer
 from specforge_lite.model.draft import Draft, DraftConfig
-from specforge_lite.serving.engine import ServingOptions, read_draft_config
 from specforge_lite.training.loop import Trainer
-from specforge_lite.training.reload import hand_over
 from specforge_lite.training.settings import TrainConfig
 from specforge_lite.types import TokenizedSample
 
@@ -43,16 +38,16 @@ def open_traffic(config: TrainConfig) -> TrafficReader:
     return TrafficReader(directory, rows, target.target_model_path, config.training.follow_models)
 
 
-def kept_vocab_map(draft: DraftConfig, source: Draft | None, reader: TrafficReader) -> VocabMap:
-    """The vocabulary of the draft that the run starts from, or the target's whole one: rows that are still to come
+def kept_vocab_map(draft: DraftConfig, source: Draft | None, reader: TrafficReader) -> tuple[Tensor, Tensor]:
+    """(d2t, t2d) of the draft that the run starts from, or the target's whole one: rows that are still to come
     cannot be counted. Raises ConfigError where it is neither."""
-    if draft.algorithm in BLOCK_KINDS and draft.mask_token_id is not None:
+    if draft.mask_token_id is not None:
         reader.mask_token_id = draft.mask_token_id
     size = draft.draft_vocab_size
     if size == draft.vocab_size:
-        return VocabMap(torch.zeros(size).long(), torch.ones(size).bool(), reader.fingerprint, 1.0)
+        return torch.zeros(size).long(), torch.ones(size).bool()
     if source is not None and source.config.draft_vocab_size == size:
-        return VocabMap(source.d2t.long(), source.t2d.bool(), reader.fingerprint, 1.0)
+        return source.d2t.long(), source.t2d.bool()
     raise ConfigError(
         f"draft_vocab_size {size} of {draft.vocab_size}: which tokens these are is counted on a file; with --follow"
         f" start from a draft that has them (--init DRAFT), or give --draft-vocab-size {draft.vocab_size}"
@@ -131,21 +126,11 @@ class FollowTrainer(Trainer):
         super().save()
         self.progress.data = data
         info(self._rows_so_far())
-        if self.config.training.hand_over_to is not None and self.world.is_main:
-            self._hand_over(self.config.training.hand_over_to.rstrip("/"))
+        url, checkpoint = self.config.training.hand_over_to, self.progress.last_checkpoint
+        if url is not None and checkpoint is not None and self.world.is_main:
+            from specforge_lite.training.reload import hand_over_checkpoint
 
-    def _hand_over(self, url: str) -> None:
-        """Nothing that goes wrong here ends the run: the next checkpoint is handed over as well."""
-        checkpoint, draft = self.progress.last_checkpoint, self.config.checkpoint.output_dir / "draft"
-        assert checkpoint is not None
-        try:
-            hand_over(url, export_checkpoint(checkpoint, draft, overwrite=True))
-            info(f"{url} serves the draft of {checkpoint.name} now")
-        except SpecforgeError as error:
-            warn(f"{checkpoint.name} is not handed over to {url}: {error}")
-            if draft.exists():
-                options = ServingOptions("sglang", self.config.target.target_model_path, str(draft))
-                info(f"{draft} is served by\n{launch_commands(options, read_draft_config(draft))}")
+            hand_over_checkpoint(url.rstrip("/"), checkpoint, self.config.target.target_model_path)
 
     def _rows_so_far(self) -> str:
         data = self.progress.data

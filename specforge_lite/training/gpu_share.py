@@ -1,4 +1,4 @@
-"""A GPU that the trainer shares with the target's server: how much of it the server gets."""
+"""Settings against a GPU: the draft's attention, and how much memory the target's server gets of a shared one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ import torch
 from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import format_bytes, info
 from specforge_lite.core.weight_files import safetensors_files
+from specforge_lite.model.config_json import config_from_file
+from specforge_lite.model.device import choose_attention
+from specforge_lite.model.draft import DraftConfig
 from specforge_lite.training.estimate import Workload, memory_fraction, plan_memory
-from specforge_lite.training.machine import backend_of, draft_shape
+from specforge_lite.training.machine import backend_of
 from specforge_lite.training.settings import TrainConfig
+
+
+def attention_on_gpu(config: TrainConfig) -> str:
+    """The attention backend for the draft's dtype and heads. Raises ConfigError where none fits."""
+    training = config.training
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(training.precision, torch.bfloat16)
+    return choose_attention(training.draft_attention_backend, "cuda", dtype, _draft_shape(config).head_dim)
+
+
+def _draft_shape(config: TrainConfig) -> DraftConfig:
+    """The draft's shape as `--draft-model-config` says it, or derived from the target's; before anything is loaded."""
+    if config.draft.draft_model_config is not None:
+        return config_from_file(config.draft.draft_model_config)
+    target = load_config(config.target.target_model_path, config.target.trust_remote_code)
+    return DraftConfig.from_target(target, config.draft.draft_vocab_size, config.algorithm)
 
 
 def _physical(device: torch.device) -> str:
@@ -32,7 +50,7 @@ def share_of_gpu(config: TrainConfig, device: torch.device) -> TrainConfig:
     if target.engine_devices is not None and _physical(device) not in target.engine_devices.split(","):
         return config
     training, total = config.training, torch.cuda.get_device_properties(device).total_memory
-    layers, draft = config.with_target_defaults().target.aux_layer_ids, draft_shape(config)
+    layers, draft = config.with_target_defaults().target.aux_layer_ids, _draft_shape(config)
     draft = draft.replace(**config.draft_shape(draft, load_config(target.target_model_path, target.trust_remote_code)))
     load = Workload(
         draft if layers is None else draft.replace(aux_layer_ids=layers),

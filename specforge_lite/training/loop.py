@@ -25,7 +25,6 @@ from specforge_lite.core.provenance import collect_provenance, redact
 from specforge_lite.training.checkpoint import save_checkpoint
 from specforge_lite.training.dataloader import BatchMaker, StepBatches, bad_documents
 from specforge_lite.training.distributed import World, open_world, report_failure
-from specforge_lite.training.evaluate import evaluate
 from specforge_lite.training.machine import fit_to_device, use_deterministic_kernels
 from specforge_lite.training.metrics import (
     TOKENS_AT,
@@ -331,6 +330,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the draft as it is now on the held-out samples; all ranks share the work."""
+        from specforge_lite.training.evaluate import evaluate
+
         assert self.eval_data is not None
         self.world.place("evaluating", self.progress.step)
         self.reporter.beat(self.progress.step, self.end, "evaluating")

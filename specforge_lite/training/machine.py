@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from specforge_lite.core.hub import load_config
 from specforge_lite.core.log import info
-from specforge_lite.model.device import choose_attention, usable_dtype
-from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.device import usable_dtype
 from specforge_lite.training.settings import TrainConfig
 
 
@@ -40,10 +38,9 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
             info(f"--compile: {problem}; training without it")
             training["compile"] = False
     if device.type == "cuda":
-        precision = config.training.precision
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
-        name, head_dim = config.training.draft_attention_backend, draft_shape(config).head_dim
-        training["draft_attention_backend"] = choose_attention(name, "cuda", dtype, head_dim)
+        from specforge_lite.training.gpu_share import attention_on_gpu
+
+        training["draft_attention_backend"] = attention_on_gpu(config)
         return config.with_values(training=training)
     if config.training.draft_attention_backend == "flex_attention":
         info("--draft-attention-backend flex_attention: has no backward pass on a CPU; training with sdpa")
@@ -67,11 +64,3 @@ def fit_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
             )
             sections["target"] = {"tp_size": 1}
     return config.with_values(**sections)
-
-
-def draft_shape(config: TrainConfig) -> DraftConfig:
-    """The draft's shape as `--draft-model-config` says it, or derived from the target's; before anything is loaded."""
-    if config.draft.draft_model_config is not None:
-        return DraftConfig.from_json(config.draft.draft_model_config)
-    target = load_config(config.target.target_model_path, config.target.trust_remote_code)
-    return DraftConfig.from_target(target, config.draft.draft_vocab_size, config.algorithm)

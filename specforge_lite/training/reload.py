@@ -18,9 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
+from specforge_lite.checkpoints.bundle import launch_commands
+from specforge_lite.checkpoints.export import export_checkpoint
 from specforge_lite.checkpoints.training_run import read_safetensors
-from specforge_lite.core.errors import EngineError
+from specforge_lite.core.errors import EngineError, SpecforgeError
 from specforge_lite.core.http import HttpFailure, HttpLoop
+from specforge_lite.core.log import info, warn
+from specforge_lite.serving.engine import ServingOptions, read_draft_config
 
 CHUNK_BYTES = 128 << 20
 ALGORITHMS = ("EAGLE3", "EAGLE")
@@ -29,6 +33,21 @@ SHAPE = (
     "architectures", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "draft_vocab_size", "aux_layer_ids", "norm_output", "fc_norm", "rope_parameters",
 )  # fmt: skip
+
+
+def hand_over_checkpoint(url: str, checkpoint: Path, target: str) -> None:
+    """Export a checkpoint to `draft` beside it and load that into the server at `url`; the command to serve it is
+    printed where that cannot be. Nothing that goes wrong here ends the run: the next checkpoint is handed over as well.
+    """
+    draft = checkpoint.parent / "draft"
+    try:
+        hand_over(url, export_checkpoint(checkpoint, draft, overwrite=True))
+        info(f"{url} serves the draft of {checkpoint.name} now")
+    except SpecforgeError as error:
+        warn(f"{checkpoint.name} is not handed over to {url}: {error}")
+        if draft.exists():
+            options = ServingOptions("sglang", target, str(draft))
+            info(f"{draft} is served by\n{launch_commands(options, read_draft_config(draft))}")
 
 
 def hand_over(url: str, draft_dir: Path) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from specforge_lite.core.log import info
 from specforge_lite.core.sections import DataSection, TargetSection
 from specforge_lite.core.settings import Section, flag
 
@@ -266,17 +265,9 @@ class TrainConfig(Section):
         draft = (values.get("draft") or {}).get("draft_model_config")
         if path is None and draft is None:
             return values
-        from specforge_lite.checkpoints.compat.deepspeed import eagle_length, merge_deepspeed, read_deepspeed_config
+        from specforge_lite.checkpoints.compat.deepspeed import with_eagle_files
 
-        if path is not None:
-            settings, unused = read_deepspeed_config(Path(path))
-            if unused:
-                info(f"{path}: no effect here: {', '.join(unused)}")
-            values = merge_deepspeed(values, settings)
-        steps = eagle_length(draft)
-        if steps is None or cls.algorithm != "eagle3":
-            return values
-        return merge_deepspeed(values, {"training": {"ttt_length": steps}})
+        return with_eagle_files(values, path, draft if cls.algorithm == "eagle3" else None)
 
     def with_values(self, **sections: dict[str, Any]) -> Self:
         """A copy with other values: `with_values(training={"precision": "fp32"})`. They are not validated."""

@@ -14,13 +14,9 @@ import torch
 from specforge_lite.capture.base import TargetEngine, TargetInfo, num_positions
 from specforge_lite.capture.prefetch import SkipBudget
 from specforge_lite.core.errors import ConfigError
-from specforge_lite.core.hub import load_config, load_tokenizer, local_directory
+from specforge_lite.core.hub import load_config, local_directory
 from specforge_lite.core.log import info
-from specforge_lite.core.sections import DataSection, TargetSection
-from specforge_lite.data.cache import open_or_build_dataset
-from specforge_lite.data.sampler import BatchPlan
-from specforge_lite.data.store import TokenizedDataset
-from specforge_lite.data.vocab import open_or_build_vocab_map
+from specforge_lite.data.sampler import plan_steps
 from specforge_lite.model.draft import Draft, DraftConfig, TTTSettings
 from specforge_lite.model.initialize import init_from_target, init_random
 from specforge_lite.model.registry import build_draft
@@ -35,7 +31,11 @@ from specforge_lite.training.settings import TrainConfig, run_length
 from specforge_lite.types import DraftBatch
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from specforge_lite.data.follow import FollowPlan, TrafficReader
+    from specforge_lite.data.sampler import BatchPlan
+    from specforge_lite.data.store import TokenizedDataset
 
 # ----------------------------------------------------------------------------------------------------- data and target
 
@@ -49,6 +49,11 @@ class RunData:
     states: TargetEngine | None = None
 
 
+def is_traffic(rows: TokenizedDataset | TrafficReader) -> TypeIs[TrafficReader]:
+    """True for rows that come while the run goes on; how many there will be is not known."""
+    return not hasattr(rows, "lengths")
+
+
 def load_data(config: TrainConfig) -> RunData:
     """Open or build the tokenized datasets; with `--offline-dir` they lie beside the captured states.
 
@@ -59,21 +64,17 @@ def load_data(config: TrainConfig) -> RunData:
 
         return open_offline(config, config.training.offline_dir)
     _check_max_length(config)
+    data, traffic = config.data, None
     if config.training.follow is not None:
         from specforge_lite.training.follow import open_traffic
 
-        train: TokenizedDataset | TrafficReader = open_traffic(config)
-    else:
-        train = open_dataset(config.data.train_data_path, config.target, config.data)
-    evaluation = config.data.eval_data_path
-    return RunData(train, open_dataset(evaluation, config.target, config.data) if evaluation is not None else None)
+        traffic = open_traffic(config)
+        if data.eval_data_path is None:
+            return RunData(traffic, None)
+    from specforge_lite.data.cache import open_dataset
 
-
-def open_dataset(path: str | None, target: TargetSection, data: DataSection) -> TokenizedDataset:
-    """Open or build the tokenized dataset of a file. Raises ConfigError without one."""
-    if path is None:
-        raise ConfigError("train_data_path: required (flag --train-data-path)")
-    return open_or_build_dataset(path, load_tokenizer(target.target_model_path, target.trust_remote_code), data)
+    train = traffic or open_dataset(data.train_data_path, config.target, data)
+    return RunData(train, open_dataset(data.eval_data_path, config.target, data) if data.eval_data_path else None)
 
 
 def _check_max_length(config: TrainConfig) -> None:
@@ -178,19 +179,21 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
     target_config = load_config(config.target.target_model_path, config.target.trust_remote_code)
     draft_config = make_draft_config(config, target, target_config)
     for dataset in (data.train, data.eval):
-        if isinstance(dataset, TokenizedDataset):
+        if dataset is not None and not is_traffic(dataset):
             config.check_dataset(draft_config, dataset)
     source = _warm_start(config)
-    if isinstance(data.train, TokenizedDataset):
-        vocab_map = open_or_build_vocab_map(
-            data.train, draft_config.draft_vocab_size, draft_config.vocab_size, config.data.cache_dir
-        )
-    else:
+    if is_traffic(data.train):
         from specforge_lite.training.follow import kept_vocab_map
 
-        vocab_map = kept_vocab_map(draft_config, source, data.train)
+        d2t, t2d = kept_vocab_map(draft_config, source, data.train)
+    else:
+        from specforge_lite.data.vocab import open_or_build_vocab_map
+
+        sizes = (draft_config.draft_vocab_size, draft_config.vocab_size)
+        vocab_map = open_or_build_vocab_map(data.train, *sizes, config.data.cache_dir)
+        d2t, t2d = vocab_map.d2t, vocab_map.t2d
     head = load_target_head(directory, target_config)
-    draft = build_draft(draft_config, vocab_map.d2t, vocab_map.t2d)
+    draft = build_draft(draft_config, d2t, t2d)
     init_random(draft, config.training.seed)
     if draft.embed_tokens is not None:
         from specforge_lite.model.own_embeddings import fit_own_embeddings
@@ -211,7 +214,7 @@ def load_models(config: TrainConfig, target: TargetInfo, data: RunData, world: W
         "draft": draft_config.to_dict(),
         "target": digest(head.norm_weight_H.float().numpy().tobytes() + rows.numpy().tobytes()),
         "data": data.train.fingerprint,
-        "vocab_map": digest(vocab_map.d2t.numpy().tobytes()),
+        "vocab_map": digest(d2t.numpy().tobytes()),
     }
     return RunModels(draft, head.to(world.device, compute_dtype(config, world)), identity)
 
@@ -229,9 +232,9 @@ def plan_batches(config: TrainConfig, data: TokenizedDataset | TrafficReader, wo
         "world_size": world.dp_size,
         "max_tokens_per_batch": training.max_tokens_per_batch,
     }
-    if not isinstance(data, TokenizedDataset):
+    if is_traffic(data):
         return data.plan(**sizes, captures=not world.sp_rank)
-    return BatchPlan(data.lengths, data.supervised_counts, seed=training.seed, **sizes)
+    return plan_steps(data.lengths, data.supervised_counts, seed=training.seed, **sizes)
 
 
 def open_dataloader(
@@ -253,9 +256,9 @@ def open_dataloader(
             return FollowerDataloader(plan.steps(), world, dtype)
         make = lambda *parts: share_batch(to_batch(*parts), world, dtype)  # noqa: E731
     budget = config.training.max_tokens_per_batch
-    length = data.train.lengths.mean() if isinstance(data.train, TokenizedDataset) else config.data.max_length
+    length = config.data.max_length if is_traffic(data.train) else data.train.lengths.mean()
     per_batch = config.training.batch_size if budget is None else budget / length
-    samples = data.train if isinstance(data.train, TokenizedDataset) else cast("FollowPlan", plan)
+    samples = cast("FollowPlan", plan) if is_traffic(data.train) else data.train
     return Dataloader(plan.steps(), samples, engine, make, skips, per_batch)
 
 
@@ -278,12 +281,6 @@ def restore_or_start(
     # Epochs are counted in samples: what is left of them takes more or fewer steps in other batch sizes.
     total = run_length(training, lambda num_epochs: progress.step + plan.remaining_steps(num_epochs))
     optimizer.total_steps = training.total_steps or total
-    if resume is not None and resume.from_eagle and isinstance(plan, BatchPlan) and progress.step >= total:
-        epochs, end = plan.epoch, run_length(training, plan.total_steps)
-        raise ConfigError(
-            f"{resume.path}: {epochs} epochs are done ({progress.step} steps), the run ends after {end} steps; give"
-            f" --num-epochs above {epochs}, or another --output-dir to start anew"
-        )
     if training.total_steps is not None and total < training.total_steps:
         info(
             f"--total-steps {training.total_steps} shapes the learning rate; the run ends after {total} steps"
@@ -298,12 +295,12 @@ def check_lengths(config: TrainConfig, data: RunData, engine: TargetEngine, draf
     budgets = []
     parts = ((data.train, "training data", None), (data.eval, "evaluation data", config.training.eval_max_samples))
     for dataset, what, count in parts:
-        if isinstance(dataset, TokenizedDataset):
+        if dataset is not None and not is_traffic(dataset):
             lengths = dataset.lengths.tolist()[:count]
             budgets.append(SkipBudget(config.training.skip_budget, len(lengths)))
             budgets[-1].check_lengths(lengths, engine.info.max_length, what)
             dataset.warn_beyond(draft.max_position_embeddings)
-    if not isinstance(data.train, TokenizedDataset):
+    if is_traffic(data.train):
         from specforge_lite.training.follow import FollowBudget
 
         return FollowBudget(config.training.skip_budget)

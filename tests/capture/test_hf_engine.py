@@ -10,8 +10,9 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from specforge_lite.capture.base import check_aux_layer_ids, check_capture, default_aux_layer_ids, unnamed_aux_layer_ids
+from specforge_lite.capture.base import check_aux_layer_ids, check_capture, default_aux_layer_ids
 from specforge_lite.capture.hf import HfEngine, length_buckets, length_group
+from specforge_lite.checkpoints.draft_files import unnamed_aux_layer_ids
 from specforge_lite.core.errors import CaptureError, ConfigError
 from specforge_lite.types import TokenizedSample
 

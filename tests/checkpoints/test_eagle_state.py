@@ -182,7 +182,7 @@ def test_when_a_state_is_not_continued(
 ) -> None:
     write_accelerate_state(tmp_path / "state_4", eagle1_tensors(eagle1, table(tiny_target, target_config)))
     words = flags(data, tiny_target, tmp_path)
-    with pytest.raises(ConfigError, match=r"state_4: 5 epochs are done \(15 steps\), the run ends after 6 steps"):
+    with pytest.raises(CheckpointError, match=r"state_4: 5 epochs are done \(15 steps\), the run ends after 6 steps"):
         run_in_process("train_eagle1", [*words, "--num-epochs", "2"])
     run_in_process("train_eagle1", [*words, "--total-steps", "1", "--no-resume"])
     assert "from the start" in capsys.readouterr().out

@@ -15,7 +15,8 @@ from specforge_lite.checkpoints.export import export_checkpoint, exported_config
 from specforge_lite.checkpoints.loading import load_draft
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.core.files import sha256_of
-from specforge_lite.model.draft import Draft, DraftConfig
+from specforge_lite.model.config_json import config_from_values
+from specforge_lite.model.draft import Draft
 from tests.inference_drafts import random_draft
 
 KEY = "eagle_aux_hidden_state_layer_ids"
@@ -89,7 +90,7 @@ def test_aux_layer_ids_of_either_convention(tmp_path: Path, keys: dict, expected
     folder = write_pickled(tmp_path / "d", random_draft(), **keys)
     assert load_draft(folder).config.aux_layer_ids == expected
     shape = {**json.loads((folder / "config.json").read_text()), **keys}
-    assert DraftConfig.from_dict(shape).aux_layer_ids == expected  # the reader of --draft-model-config
+    assert config_from_values(shape).aux_layer_ids == expected  # the reader of --draft-model-config
 
 
 @pytest.mark.parametrize("outputs", [(1, 3, 4), (0, 2, 6), (2, 15, 28)])
@@ -98,7 +99,7 @@ def test_both_engines_capture_what_we_read(tmp_path: Path, outputs: tuple[int, .
     assert vllm_captures(config) == sglang_captures(config) == list(outputs)
     for key in ("aux_layer_ids", KEY, "eagle_config"):
         alone = {k: v for k, v in config.items() if k == key or k not in ("aux_layer_ids", KEY, "eagle_config")}
-        assert DraftConfig.from_dict(alone).aux_layer_ids == outputs
+        assert config_from_values(alone).aux_layer_ids == outputs
 
 
 def test_keys_that_mean_different_layers_are_refused(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from specforge_lite.core.errors import DataError
 from specforge_lite.data import json_values, reading
-from specforge_lite.data.conversations import RowRejected, content_digest, to_conversation, to_row
-from specforge_lite.data.forms import ignored_fields
+from specforge_lite.data.conversations import RowRejected, content_digest, is_plain_row, to_conversation, to_row
+from specforge_lite.data.forms import check_messages, ignored_fields, messages_of
 from specforge_lite.data.reading import BadRow, Row, RowFile
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -336,6 +336,18 @@ TURN = st.fixed_dictionaries(
         "reasoning_content": st.text(max_size=2) | JSON,
     },
 )
+
+
+def test_plain_rows_are_what_the_other_reader_makes_of_them() -> None:
+    system, talk = {"role": "system", "content": "Be brief."}, []
+    for number in range(5):
+        talk.append({"role": ("user", "assistant")[number % 2], "content": f" turn {number} \ufdd0\n"})
+        for turns in (talk, [system, *talk]):
+            row = {"id": "a", "conversations": turns, "model": "m", "sampling": {"temperature": 1}}
+            assert is_plain_row(row)
+            assert to_conversation(row).messages == check_messages(messages_of(row))
+    for turns in ([], [system], talk[1:], [talk[0]] * 2, [talk[0], system], [{**talk[0], "content": " "}]):
+        assert not is_plain_row({"conversations": turns})
 
 
 @settings(max_examples=150, deadline=None)

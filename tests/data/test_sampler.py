@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from specforge_lite.core.errors import CheckpointError, ConfigError
 from specforge_lite.data.packing import balance, pack
-from specforge_lite.data.sampler import BatchPlan, PlannedStep
+from specforge_lite.data.sampler import BatchPlan, PlannedStep, plan_steps
 
 
 def ranks(world_size: int, lengths: Any, **options: Any) -> list[BatchPlan]:
-    return [BatchPlan(lengths, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    return [plan_steps(lengths, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
 
 
 def global_steps(plans: list[BatchPlan], count: int) -> list[list[PlannedStep]]:
@@ -164,36 +164,36 @@ def test_resume_on_another_world_size(
 def test_resumed_steps_are_the_same_on_the_same_world_size() -> None:
     lengths = np.random.default_rng(3).integers(3, 20, 50)
     for packed in (None, 32):
-        whole = list(itertools.islice(BatchPlan(lengths, max_tokens_per_batch=packed).steps(), 120))
+        whole = list(itertools.islice(plan_steps(lengths, max_tokens_per_batch=packed).steps(), 120))
         for at in (0, 7, 49, 80):
-            plan = BatchPlan(lengths, max_tokens_per_batch=packed)
+            plan = plan_steps(lengths, max_tokens_per_batch=packed)
             plan.load_state_dict(whole[at].state_after)
             assert list(itertools.islice(plan.steps(), 20)) == whole[at + 1 : at + 21]
 
 
 def test_a_state_of_another_order_is_refused() -> None:
-    state = BatchPlan([5] * 10, seed=1).state_dict()
+    state = plan_steps([5] * 10, seed=1).state_dict()
     for other, name in (
-        (BatchPlan([5] * 11, seed=1), "num_samples 10, this run has 11"),
-        (BatchPlan([5] * 10, seed=2), "seed 1, this run has 2"),
-        (BatchPlan([5] * 10, seed=1, max_tokens_per_batch=10), "max_tokens_per_batch None, this run has 10"),
+        (plan_steps([5] * 11, seed=1), "num_samples 10, this run has 11"),
+        (plan_steps([5] * 10, seed=2), "seed 1, this run has 2"),
+        (plan_steps([5] * 10, seed=1, max_tokens_per_batch=10), "max_tokens_per_batch None, this run has 10"),
     ):
         with pytest.raises(CheckpointError, match=name):
             other.load_state_dict(state)
     with pytest.raises(CheckpointError, match="10 samples consumed of 10: impossible"):
-        BatchPlan([5] * 10, seed=1).load_state_dict({**state, "consumed": 10})
-    packed = BatchPlan([5] * 10, max_tokens_per_batch=10)
+        plan_steps([5] * 10, seed=1).load_state_dict({**state, "consumed": 10})
+    packed = plan_steps([5] * 10, max_tokens_per_batch=10)
     with pytest.raises(CheckpointError, match="1 samples consumed is inside a packed batch"):
         packed.load_state_dict({**packed.state_dict(), "consumed": 1})
 
 
 def test_impossible_sizes() -> None:
     with pytest.raises(ConfigError, match="no samples to train on"):
-        BatchPlan([])
+        plan_steps([])
     with pytest.raises(ConfigError, match="2 supervised counts for 1 samples"):
-        BatchPlan([1], [1, 2])
+        plan_steps([1], [1, 2])
     with pytest.raises(ConfigError, match="max_tokens_per_batch 4 < 9 tokens"):
-        BatchPlan([3, 9], max_tokens_per_batch=4)
+        plan_steps([3, 9], max_tokens_per_batch=4)
 
 
 # ------------------------------------------------------------------------------------------------------ packed batches
@@ -204,7 +204,7 @@ def test_packed_batches_are_full_and_balanced() -> None:
     lengths = generator.integers(20, 500, 3000)
     supervised = (lengths * generator.uniform(0.1, 0.9, 3000)).astype(np.int64)
     plans = [
-        BatchPlan(lengths, supervised, accumulation_steps=4, rank=r, world_size=4, max_tokens_per_batch=1000)
+        plan_steps(lengths, supervised, accumulation_steps=4, rank=r, world_size=4, max_tokens_per_batch=1000)
         for r in range(4)
     ]
     assert lengths.sum() / (1000 * len(plans[0].bins(0))) > 0.97
@@ -233,9 +233,9 @@ def test_packing_mixes_the_data() -> None:
 
 def test_total_steps() -> None:
     lengths = np.random.default_rng(6).integers(3, 20, 100)
-    plain = BatchPlan(lengths, batch_size=3, accumulation_steps=2, world_size=2)
+    plain = plan_steps(lengths, batch_size=3, accumulation_steps=2, world_size=2)
     assert (plain.steps_per_epoch, plain.total_steps(3)) == (9, 27)
-    packed = BatchPlan(lengths, max_tokens_per_batch=32)
+    packed = plan_steps(lengths, max_tokens_per_batch=32)
     assert packed.total_steps(3) == sum(packed.num_steps(epoch) for epoch in range(3))
     steps = list(itertools.islice(packed.steps(), packed.total_steps(3)))
     assert steps[-1].state_after["epoch"] == 3

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from specforge_lite.core.errors import ConfigError, DataError
 from specforge_lite.core.hub import load_config, load_tokenizer
-from specforge_lite.data.conversations import check_messages
 from specforge_lite.data.encoding import Rendering, TextEncoder, TokenizerSpec, clean, token_mask
+from specforge_lite.data.forms import check_messages
 from specforge_lite.data.prompts import ChatEncoder, text_token_ids
 from specforge_lite.data.templates.families import TEMPLATES
 from specforge_lite.data.tokenize import ConversationTokenizer, TokenizeOptions, TokenRow

@@ -14,6 +14,7 @@ from specforge_lite.capture.hf import HfEngine
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.core.sections import DataSection, TargetSection
+from specforge_lite.data.cache import open_dataset
 from specforge_lite.evaluation.acceptance import Acceptance, decode_answers, disagreement
 from specforge_lite.evaluation.run import TargetFiles, evaluate_draft, position_rows
 from specforge_lite.evaluation.settings import MeasureSection
@@ -25,7 +26,6 @@ from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead, load_target_head
 from specforge_lite.training.dataloader import BatchMaker
 from specforge_lite.training.evaluate import answers_of, batch_row, result_of
-from specforge_lite.training.wiring import open_dataset
 from specforge_lite.types import TokenizedSample
 from tests.inference_drafts import random_vocabulary
 from tests.script_runner import run_in_process

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.config_json import config_from_file, config_from_values
 from specforge_lite.model.draft import DraftConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*-eagle3.json"))
@@ -25,7 +26,7 @@ def test_there_is_a_config_for_every_documented_target() -> None:
 def test_shipped_configs_are_valid_and_their_rope_can_be_built(path: Path) -> None:
     from specforge_lite.model.rope import RotaryEmbedding
 
-    config = DraftConfig.from_json(path)
+    config = config_from_file(path)
     assert config.algorithm == "eagle3"
     assert config.num_attention_heads * config.head_dim >= config.hidden_size
     RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
@@ -35,7 +36,7 @@ def test_derived_from_the_target_equals_the_shipped_shape(tiny_target: Path) -> 
     from transformers import AutoConfig
 
     derived = DraftConfig.from_target(AutoConfig.from_pretrained(tiny_target), draft_vocab_size=2048)
-    shipped = DraftConfig.from_dict(GOOD)
+    shipped = config_from_values(GOOD)
     assert derived.replace(eos_token_id=None, pad_token_id=None) == shipped.replace(
         eos_token_id=None, pad_token_id=None
     )
@@ -55,7 +56,7 @@ def test_derived_from_the_target_equals_the_shipped_shape(tiny_target: Path) -> 
 )
 def test_impossible_shapes_are_named(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DraftConfig.from_dict({**GOOD, **change}, source="config.json")
+        config_from_values({**GOOD, **change}, source="config.json")
 
 
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -79,12 +80,12 @@ SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 )
 def test_rope_is_found_where_it_is_given(keys: dict, theta: float, scaling: dict | None) -> None:
     values = {key: value for key, value in GOOD.items() if not key.startswith("rope")}
-    config = DraftConfig.from_dict({**values, **keys})
+    config = config_from_values({**values, **keys})
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
 def test_null_is_as_good_as_absent() -> None:
-    given = DraftConfig.from_dict({**GOOD, "num_key_value_heads": None, "head_dim": None, "hidden_act": None})
+    given = config_from_values({**GOOD, "num_key_value_heads": None, "head_dim": None, "hidden_act": None})
     assert given.num_key_value_heads == GOOD["num_attention_heads"]
 
 
@@ -92,12 +93,12 @@ def test_a_config_that_is_not_json(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
-        DraftConfig.from_json(file)
+        config_from_file(file)
     with pytest.raises(ConfigError, match="No such file"):
-        DraftConfig.from_json(tmp_path / "absent.json")
+        config_from_file(tmp_path / "absent.json")
     file.write_text("[]")
     with pytest.raises(ConfigError, match="expected a JSON object, found list"):
-        DraftConfig.from_json(file)
+        config_from_file(file)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS[0].parent.glob("*-dspark.json")), ids=lambda p: p.stem)
@@ -106,7 +107,7 @@ def test_shipped_block_configs_are_what_engines_read_and_build(path: Path) -> No
     from specforge_lite.training.block import spread_aux_layers
 
     values = json.loads(path.read_text())
-    config = DraftConfig.from_json(path)
+    config = config_from_file(path)
     assert config.algorithm == "dspark"
     assert config.aux_layer_ids == spread_aux_layers(values["num_target_layers"])
     assert values["dflash_config"] == {name: values[name] for name in ("mask_token_id", "target_layer_ids")}

@@ -22,9 +22,9 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.hub import load_tokenizer
 from specforge_lite.core.sections import DataSection
 from specforge_lite.data import follow
-from specforge_lite.data.cache import row_tokenizer
 from specforge_lite.data.follow import TrafficReader
 from specforge_lite.data.sampler import BatchPlan
+from specforge_lite.data.tokenize import row_tokenizer
 from specforge_lite.serving.record import RecordingProxy
 from specforge_lite.training.loop import run_training
 from specforge_lite.training.settings import TrainConfig

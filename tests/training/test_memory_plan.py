@@ -16,6 +16,7 @@ from benchmarks.block_step import block_draft, block_gemms
 from specforge_lite.capture.offline import plan_capture
 from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import ConfigError
+from specforge_lite.model.config_json import config_from_file
 from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.registry import build_draft
 from specforge_lite.training.estimate import (
@@ -39,7 +40,7 @@ BLOCK_SHAPE = replace(SHAPES["small"], length=256, vocab=8000)
 
 
 def load_of(**changes: object) -> Workload:
-    load = Workload(DraftConfig.from_json(LLAMA_8B), tokens=8192, world_size=4)
+    load = Workload(config_from_file(LLAMA_8B), tokens=8192, world_size=4)
     return replace(load, **changes)  # type: ignore[arg-type]
 
 
@@ -92,7 +93,7 @@ def test_parameters_are_those_of_the_draft(changes: dict) -> None:
 
 def test_a_block_draft_of_8b_by_hand() -> None:
     """Qwen3-8B, 4,096 tokens of which all are supervised: figures of an independent count of the authors' code."""
-    draft = DraftConfig.from_json(ROOT / "configs" / "qwen3-8b-dspark.json")
+    draft = config_from_file(ROOT / "configs" / "qwen3-8b-dspark.json")
     load = Workload(draft, 4096, sample_length=4096)
     assert num_parameters(draft) == 1_126_422_017
     assert disk_bytes(load, 1) == 48 * 1024  # five layers' outputs and the last state in bf16; EAGLE-3: 32 KiB
@@ -104,7 +105,7 @@ def test_a_block_draft_of_8b_by_hand() -> None:
     flex = plan_memory(replace(load, flex=True))
     assert flex.stays["block masks"] == 4 * 4 * 28 * 60 * 2  # 3,584 slots against 4,096 tokens and themselves
     assert flex.peak < plan.peak
-    dflash = DraftConfig.from_json(ROOT / "configs" / "qwen3-8b-dspark.json").replace(
+    dflash = config_from_file(ROOT / "configs" / "qwen3-8b-dspark.json").replace(
         algorithm="dflash", markov_rank=0, confidence_head=False, block_size=16
     )
     assert num_parameters(dflash) == num_parameters(draft) - 2 * 151936 * 256 - (4096 + 256 + 1)

@@ -20,7 +20,7 @@ from specforge_lite.core.errors import ConfigError
 from specforge_lite.core.settings import parse_config
 from specforge_lite.inference.speculative import SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
-from specforge_lite.model.draft import DraftConfig
+from specforge_lite.model.config_json import config_from_file
 from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.optimizer import DraftOptimizer, learning_rate_at
 from specforge_lite.training.settings import OptimizerSection
@@ -200,4 +200,4 @@ def test_draft_configs_of_either_kind(tmp_path: Path, tiny_target: Path) -> None
         read_draft_config(eagle3, "eagle1")
     with pytest.raises(ConfigError, match="trained with --draft-kind eagle1"):
         read_draft_config(eagle1, "eagle3")
-    assert DraftConfig.from_json(eagle3).draft_vocab_size == 50
+    assert config_from_file(eagle3).draft_vocab_size == 50

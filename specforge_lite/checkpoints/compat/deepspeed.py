@@ -10,6 +10,7 @@ from typing import Any
 
 from specforge_lite.core.errors import ConfigError, DataError, suggest
 from specforge_lite.core.files import read_json
+from specforge_lite.core.log import info
 
 Settings = dict[str, dict[str, Any]]  # section -> leaf -> value
 SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine", "WarmupLR": "constant"}
@@ -82,6 +83,17 @@ def translate(values: dict[str, Any], source: str = "deepspeed_config") -> tuple
     if settings.get("distributed", {}).get("sharding") == "ddp":
         settings["distributed"].pop("cpu_offload", None)
     return settings, sorted(leaves.keys() - used - _switched_off(leaves))
+
+
+def with_eagle_files(given: dict[str, Any], deepspeed: Any, draft_model_config: Any) -> dict[str, Any]:
+    """`given` sections with what the two files of an EAGLE run say where nothing is given; None for no such file."""
+    if deepspeed is not None:
+        settings, unused = read_deepspeed_config(Path(deepspeed))
+        if unused:
+            info(f"{deepspeed}: no effect here: {', '.join(unused)}")
+        given = merge_deepspeed(given, settings)
+    steps = eagle_length(draft_model_config)
+    return given if steps is None else merge_deepspeed(given, {"training": {"ttt_length": steps}})
 
 
 def merge_deepspeed(given: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 
 from specforge_lite.capture.base import TargetInfo
 from specforge_lite.core.errors import CaptureError, DataError
-from specforge_lite.core.files import atomic_directory, exclusive
+from specforge_lite.core.files import atomic_directory, exclusive, key_digest
 from specforge_lite.core.log import info, progress
-from specforge_lite.data.store import StoreWriter, TokenizedDataset, key_digest
+from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.types import CapturedStates, TokenizedSample
 
 TRAIN_SHARE = 0.95

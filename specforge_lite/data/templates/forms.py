@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from specforge_lite.data.templates.marks import Drawing, Message
 from specforge_lite.data.templates.rendering import ChatTemplate, is_cut_off
@@ -34,6 +36,23 @@ def _with_call_ids(messages: list[Message]) -> list[Message]:
             message = {"tool_call_id": waiting.pop(0), **message}
         result.append(message)
     return result
+
+
+def shape_calls(calls: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments in the form that a template takes, "object" or "text", where they have it."""
+
+    def shaped(arguments: Any) -> Any:
+        is_text = isinstance(arguments, str)
+        if form == "text":
+            return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+        try:
+            parsed = json.loads(arguments) if is_text else arguments
+        except ValueError:
+            return arguments
+        return parsed if isinstance(parsed, dict) else arguments
+
+    functions = [{**call["function"], "arguments": shaped(call["function"]["arguments"])} for call in calls]
+    return [{**call, "function": function} for call, function in zip(calls, functions)]
 
 
 def without_cut_ends(messages: Sequence[Message], drawing: Drawing) -> Drawing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -67,22 +66,10 @@ class Probes:
         if self.content_parts:
             result["content"] = [{"type": "text", "text": message["content"]}]
         if message.get("tool_calls") and self.arguments != "as-is":
-            result["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": self._shape_arguments(call["function"])}}
-                for call in message["tool_calls"]
-            ]
-        return result
+            from specforge_lite.data.templates.forms import shape_calls
 
-    def _shape_arguments(self, function: dict[str, Any]) -> Any:
-        arguments = function["arguments"]
-        is_text = isinstance(arguments, str)
-        if self.arguments == "text":
-            return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
-        try:
-            parsed = json.loads(arguments) if is_text else arguments
-        except ValueError:
-            return arguments
-        return parsed if isinstance(parsed, dict) else arguments
+            result["tool_calls"] = shape_calls(message["tool_calls"], self.arguments)
+        return result
 
 
 def probe(template: ChatTemplate) -> Probes:

@@ -171,14 +171,9 @@ class ChatTemplate:
             drawing = replace(drawing, spans=tuple(find_spans(self, messages, drawing)))
         last, index = messages[-1], len(messages) - 1
         if last["role"] == "assistant" and split_reasoning(last)[0].strip() and "r" not in drawing.kinds(index):
-            found = None
-            if not self.marks_generation:
-                from specforge_lite.data.templates.spans import with_reasoning
+            from specforge_lite.data.templates.spans import with_last_reasoning
 
-                found = with_reasoning(self, messages, tools, drawing)
-            drawing = found or replace(drawing, lost_reasoning=True)
-            if drawing.lost_reasoning and not last["content"].strip() and not last.get("tool_calls"):
-                raise DataError(f"{self.what} has no form for reasoning without an answer")
+            drawing = with_last_reasoning(self, messages, tools, drawing)
         if any(map(is_cut_off, messages)):
             from specforge_lite.data.templates.forms import without_cut_ends
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specforge_lite.core.errors import DataError
@@ -120,7 +121,18 @@ def find_spans(template: ChatTemplate, messages: list[Message], drawing: Drawing
             yield index, start, previous
 
 
-def with_reasoning(
+def with_last_reasoning(
+    template: ChatTemplate, messages: list[Message], tools: Sequence[dict[str, Any]], drawing: Drawing
+) -> Drawing:
+    """The drawing with the reasoning of the last answer, or marked as one that lost it. Raises DataError where nothing
+    of the answer is left."""
+    found = None if template.marks_generation else _with_reasoning(template, messages, tools, drawing)
+    if found is None and not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise DataError(f"{template.what} has no form for reasoning without an answer")
+    return found or replace(drawing, lost_reasoning=True)
+
+
+def _with_reasoning(
     template: ChatTemplate, messages: list[Message], tools: Sequence[dict[str, Any]], drawing: Drawing
 ) -> Drawing | None:
     """The reasoning of the last answer, which the template strips from its history: prompt, thought, answer, as

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+import torch._dynamo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.script_runner import load_script
@@ -125,9 +125,12 @@ def serve(modules: dict[str, ModuleType], replies: Any) -> None:
 
 
 def main() -> None:
-    import aiohttp  # noqa: F401  (what the stages import late)
+    import aiohttp  # noqa: F401  (what the stages import late, most of their time)
     import safetensors.torch  # noqa: F401
     import transformers
+    import transformers.models.llama.configuration_llama
+
+    import specforge_lite.training.loop  # noqa: F401
 
     torch.set_num_threads(1)
     _ = transformers.AutoTokenizer, transformers.AutoConfig

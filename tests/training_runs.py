@@ -189,7 +189,10 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- processes
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.training_runs", "transformers.models.auto"])
+# What a run imports late, a second and a half in each process that it would be imported in.
+_context.set_forkserver_preload(
+    ["tests.training_runs", "transformers.models.auto", "transformers.models.llama.modeling_llama", "torch._dynamo"]
+)
 
 
 def _start_fork_server() -> None:

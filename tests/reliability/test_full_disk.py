@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kill_stages import STAGES, Host, Inputs, difference, has_traceback, log_of, make_inputs
+from tests.kill_stages import STAGES, Host, Inputs, difference, has_traceback, log_of
 
 # Where the output of a stage lies, and which of its files are finished results (the others are caches and locks).
 RESULTS = {
@@ -56,18 +56,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     yield Disk(path, is_mounted)
     if is_mounted:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    running = Host()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def inputs(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
-    yield from make_inputs(host, tmp_path_factory.mktemp("disk"))
 
 
 def check_refusal(status: int, log: str) -> str:

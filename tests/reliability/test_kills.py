@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tests.kill_stages import (
     difference,
     has_traceback,
     log_of,
-    make_inputs,
 )
 
 KILLS_IN_A_ROW = 4
@@ -75,18 +73,6 @@ class Row:
 
 
 HEADER = f"{'stage':<16} {'kills':>5} {'at changes':>10} {'resumes':>8}  result"
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    running = Host()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def inputs(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
-    yield from make_inputs(host, tmp_path_factory.mktemp("kills"))
 
 
 def undisturbed(host: Host, stage: Stage, inputs: Inputs, root: Path) -> Undisturbed:

@@ -187,7 +187,8 @@ def test_what_is_read_back_otherwise_than_written_is_found_when_it_is_built(tmp_
 # ---------------------------------------------------------------------------------------------------- damage, several
 
 
-def test_damage_is_found_and_mended(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_found_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS[:20])
     dataset = open_or_build_dataset(data, byte_level(), section(tmp_path))
     directory, chooser = dataset.directory, random.Random(0)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -237,7 +238,7 @@ def start_build(tmp_path: Path, data: Path) -> subprocess.Popen[str]:
 
 
 def test_two_processes_at_once_and_one_that_is_killed(tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "data.jsonl", [{**ROWS[i % 200], "id": i} for i in range(6000)])
+    data = write_rows(tmp_path / "data.jsonl", [{**ROWS[i % 200], "id": i} for i in range(2500)])
     victim, *others = [start_build(tmp_path, data) for _ in range(3)]
     for process in (victim, *others):
         assert process.stdout is not None
@@ -263,7 +264,7 @@ def test_two_processes_at_once_and_one_that_is_killed(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob(".*tmp*"))
     waited = [any(line.startswith("waiting for another process") for line in result) for result in results]
     built = json.loads((caches(tmp_path)[0] / "manifest.json").read_text())
-    assert built["stats"]["num_samples"] == 6000
+    assert built["stats"]["num_samples"] == 2500
     assert sum(waited) <= 1
 
 

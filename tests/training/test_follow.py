@@ -26,6 +26,8 @@ from specforge_lite.data.follow import TrafficReader
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.tokenize import row_tokenizer
 from specforge_lite.serving.record import RecordingProxy
+from specforge_lite.training import follow as training_follow
+from specforge_lite.training import reporting
 from specforge_lite.training.loop import run_training
 from specforge_lite.training.settings import TrainConfig
 from tests.serving.test_record import Upstream, stream_of, streamed
@@ -287,6 +289,7 @@ def wait_for_rows(run: Path, step: int, pid: int) -> None:
 
 
 def follow_on_ranks(config: TrainConfig) -> None:
+    training_follow.POLL_SECONDS = reporting.HEARTBEAT_SECONDS = 0.05
     sys.exit(run_training(config))
 
 

@@ -48,7 +48,8 @@ def load_of(**changes: object) -> Workload:
 
 
 def measure(directory: Path, text: str) -> None:
-    (directory / "figures.json").write_text(json.dumps(Case.parse(text).measure(2)))
+    # The peak of the first two steps depends on what the heap happens to have free; from the third on it stays.
+    (directory / "figures.json").write_text(json.dumps(Case.parse(text).measure(3)))
 
 
 @pytest.mark.parametrize("text", ["small:fp32-75", "small@1024:bf16-75", "small@1024:fp32-75-checkpointing"])

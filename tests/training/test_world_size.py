@@ -16,7 +16,7 @@ from specforge_lite.training.dataloader import Dataloader, StepBatches
 from specforge_lite.training.loop import Trainer
 from tests.training_runs import Run, run_ranks, start_ranks, train, wait
 
-FIRST_STEPS, MORE_STEPS = 6, 50
+FIRST_STEPS, LAST_STEP = 6, 56
 SAMPLES_PER_STEP = 4
 
 
@@ -33,26 +33,35 @@ def log_of(directory: Path, rank: int = 0) -> str:
     return (directory / f"rank_{rank}.log").read_text()
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`start`: what one process trained, and `one`, `longer`: what it went on to."""
+    root = tmp_path_factory.mktemp("alone")
+    before = ""
+    for name, steps in (("start", FIRST_STEPS), ("one", LAST_STEP), ("longer", LAST_STEP + 4)):
+        if before:
+            shutil.copytree(root / before, root / name)
+        train(Run(root, name, settings(1, steps)))
+        before = name
+    return root
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_resume_on_another_world_size_gives_the_same_losses_over_50_steps(tmp_path: Path, world_size: int) -> None:
+def test_a_resume_on_another_world_size_gives_the_same_losses_over_50_steps(
+    alone: Path, tmp_path: Path, world_size: int
+) -> None:
     """One process trains, `world_size` ranks continue; and back. fp32 sums in another order, nothing else."""
-    start = Run(tmp_path, "start", settings(1, FIRST_STEPS))
-    train(start)
-    one = Run(tmp_path, "one", settings(1, FIRST_STEPS + MORE_STEPS))
-    many = Run(tmp_path, "many", settings(world_size, FIRST_STEPS + MORE_STEPS))
-    for run in (one, many):
-        shutil.copytree(start.output_dir, run.output_dir)
-    train(one)
+    one, longer = Run(alone, "one"), Run(alone, "longer")
+    many = Run(tmp_path, "many", settings(world_size, LAST_STEP))
+    shutil.copytree(alone / "start", many.output_dir)
     assert run_ranks(world_size, train, (many,), tmp_path / "log") == [0] * world_size, log_of(tmp_path / "log")
     assert f"resumed on {world_size} rank(s), saved by 1" in log_of(tmp_path / "log")
-    assert len(one.losses()) == FIRST_STEPS + MORE_STEPS
+    assert len(one.losses()) == LAST_STEP
     assert one.losses()[-1] < 0.9 * one.losses()[0]  # something was learnt, so the comparison means something
     assert many.losses() == pytest.approx(one.losses(), rel=2e-5)
     # and back: what several ranks saved continues in one process
-    back = Run(tmp_path, "many", settings(1, FIRST_STEPS + MORE_STEPS + 4))
-    longer = Run(tmp_path, "one", settings(1, FIRST_STEPS + MORE_STEPS + 4))
+    back = Run(tmp_path, "many", settings(1, LAST_STEP + 4))
     train(back)
-    train(longer)
     assert back.losses()[-4:] == pytest.approx(longer.losses()[-4:], rel=2e-5)
 
 

@@ -243,10 +243,28 @@ def _rank_main(environment: dict[str, str], log: str, target: Callable[..., Any]
     target(*arguments)
 
 
-def run_script(name: str, words: Sequence[str], directory: Path, **environment: str) -> CompletedProcess[str]:
-    """What `python NAME WORDS` does, NAME from the repository's root, without a new interpreter that imports torch.
+@dataclass
+class ScriptProcess:
+    """A script that runs in a process of its own; outputs: its stdout and stderr."""
 
-    directory: for its output.
+    process: ForkServerProcess
+    command: list[str]
+    outputs: list[Path]
+
+    def end(self) -> CompletedProcess[str]:
+        """Wait for it."""
+        (code,) = wait([self.process], 240)
+        return CompletedProcess(self.command, code, *(file.read_text() for file in self.outputs))
+
+
+def run_script(name: str, words: Sequence[str], directory: Path, **environment: str) -> CompletedProcess[str]:
+    """What `start_script` starts, to its end."""
+    return start_script(name, words, directory, **environment).end()
+
+
+def start_script(name: str, words: Sequence[str], directory: Path, **environment: str) -> ScriptProcess:
+    """Start what `python NAME WORDS` does, NAME from the repository's root, without a new interpreter that imports
+    torch. directory: for its output.
     """
     files = [directory / f"{Path(name).stem}.{stream}" for stream in ("stdout", "stderr")]
     directory.mkdir(parents=True, exist_ok=True)
@@ -255,8 +273,7 @@ def run_script(name: str, words: Sequence[str], directory: Path, **environment: 
     _start_fork_server()
     process = _context.Process(target=_script_main, args=(name, list(words), environment, list(map(str, files))))
     process.start()
-    (code,) = wait([process], 240)
-    return CompletedProcess([name, *words], code, *(file.read_text() for file in files))
+    return ScriptProcess(process, [name, *words], files)
 
 
 def _script_main(name: str, words: list[str], environment: dict[str, str], outputs: list[str]) -> None:

@@ -65,9 +65,14 @@ def test_every_line_of_the_log_file_is_json_with_time_and_event(tmp_path: Path) 
     assert any(re.match(r"step 4/4 loss ", message) for message in shown)
 
 
+def train_with_frequent_beats(run: Run) -> None:
+    reporting.HEARTBEAT_SECONDS = 0.2
+    train(run)
+
+
 def test_the_heartbeat_tells_step_time_and_state_while_it_runs(tmp_path: Path) -> None:
-    run = Run(tmp_path, settings={"training": {"total_steps": 25}}, latency_s=0.1)
-    process = start_ranks(1, train, (run,), tmp_path / "log")[0]
+    run = Run(tmp_path, settings={"training": {"total_steps": 10}}, latency_s=0.1)
+    process = start_ranks(1, train_with_frequent_beats, (run,), tmp_path / "log")[0]
     seen: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60
     while process.is_alive() and time.monotonic() < deadline:
@@ -82,7 +87,7 @@ def test_the_heartbeat_tells_step_time_and_state_while_it_runs(tmp_path: Path) -
     assert [beat["step"] for beat in seen] == sorted(beat["step"] for beat in seen)
     assert {beat["pid"] for beat in seen} == {process.pid}
     assert seen[0]["state"] == "training"
-    assert (seen[-1]["step"], seen[-1]["state"]) == (25, "finished")
+    assert (seen[-1]["step"], seen[-1]["state"]) == (10, "finished")
     age = datetime.now(UTC) - datetime.fromisoformat(seen[-1]["time"])
     assert timedelta(0) <= age < timedelta(minutes=2)
 

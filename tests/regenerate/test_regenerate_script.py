@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import signal
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,8 +24,7 @@ from specforge_lite.regenerate.run import run, run_async
 from specforge_lite.regenerate.settings import RegenerateConfig
 from specforge_lite.regenerate.turns import Question, Sampling
 from tests.fake_chat_server import FakeServer, answer_to
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "generate_data_by_target.py"
+from tests.training_runs import ScriptProcess, start_script
 
 
 def write_prompts(path: Path, texts: list[str]) -> Path:
@@ -39,12 +37,10 @@ def rows_in(directory: Path, pattern: str = "*_*.jsonl") -> list[dict[str, Any]]
     return [json.loads(line) for path in sorted(directory.glob(pattern)) for line in path.read_text().splitlines()]
 
 
-async def start_script(tmp_path: Path, server: FakeServer, *flags: str) -> asyncio.subprocess.Process:
-    argv = [str(SCRIPT), "--raw-data-file", str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "out")]
-    argv += ["--server-address-port", server.address, "--retry-base-seconds", "0.05", "--server-wait", "0.5", *flags]
-    return await asyncio.create_subprocess_exec(
-        sys.executable, *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+def start(tmp_path: Path, server: FakeServer, *flags: str) -> ScriptProcess:
+    words = ["--raw-data-file", str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "out"), *flags]
+    words += ["--server-address-port", server.address, "--retry-base-seconds", "0.05", "--server-wait", "0.5"]
+    return start_script("scripts/generate_data_by_target.py", words, tmp_path / "log")
 
 
 async def run_here(tmp_path: Path, server: FakeServer) -> None:
@@ -80,16 +76,14 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
     async def scenario(server: FakeServer) -> None:
         flags = ["--max-concurrency", "16", "--num-per-shard", "40", "--max-retries", "0"]
         for _ in range(3):
-            process = await start_script(tmp_path, server, *flags)
+            script = start(tmp_path, server, *flags)
             target = sum(server.num_requests.values()) + rng.randrange(20, 80)
             await until(lambda target=target: sum(server.num_requests.values()) >= target)  # type: ignore[misc]
-            process.kill()
-            await process.communicate()
-            assert process.returncode == -signal.SIGKILL
-        process = await start_script(tmp_path, server, *flags)
-        output, errors = await process.communicate()
-        assert process.returncode == 0, errors.decode()
-        assert b"done before" in output
+            script.process.kill()
+            assert (await asyncio.to_thread(script.end)).returncode == -signal.SIGKILL
+        done = await asyncio.to_thread(start(tmp_path, server, *flags).end)
+        assert done.returncode == 0, done.stderr
+        assert "done before" in done.stdout
         # only what was in flight at a kill may be asked twice
         assert sum(server.num_requests.values()) <= num_rows + 3 * 16
 
@@ -108,15 +102,15 @@ def test_all_servers_dead_is_exit_code_2_in_one_line_with_state_kept(tmp_path: P
     write_prompts(tmp_path / "in.jsonl", [f"question {i}" for i in range(200)])
 
     async def scenario(server: FakeServer) -> None:
-        process = await start_script(tmp_path, server, "--max-concurrency", "8")
+        script = start(tmp_path, server, "--max-concurrency", "8")
         await until(lambda: sum(server.num_requests.values()) >= 40)
         await server.stop()
-        output, errors = await process.communicate()
-        last = errors.decode().strip().splitlines()[-1]
-        assert process.returncode == 2
+        done = await asyncio.to_thread(script.end)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2
         assert last.startswith(f"error: no server is left ({server.address}: ")
-        assert "Traceback" not in errors.decode()
-        assert " answered in " in output.decode()
+        assert "Traceback" not in done.stderr
+        assert " answered in " in done.stdout
         assert 20 < len(rows_in(tmp_path / "out", "*.jsonl.part")) < 200
 
     with_server(scenario, latency_s=0.05)
@@ -126,11 +120,10 @@ def test_sigterm_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
     write_prompts(tmp_path / "in.jsonl", [f"question {i}" for i in range(100)])
 
     async def scenario(server: FakeServer) -> None:
-        process = await start_script(tmp_path, server, "--max-concurrency", "4")
+        script = start(tmp_path, server, "--max-concurrency", "4")
         await until(lambda: sum(server.num_requests.values()) >= 20)
-        process.terminate()
-        await process.communicate()
-        assert process.returncode == 143
+        script.process.terminate()
+        assert (await asyncio.to_thread(script.end)).returncode == 143
         assert 0 < len(rows_in(tmp_path / "out", "*.part")) < 100
         server.latency_s = 0
         await run_here(tmp_path, server)
@@ -141,10 +134,9 @@ def test_sigterm_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     async def scenario(server: FakeServer) -> None:
-        process = await start_script(tmp_path, server, "--num-per-shart", "5")
-        _, errors = await process.communicate()
-        assert process.returncode == 2
-        assert errors.decode().strip() == "error: --num-per-shart: unknown flag; did you mean '--num-per-shard'?"
+        done = await asyncio.to_thread(start(tmp_path, server, "--num-per-shart", "5").end)
+        assert done.returncode == 2
+        assert done.stderr.strip() == "error: --num-per-shart: unknown flag; did you mean '--num-per-shard'?"
         with pytest.raises(DataError, match=f"^{tmp_path / 'in.jsonl'}: No such file or directory$"):
             await run_here(tmp_path, server)
 

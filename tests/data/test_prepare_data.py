@@ -77,9 +77,9 @@ def test_presets_read_a_directory_and_never_the_network(tmp_path: Path, name: st
 
 def test_a_hub_data_set_out_of_reach(tmp_path: Path) -> None:
     """With the hub switched off (conftest) the error says what to do, and nothing is left behind."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE
     source = choose_source("alpaca", None, None)
     with pytest.raises(DataError) as caught:
         prepare(source, output_files(tmp_path / "out", source, split=False), PrepareOptions())

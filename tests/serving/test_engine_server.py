@@ -169,7 +169,9 @@ def test_a_server_that_cannot_restart_is_given_up(start: Start, tmp_path: Path) 
 TRAINER = """
 import sys, time
 from pathlib import Path
+from specforge_lite.serving import process
 from specforge_lite.serving.process import *
+process.STOP_GRACE_SECONDS = 1.0  # the server's child does not end by itself
 run = RunDirectory(Path(sys.argv[1]))
 (run.path / ("0" * 32)).write_text("a sample")
 port = free_port()

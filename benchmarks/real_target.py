@@ -126,7 +126,8 @@ class RealConfig(Section):
     draft_vocab_size: int = Field(8000, ge=8)
     benchmark_list: tuple[str, ...] = ("gsm8k:40", "humaneval:20", "math500:20", "mtbench:20")
     data_dir: Path | None = Field(None, description="local files of benchmarks the package does not ship, as alpaca")
-    decoded_prompts: int = Field(12, ge=1, description="prompts of each benchmark to decode; all are estimated")
+    estimated_prompts: int = Field(16, ge=1, description="prompts of each benchmark to estimate acceptance on")
+    decoded_prompts: int = Field(12, ge=1, description="prompts of each benchmark to decode")
     max_new_tokens: int = Field(128, ge=2, description="tokens decoded for each prompt")
     timed_draft: str = Field("eagle3", description="the draft of the stages time and engines, largest size, first seed")
     timed_prompts: int = Field(6, ge=1)
@@ -351,7 +352,8 @@ def estimate(config: RealConfig, out: Path, path: Path, aux_layer_ids: tuple[int
         sample = part.dataset[index]
         groups.setdefault(sample.sample_id.rsplit("-", 1)[0], []).append(sample)
     found: dict[str, Any] = {}
-    for name, samples in groups.items():
+    for name, all_samples in groups.items():
+        samples = all_samples[: config.estimated_prompts]
         result = evaluate(
             lambda batch: draft(batch, files.head, settings), samples, engine, to_batch, num_steps, CHAIN, batch_size=4
         )

@@ -23,4 +23,5 @@ def open_offline(config: TrainConfig, directory: Path) -> RunData:
     parts = [OfflinePart(directory / "train")]
     if (directory / "eval").exists():
         parts.append(OfflinePart(directory / "eval"))
-    return RunData(parts[0].dataset, parts[1].dataset if parts[1:] else None, OfflineEngine(parts))
+    wanted = None if config.algorithm == "eagle1" else config.target.aux_layer_ids  # EAGLE-1 reads none
+    return RunData(parts[0].dataset, parts[1].dataset if parts[1:] else None, OfflineEngine(parts, wanted))

@@ -20,13 +20,16 @@ from specforge_lite.capture.settings import CaptureSection
 from specforge_lite.core.errors import CaptureError, CheckpointError, ConfigError, DataError, TrainingError
 from specforge_lite.data.sampler import PlannedStep
 from specforge_lite.model.draft import DraftConfig, TTTSettings
+from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.dataloader import BatchMaker, Dataloader, bad_documents
 from specforge_lite.training.distributed import World
+from specforge_lite.training.eagle1 import Eagle1Config
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.metrics import WEIGHT_AT, empty_row, output_row
 from specforge_lite.training.parallel import ReplicatedDraft, spread_draft
 from specforge_lite.training.reporting import RunDirectory
-from specforge_lite.training.settings import DistributedSection
+from specforge_lite.training.settings import DistributedSection, TrainConfig
+from specforge_lite.training.wiring import load_data
 from tests.fake_engine import FakeEngine, Fault
 from tests.training_runs import INFO, Run, capture, make_dataset, make_head, make_models, run_ranks, train, weights
 
@@ -429,6 +432,28 @@ def test_offline_training_reads_some_of_the_captured_layers(tmp_path: Path) -> N
         assert torch.equal(few.last_LH, every.last_LH)
     with pytest.raises(ConfigError, match=r"aux_layer_ids \[1, 5\].*holds layers \[1, 3, 4, 6\], not \[5\]"):
         OfflineEngine([part], (1, 5))
+
+
+def test_aux_layer_ids_choose_among_the_captured_layers_of_offline_dir(tmp_path: Path) -> None:
+    """The flag, not only the engine: a run that ignores it trains a wider fc and says nothing."""
+    info = replace(INFO, num_layers=8, aux_layer_ids=(1, 3, 4, 6))
+    dataset, section = make_dataset(tmp_path / "a", 5, 0), CaptureSection(offline_dir=tmp_path, states_dtype="fp32")
+    capture_offline(dataset, FakeEngine(info), tmp_path / "states" / "train", section)
+
+    def layers_read(config_class: type[TrainConfig], *aux_layer_ids: int) -> tuple[int, ...]:
+        target = {"target_model_path": "unused"} | ({"aux_layer_ids": aux_layer_ids} if aux_layer_ids else {})
+        training = {"offline_dir": tmp_path / "states"}
+        config = config_class.model_validate(
+            {"target": target, "data": {}, "training": training, "checkpoint": {"output_dir": tmp_path / "run"}}
+        )
+        states = load_data(config).states
+        assert states is not None
+        return states.info.aux_layer_ids
+
+    assert layers_read(TrainConfig, 1, 6) == layers_read(DsparkConfig, 1, 6) == (1, 6)
+    assert layers_read(TrainConfig) == layers_read(Eagle1Config) == (1, 3, 4, 6)
+    with pytest.raises(ConfigError, match=r"aux_layer_ids \[1, 5\].*holds layers \[1, 3, 4, 6\], not \[5\]"):
+        layers_read(TrainConfig, 1, 5)
 
 
 def test_a_killed_capture_continues_and_damage_is_found(tmp_path: Path) -> None:

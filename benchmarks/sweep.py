@@ -31,6 +31,7 @@ from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.files import atomic_file, lock_directory
 from specforge_lite.core.log import info, progress, run_script
 from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.data.cache import open_dataset
 from specforge_lite.data.prompts import encode_prompt_file
 from specforge_lite.inference.speculative import GenerationSettings, SpeculativeModel
 from specforge_lite.inference.tree import TreeShape
@@ -39,7 +40,7 @@ from specforge_lite.training.distributed import open_world
 from specforge_lite.training.loop import Trainer
 from specforge_lite.training.reporting import catch_signals, open_reporter
 from specforge_lite.training.settings import TrainConfig
-from specforge_lite.training.wiring import load_data, load_models, open_dataset, open_target
+from specforge_lite.training.wiring import load_data, load_models, open_target
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "specforge_lite" / "assets" / "tiny_target"

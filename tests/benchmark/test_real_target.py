@@ -87,7 +87,7 @@ def test_a_small_measurement_from_prompts_to_tables(
     flags = [
         "--target-model-path", str(tiny_target), "--output-dir", str(out), "--num-prompts", "8", "--max-tokens", "12",
         "--code-prompts", "0",
-        "--drafts", "eagle3", "eagle3 aux high", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
+        "--drafts", "eagle3", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
         "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:3", "--decoded-prompts", "2", "--max-new-tokens", "6",
         "--timed-prompts", "1", "--timed-dtypes", "float32", "--timed-batches", "1",
         "--stages", "answers", "states", "train", "decode", "time", "report",
@@ -95,12 +95,13 @@ def test_a_small_measurement_from_prompts_to_tables(
     monkeypatch.setattr("sys.argv", ["real_target.py", *flags])
     real_target.main()
     facts = {path.stem: json.loads(path.read_text()) for path in (out / "drafts").glob("*.json")}
-    assert set(facts) == {"eagle3-1-0", "eagle3_aux_high-1-0", "eagle3-0.5-0"}
-    assert facts["eagle3-1-0"]["aux_layers"][:-1] == facts["eagle3_aux_high-1-0"]["aux_layers"][:-1]
-    assert facts["eagle3_aux_high-1-0"]["aux_layers"][-1] == 6  # of 8 layers, the highest that can be captured
+    assert set(facts) == {"eagle3-1-0", "eagle3-0.5-0"}
+    assert facts["eagle3-1-0"]["aux_layers"] == [0, 3, 6]
     assert [facts[name]["samples"] for name in ("eagle3-0.5-0", "eagle3-1-0")] == [4, 8]
     text = (out / "real_target.md").read_text()
-    assert "| eagle3 aux high |" in text
+    assert "| eagle3 | 0, 3, 6 | 0.001 |" in text
+    assert "## More data" in text
+    assert "## Wall clock" in text
     assert "| 4 of 4 | 1 |" in text  # two prompts, chain and tree
     assert (out / "real_target.png").read_bytes()[:4] == b"\x89PNG"
     before = {path: path.stat().st_mtime_ns for path in (out / "drafts").glob("*.json")}

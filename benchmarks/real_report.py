@@ -109,19 +109,10 @@ def variants_part(config: Any, cells: list[dict[str, Any]]) -> str:
             mean([estimated_length(cell) for cell in same]), mean([sampling_estimate(cell) for cell in same]),
             ", ".join(f"{statistics.fmean(column):.2f}" for column in accuracy), str(len(same)),
         ])  # fmt: skip
-    head = [
-        "draft",
-        "aux layers",
-        "learning rate",
-        "CPU minutes",
-        "greedy chain",
-        "T=1",
-        "accuracy by position",
-        "seeds",
-    ]
+    columns = "draft, aux layers, learning rate, CPU minutes, greedy chain, T=1, accuracy by position, seeds"
     tokens, steps = cells[0]["supervised_tokens"], cells[0]["steps"]
     title = f"## One factor at a time, {tokens:,} supervised tokens, {steps} steps"
-    return f"{title}\n\nTokens per pass, estimated over all benchmarks.\n\n{table([*head, 'seeds'], rows)}"
+    return f"{title}\n\nTokens per pass, estimated over all benchmarks.\n\n{table(columns.split(', '), rows)}"
 
 
 def curve_of(cells: list[dict[str, Any]], draft: str) -> dict[int, list[dict[str, Any]]]:
@@ -196,10 +187,12 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
     for draft in dict.fromkeys(cell["draft"] for cell in cells):
         curve = {tokens: [estimated_length(cell) for cell in same] for tokens, same in curve_of(cells, draft).items()}
         means, wide = [statistics.fmean(values) for values in curve.values()], len(curve) > 1
-        line = axis.plot(list(curve), means, marker="o" if wide else ".", label=draft if wide else None)[0]
+        color = None if wide else "lightgray"
+        line = axis.plot(list(curve), means, marker="o" if wide else ".", color=color, label=draft if wide else None)[0]
         dots = [(tokens, value) for tokens, values in curve.items() for value in values]
-        axis.scatter(*zip(*dots), s=10, color=line.get_color() if wide else "lightgray")
+        axis.scatter(*zip(*dots), s=10, color=line.get_color())
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("supervised tokens, each seen once per epoch")
     axis.set_ylabel("tokens per verification pass")
     axis.set_title("greedy chain of 5, estimated, prompts not trained on", fontsize=9)

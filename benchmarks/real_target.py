@@ -86,6 +86,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3 lk_alpha": {"training": {"loss": "lk_alpha"}},
     "eagle3 step decay 0.6": {"training": {"step_decay": 0.6}},
     "eagle3 2 epochs": {"training": {"num_epochs": 2}},
+    "eagle3 3 epochs": {"training": {"num_epochs": 3}},
     "eagle3 4 epochs": {"training": {"num_epochs": 4}},
     "eagle1 4 epochs": {"kind": "eagle1", "training": {"num_epochs": 4}},
     "eagle3 batch 1": {"training": {"batch_size": 1}},
@@ -115,8 +116,8 @@ class RealConfig(Section):
     sizes: tuple[float, ...] = Field(
         (0.0625, 0.125, 0.25, 0.5, 1.0), description="shares of the data; of eagle3, eagle1"
     )
-    variant_size: float = Field(1.0, gt=0, le=1, description="share of the data for the other drafts and seeds")
-    seeds: tuple[int, ...] = Field((0, 1, 2), description="of eagle3 and eagle1; the other drafts take the first")
+    variant_size: float = Field(1.0, gt=0, le=1, description="share of the data for the other drafts")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="of eagle3 and eagle1, each size; other drafts take the first")
     num_epochs: int = Field(6, ge=1)
     batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -136,12 +137,11 @@ class RealConfig(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """The drafts at `variant_size` and one seed first, then eagle3's and eagle1's sizes, then their other seeds."""
+        """The drafts at `variant_size` and one seed first, then eagle3's and eagle1's sizes and seeds."""
         curve = [name for name in self.drafts if name in ("eagle3", "eagle1")]
-        first, size = self.seeds[0], self.variant_size
-        cells = [Cell(name, size, first) for name in self.drafts]
-        cells += [Cell(name, other, first) for other in sorted(self.sizes) if other != size for name in curve]
-        return cells + [Cell(name, size, seed) for seed in self.seeds[1:] for name in curve]
+        cells = [Cell(name, self.variant_size, self.seeds[0]) for name in self.drafts]
+        cells += [Cell(name, size, seed) for size in sorted(self.sizes) for seed in self.seeds for name in curve]
+        return list(dict.fromkeys(cells))
 
     @property
     def largest(self) -> float:

@@ -117,7 +117,9 @@ class RealConfig(Section):
         (0.0625, 0.125, 0.25, 0.5, 1.0), description="shares of the data; of eagle3, eagle1"
     )
     variant_size: float = Field(1.0, gt=0, le=1, description="share of the data for the other drafts")
-    seeds: tuple[int, ...] = Field((0, 1, 2), description="of eagle3 and eagle1, each size; other drafts take the first")
+    seeds: tuple[int, ...] = Field(
+        (0, 1, 2), description="of eagle3 and eagle1, each size; other drafts take the first"
+    )
     num_epochs: int = Field(6, ge=1)
     batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(1e-3, gt=0)

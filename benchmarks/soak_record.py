@@ -17,7 +17,6 @@ import json
 import random
 import resource
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from pydantic import Field
 
 from specforge_lite.core.log import run_script
 from specforge_lite.core.settings import Section, parse_config
+from specforge_lite.serving.process import free_port
 
 # How often of a thousand requests, and whether a reply that came whole is a row.
 KINDS: dict[str, tuple[int, bool]] = {
@@ -97,9 +97,7 @@ class Soak:
         self.wrong: list[str] = []
         self.memory: list[tuple[float, int]] = []
         self.recorder_seconds = 0.0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.listen = f"127.0.0.1:{free.getsockname()[1]}"
+        self.listen = f"127.0.0.1:{free_port()}"
 
     # --------------------------------------------------------------------------------------------------------- upstream
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from specforge_lite.model.draft import DraftConfig
 from specforge_lite.model.initialize import init_random
 from specforge_lite.model.registry import build_draft
 from specforge_lite.model.target_head import TargetHead
+from specforge_lite.serving.process import free_port
 from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.distributed import World, open_world
 from specforge_lite.training.loop import Trainer
@@ -206,12 +206,6 @@ def _start_fork_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def start_ranks(

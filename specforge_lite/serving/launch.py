@@ -31,7 +31,14 @@ from specforge_lite.serving.environment import (
 )
 from specforge_lite.serving.families import check_target
 from specforge_lite.serving.probe import verify_capture
-from specforge_lite.serving.process import LaunchedServer, RunDirectory, ServerSpec, collect_leftovers, free_port
+from specforge_lite.serving.process import (
+    LaunchedServer,
+    RunDirectory,
+    ServerSpec,
+    collect_leftovers,
+    free_port,
+    is_free,
+)
 
 # Tokens a server keeps back beside the prompt: SGLang 6 (tokenizer_manager), vLLM 1 new token and 1 draft token.
 CONTEXT_MARGIN = 8
@@ -197,6 +204,7 @@ def start_server(
 
     Raises ConfigError or EngineError, and leaves nothing behind then.
     """
+    check_port(options.port, host)
     port = options.port or free_port()
     words, env = _words_and_environment(engine, replace(options, port=port), interpreter, command, host)
     collect_leftovers(parent)
@@ -229,10 +237,16 @@ def _words_and_environment(
     return words + engine_arg_words(options.engine_args), env
 
 
+def check_port(port: int | None, host: str = "127.0.0.1") -> None:
+    if port is not None and not is_free(port, host):
+        raise ConfigError(f"port {port}: in use on {host}; give another, or none for one that is free")
+
+
 def check_server(options: ServingOptions, temperature: float) -> None:
-    """What can be known before a server is started: raises ConfigError where the engine is not installed, or would not
-    answer at this temperature. temperature: the highest with a draft."""
+    """What can be known before a server is started: raises ConfigError where the engine is not installed, its port is
+    in use, or it would not answer at this temperature. temperature: the highest with a draft."""
     find_interpreter(options.backend, options.engine_python)
+    check_port(options.port)
     if temperature > 0 and SERVING_ENGINES[options.backend].greedy_on_cpu and not has_gpu(options.engine_devices):
         raise ConfigError(
             f"temperature {temperature:g}: {options.backend} on a CPU answers greedily with a draft, whatever the"

@@ -3,6 +3,7 @@ trainer itself leaves behind."""
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -34,6 +35,7 @@ SEARCHED_LOG_BYTES = 1 << 20
 _LOG_PREFIX = re.compile(r"^(?:\([\w-]+ pid=\d+\)\s*)?(?:(?:ERROR|CRITICAL)\s[\d-]+ [\d:]+ \[[^\]]+\]\s)?")
 # Unindented, as the line that ends a traceback is: `ValueError: ...`, `torch.OutOfMemoryError: ...`.
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure)\b(?:: .*)?$")
+_PORT_TAKEN = re.compile(r"(\[Errno 98\].*)")
 _ERROR_LINE = re.compile(r"((?:\berror: |\bERROR\b|\bCRITICAL\b).*)")
 RUN_PREFIX = "specforge-"
 OWNER_FILE = ".owner"
@@ -60,10 +62,30 @@ class ServerSpec:
     startup_seconds: float
 
 
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether nothing listens there now."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that is free now.
+
+    It lies below the ports that the system gives to outgoing connections and to listeners on port 0: one of those could
+    take it in the half minute until the server has imported its engine and listens.
+    """
+    try:
+        given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except OSError:
+        given_out = 32768
+    span = range(min(10000, given_out - 8), given_out)
+    for _ in range(100):
+        if is_free(port := secrets.choice(span)):
+            return port
+    raise EngineError(f"found no free port from {span[0]} to {span[-1]} on 127.0.0.1")
 
 
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
@@ -277,9 +299,12 @@ def first_error(log: str) -> str | None:
     """The first error of any worker in a server's log, as one line; None if there is none that looks like one.
 
     The last lines of a log are of the processes that ended because another one did; the first error is the reason: the
-    exception that ends the first traceback, else the first line that an argument parser or a logger calls an error.
+    exception that ends the first traceback, else the first line that an argument parser or a logger calls an error. A
+    port that is taken comes before both: SGLang logs it without a traceback, and then calls the stranger who has it.
     """
     lines = log.splitlines()
+    if taken := _PORT_TAKEN.search(log):
+        return " ".join(taken[1].split())[:MAX_ERROR]
     starts = [place for place, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     plain = [_LOG_PREFIX.sub("", line) for line in lines[starts[0] :]] if starts else []
     for line, after in zip_longest(plain, plain[1:], fillvalue=""):

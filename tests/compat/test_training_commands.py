@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from specforge_lite.serving.process import free_port
 from tests.script_runner import ROOT, run_in_process
-from tests.training_runs import free_port, run_ranks, run_script
+from tests.training_runs import run_ranks, run_script
 
 HF = ["--target-backend", "hf", "--target-dtype", "float32"]
 EAGLE_NAMES = {"train/acc_0", "train/ploss_0", "train/epochacc_0", "test/epochacc_0", "train/lr", "epoch"}

@@ -35,6 +35,7 @@ from specforge_lite.serving.process import (
     collect_leftovers,
     first_error,
     free_port,
+    is_free,
     is_healthy,
     own_environment,
     server_environment,
@@ -282,9 +283,14 @@ def test_ranks_of_a_server_meet_on_this_host_unless_the_user_says_otherwise(
     assert "NCCL_SOCKET_IFNAME" not in environment
 
 
-def test_free_port_is_free() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", free_port()))
+def test_a_free_port_is_not_one_that_the_system_gives_out_meanwhile() -> None:
+    first, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    for _ in range(20):
+        port = free_port()
+        assert 1024 < port < int(first)
+        with socket.create_server(("127.0.0.1", port)):
+            assert not is_free(port)
+        assert is_free(port)
 
 
 def python_with(tmp_path: Path, versions: dict[str, str]) -> str:
@@ -383,10 +389,20 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
   Value error, the dtype 'float16' is not supported [type=value_error]
 """
 
+# The port is another process's: uvicorn says so and ends, SGLang's warm-up then waits for an answer of that process.
+PORT_LOG = """[2026-11-28 07:12:47] INFO:     Started server process [9]
+[2026-11-28 07:12:47] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 37723): in use
+[2026-11-28 07:12:57] post-warmup freeze_gc failed
+Traceback (most recent call last):
+  File "/x/connection.py", line 3, in getresponse
+TimeoutError: timed out
+"""
+
 
 @pytest.mark.parametrize(
     ("log", "error"),
     [
+        (PORT_LOG, "[Errno 98] error while attempting to bind on address ('127.0.0.1', 37723): in use"),
         (VLLM_LOG, "ValueError: There is no module 'x'"),
         (SGLANG_LOG, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
         (

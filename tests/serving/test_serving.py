@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import socket
 import sys
 import types
 from dataclasses import replace
@@ -16,7 +17,8 @@ import torch
 from specforge_lite.core.errors import ConfigError, EngineError
 from specforge_lite.evaluation.compare_serving import ServingComparison
 from specforge_lite.serving.engine import Launch
-from specforge_lite.serving.environment import SERVING_ENGINES
+from specforge_lite.serving.environment import SERVING_ENGINES, Interpreter
+from specforge_lite.serving.launch import start_server
 from specforge_lite.serving.session import Acceptance, ServingOptions, ServingSession
 from specforge_lite.serving.vllm import CPU_PLUGIN
 
@@ -41,6 +43,20 @@ def test_sglang_names_the_algorithm_and_the_shape(draft: str) -> None:
     assert "--mem-fraction-static 0.7" in command
     assert "intel_amx" not in command
     assert "--decode-attention-backend intel_amx" in words("sglang", options)
+
+
+def test_a_port_in_use_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    def never(launch: Launch) -> list[str]:
+        raise AssertionError
+
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        options = ServingOptions("vllm", "M", port=stranger.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"port {options.port}: in use on 127.0.0.1; give another"):
+            start_server(
+                SERVING_ENGINES["vllm"], options, Interpreter("py", "vllm", "0", None), never,
+                what="x", log_name="x", parent=tmp_path,
+            )  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 def test_vllm_drafts_chains_only(draft: str) -> None:

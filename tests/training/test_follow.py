@@ -25,6 +25,7 @@ from specforge_lite.data import follow
 from specforge_lite.data.follow import TrafficReader
 from specforge_lite.data.sampler import BatchPlan
 from specforge_lite.data.tokenize import row_tokenizer
+from specforge_lite.serving.process import free_port
 from specforge_lite.serving.record import RecordingProxy
 from specforge_lite.training import follow as training_follow
 from specforge_lite.training import reporting
@@ -32,7 +33,7 @@ from specforge_lite.training.loop import run_training
 from specforge_lite.training.settings import TrainConfig
 from tests.serving.test_record import Upstream, stream_of, streamed
 from tests.serving.test_record import run as record
-from tests.training_runs import free_port, run_ranks, start_ranks
+from tests.training_runs import run_ranks, start_ranks
 
 Row = dict[str, Any]
 

@@ -42,6 +42,7 @@ from benchmarks.real_report import write_results
 from benchmarks.smollm2 import default_directory
 from specforge_lite.capture.base import default_aux_layer_ids
 from specforge_lite.capture.offline import OfflineEngine, OfflinePart
+from specforge_lite.checkpoints.export import exported_config
 from specforge_lite.core.errors import ConfigError, suggest
 from specforge_lite.core.files import atomic_directory, lock_directory, write_atomically, write_json
 from specforge_lite.core.hub import load_config
@@ -50,7 +51,7 @@ from specforge_lite.core.sections import TargetSection
 from specforge_lite.core.settings import Section, parse_config
 from specforge_lite.data.store import StoreWriter, TokenizedDataset
 from specforge_lite.evaluation.run import open_target_files
-from specforge_lite.model.draft import TTTSettings
+from specforge_lite.model.draft import DraftConfig, TTTSettings
 from specforge_lite.serving.session import ServingOptions, ServingSession
 from specforge_lite.training.block import DsparkConfig
 from specforge_lite.training.dataloader import BatchMaker
@@ -67,7 +68,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("answers", "states", "train", "decode", "time", "engines", "report")
 ESTIMATES = ("num_tokens", "num_passes", "tau_walk", "tau_sampling", "accuracy")
 # What differs from the plain EAGLE-3 draft: settings of the trainer, by section. `aux`: a rule of `aux_layers`; `rate`:
-# the kind's learning rate times this.
+# the kind's learning rate times this; `shape`: keys of the draft's config, derived from the target but for these.
 DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3": {},
     "eagle1": {"kind": "eagle1"},
@@ -90,6 +91,8 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3 4 epochs": {"training": {"num_epochs": 4}},
     "eagle1 4 epochs": {"kind": "eagle1", "training": {"num_epochs": 4}},
     "eagle3 batch 1": {"training": {"batch_size": 1}},
+    "eagle3 wide": {"shape": {"intermediate_size": 3072}},
+    "eagle3 18 heads": {"shape": {"num_attention_heads": 18, "num_key_value_heads": 6}},
     "eagle3.1": {"draft": {"norm_output": True, "fc_norm": True}},
     "dspark": {"kind": "dspark", "draft": {"num_draft_layers": 2}},
 }
@@ -384,6 +387,10 @@ def train_config(config: RealConfig, out: Path, cell: Cell, run: Path) -> TrainC
     if kind == "eagle3":
         sections["target"]["aux_layer_ids"] = aux_layers(config, changes.get("aux", "default"))
         sections["draft"]["draft_vocab_size"] = config.draft_vocab_size
+        if "shape" in changes:
+            derived = DraftConfig.from_target(load_config(config.target_model_path), config.draft_vocab_size)
+            shape = sections["draft"]["draft_model_config"] = run.with_name(f"{run.name}.json")
+            write_json(shape, exported_config(derived.replace(**changes["shape"]), "float32"))
         sections["training"]["ttt_length"] = CHAIN
     if kind == "eagle1":
         sections["training"]["eval_epochs"] = None

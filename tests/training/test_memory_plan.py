@@ -15,6 +15,7 @@ from benchmarks.bench_training import SHAPES, memory_of, needed_gemms
 from benchmarks.block_step import block_draft, block_gemms
 from specforge_lite.capture.offline import plan_capture
 from specforge_lite.capture.settings import CaptureSection
+from specforge_lite.cli.plan import hardware_tables
 from specforge_lite.core.errors import ConfigError
 from specforge_lite.model.config_json import config_from_file
 from specforge_lite.model.draft import DraftConfig
@@ -37,6 +38,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LLAMA_8B = ROOT / "configs" / "llama-3.1-8b-eagle3.json"
 SMALL = Case.parse("small:fp32-75")
 BLOCK_SHAPE = replace(SHAPES["small"], length=256, vocab=8000)
+
+
+def test_the_page_on_hardware_shows_what_the_plan_says_today() -> None:
+    assert hardware_tables().strip() in (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
 
 
 def load_of(**changes: object) -> Workload:

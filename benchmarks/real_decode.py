@@ -195,13 +195,15 @@ def cost_of_a_pass(stats: DecodeStats) -> dict[str, float]:
 
 
 def measure_engines(config: Any, out: Path) -> None:
-    """OUTPUT_DIR/engines_NAME.jsonl: rows of the package's own benchmark."""
+    """OUTPUT_DIR/engines_NAME_ROUND.jsonl: rows of the package's own benchmark; a finished run is not made again."""
     draft = timed_draft(config, out)
-    for backend in ("vllm", "sglang"):
-        if draft is not None and (ROOT / f".venv-{backend}").exists():
+    backends = [name for name in ("vllm", "sglang") if (ROOT / f".venv-{name}").exists()]
+    shapes = [f"1,{steps},1,{steps + 1}" for steps in config.engine_steps]
+    for turn in range(config.engine_rounds if draft is not None else 0):
+        for backend in backends:
             call(
                 "bench_model_speedup.py", "--model-path", str(config.target_model_path), "--draft-model-path",
-                str(draft), "--backend", backend, "--target-dtype", "float32", "--config-list", "1,5,1,6",
+                str(draft), "--backend", backend, "--target-dtype", config.engine_dtype, "--config-list", *shapes,
                 "--benchmark-list", f"gsm8k:{config.timed_prompts}", "--max-new-tokens", str(config.max_new_tokens),
-                "--output", str(out / f"engines_{backend}.jsonl"),
+                "--output", str(out / f"engines_{backend}_{turn}.jsonl"),
             )  # fmt: skip

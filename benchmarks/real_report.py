@@ -58,6 +58,11 @@ def mean(values: Sequence[float]) -> str:
     return "" if not values else f"{statistics.fmean(values):.2f}{spread}"
 
 
+def median_range(values: Sequence[float], form: str) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def data_part(config: Any, out: Path) -> str:
     minutes = out / "answers.json"
     took = f", answered in {json.loads(minutes.read_text())['minutes']:.0f} minutes" if minutes.exists() else ""
@@ -149,12 +154,12 @@ def time_part(out: Path) -> str:
     plain = {(r["dtype"], r["batch"]): statistics.median(r["per_cpu_second"]) for r in found if r["system"] == "plain"}
     rows = []
     for row in found:
-        wall, cpu = row["per_second"], statistics.median(row["per_cpu_second"])
-        spread = f"{row['median']:.1f} ({min(wall):.1f} to {max(wall):.1f})"
+        cpu = statistics.median(row["per_cpu_second"])
         base = plain[row["dtype"], row["batch"]]
         costs = ("tokens_per_pass", ".2f"), ("target_ms", ".0f"), ("draft_ms", ".0f")
         own = [format(row[name], form) if name in row else "" for name, form in costs]
-        rows.append([row["dtype"], str(row["batch"]), row["system"], spread, f"{cpu:.1f}", f"{cpu / base:.2f}x", *own])
+        rates = [median_range(row["per_second"], ".1f"), f"{cpu:.1f}", f"{cpu / base:.2f}x"]
+        rows.append([row["dtype"], str(row["batch"]), row["system"], *rates, *own])
     head = ["dtype", "batch", "system", "tokens/s, median (range)", "tokens/CPU-s", "against plain, CPU-s"]
     head += ["tokens per pass", "target, CPU ms a pass", "draft, CPU ms a pass"]
     rounds = len(found[0]["per_second"])
@@ -162,17 +167,22 @@ def time_part(out: Path) -> str:
 
 
 def engines_part(out: Path) -> str:
+    """Median and range over the rounds; the speed-up of each round is against its own run without a draft."""
     rows = []
     for backend in ("vllm", "sglang"):
-        path = out / f"engines_{backend}.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            row = json.loads(line)
-            if "steps" in row:
-                shape = "no draft" if not row["steps"] else f"{row['steps']} steps"
-                length, speedup = row.get("acc_length"), row.get("speedup")
-                rows.append([backend, shape, f"{row['throughput']:.1f}", f"{length:.2f}" if length else "",
-                             f"{speedup:.2f}x" if speedup else ""])  # fmt: skip
-    head = ["engine", "draft", "tokens/s", "acceptance length", "speed-up"]
+        runs: dict[int, list[dict[str, Any]]] = {}
+        for path in sorted(out.glob(f"engines_{backend}_*.jsonl")):
+            for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                if "steps" in row:
+                    runs.setdefault(row["steps"], []).append(row)
+        for steps, found in sorted(runs.items()):
+            identical = [row["identical_share"] for row in found if row["identical_share"] is not None]
+            rows.append([
+                backend, f"{steps} steps" if steps else "no draft", median_range([row["throughput"] for row in found], ".1f"),
+                f"{found[0]['acc_length']:.2f}", median_range([row["speedup"] for row in found], ".2f"),
+                f"{statistics.fmean(identical):.0%}" if identical else "", str(len(found)),
+            ])  # fmt: skip
+    head = ["engine", "draft", "tokens/s", "acceptance length", "speed-up", "identical answers", "rounds"]
     return f"## Served\n\n{table(head, rows)}" if rows else ""
 
 

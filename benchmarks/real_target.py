@@ -13,7 +13,7 @@ drafts that are left to train and to decode.
     train     one draft per name, data size and seed; its acceptance on the benchmarks' answers is estimated (the walk)
     decode    the drafts trained on most data, on the benchmarks' prompts: chain and tree, greedy and at temperature 1
     time      our decoder against transformers' generate and assisted generation; systems take turns
-    engines   the same draft served by vLLM and SGLang, with and without it
+    engines   the same draft served by vLLM and SGLang, with and without it; engines take turns
     report    real_target.md and .png from what there is
 """
 
@@ -139,6 +139,9 @@ class RealConfig(Section):
     timed_prompts: int = Field(6, ge=1)
     timed_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     timed_batches: tuple[int, ...] = (1, 4)
+    engine_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    engine_steps: tuple[int, ...] = Field((2, 5), description="drafted tokens of a pass in the engines")
+    engine_rounds: int = Field(3, ge=1, description="runs of each engine, in turns")
 
     @property
     def cells(self) -> list[Cell]:

@@ -178,7 +178,8 @@ def engines_part(out: Path) -> str:
         for steps, found in sorted(runs.items()):
             identical = [row["identical_share"] for row in found if row["identical_share"] is not None]
             rows.append([
-                backend, f"{steps} steps" if steps else "no draft", median_range([row["throughput"] for row in found], ".1f"),
+                backend, f"{steps} steps" if steps else "no draft",
+                median_range([row["throughput"] for row in found], ".1f"),
                 f"{found[0]['acc_length']:.2f}", median_range([row["speedup"] for row in found], ".2f"),
                 f"{statistics.fmean(identical):.0%}" if identical else "", str(len(found)),
             ])  # fmt: skip

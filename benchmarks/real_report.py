@@ -200,8 +200,8 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
         means, wide = [statistics.fmean(values) for values in curve.values()], len(curve) > 1
         color = None if wide else "lightgray"
         line = axis.plot(list(curve), means, marker="o" if wide else ".", color=color, label=draft if wide else None)[0]
-        dots = [(tokens, value) for tokens, values in curve.items() for value in values]
-        axis.scatter(*zip(*dots), s=10, color=line.get_color())
+        for tokens, values in curve.items():
+            axis.scatter([tokens] * len(values), values, s=10, color=line.get_color())
     axis.set_xscale("log")
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("supervised tokens, each seen once per epoch")

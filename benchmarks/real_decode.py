@@ -60,7 +60,7 @@ def encoded_prompts(config: Any) -> dict[str, list[list[int]]]:
 
 def decode(config: Any, out: Path) -> None:
     """OUTPUT_DIR/decoded/CELL.json: per benchmark, shape and temperature the decoder's counts."""
-    todo = [cell for cell in config.cells if cell.size == config.largest]
+    todo = [cell for cell in config.cells if cell.size == config.largest and cell.seed == config.seeds[0]]
     todo = [cell for cell in todo if (out / "drafts" / f"{cell.name}.json").exists()]
     prompts = encoded_prompts(config)
     (out / "decoded").mkdir(exist_ok=True)

@@ -2,7 +2,8 @@
 
     make real-target                                                     # once: SmolLM2-135M-Instruct, 540 MB
     python benchmarks/real_target.py --train-prompts gsm8k_train.jsonl alpaca.json      # a night on two cores
-    python benchmarks/real_target.py --num-prompts 200 --drafts eagle3 eagle1 --sizes 1 --benchmark-list gsm8k:12
+    python benchmarks/real_target.py --num-prompts 64 --drafts eagle3 eagle1 --sizes 0.5 1 --variant-size 1 --seeds 0 \\
+      --benchmark-list gsm8k:8 --max-new-tokens 48                                      # a try, half an hour
 
 Stages, one after the other; `--stages` picks some of them. What is done lies in OUTPUT_DIR and is not done again, and a
 stage that was killed goes on where it was. The same command may be started once per core: the processes share the
@@ -109,33 +110,34 @@ class RealConfig(Section):
     stages: tuple[str, ...] = Field(STAGES, description=", ".join(STAGES))
     train_prompts: tuple[Path, ...] = Field((), description="jsonl or json of prompts; default: the package's GSM8K")
     code_prompts: int = Field(3000, ge=0, description="functions of the standard library to write, beside the files")
-    num_prompts: int = Field(6000, ge=8, description="prompts to answer, drawn from all files")
+    num_prompts: int = Field(2600, ge=8, description="prompts to answer, drawn from all files")
     temperatures: tuple[float, ...] = Field((0.0, 0.8), description="of the answers; each prompt gets one of them")
-    max_tokens: int = Field(320, ge=8, description="tokens of one answer at most")
+    max_tokens: int = Field(256, ge=8, description="tokens of one answer at most")
     answer_with: Literal["hf", "vllm", "sglang"] = "hf"
     answer_dtype: Literal["float32", "bfloat16"] = "float32"
     answer_batch: int = Field(32, ge=1, description="prompts answered together")
     drafts: tuple[str, ...] = Field(tuple(DRAFTS), description=", ".join(DRAFTS))
     sizes: tuple[float, ...] = Field(
-        (0.0625, 0.125, 0.25, 0.5, 1.0), description="shares of the data; of eagle3, eagle1"
+        (0.03125, 0.0625, 0.125, 0.25, 1.0), description="shares of the data; of eagle3, eagle1"
     )
-    variant_size: float = Field(1.0, gt=0, le=1, description="share of the data for the other drafts")
+    variant_size: float = Field(0.125, gt=0, le=1, description="share of the data for the other drafts")
     seeds: tuple[int, ...] = Field(
         (0, 1, 2), description="of eagle3 and eagle1, each size; other drafts take the first"
     )
-    num_epochs: int = Field(6, ge=1)
+    on_all_data: tuple[str, ...] = Field(("eagle3 3 epochs",), description="trained on all data as well, one seed")
+    num_epochs: int = Field(1, ge=1)
     batch_size: int = Field(2, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    eagle1_learning_rate: float = Field(1e-3, gt=0)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the training")
-    states_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the target that is captured")
+    learning_rate: float = Field(2e-3, gt=0)
+    eagle1_learning_rate: float = Field(2e-3, gt=0)
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the training")
+    states_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the target that is captured")
     draft_vocab_size: int = Field(8000, ge=8)
-    benchmark_list: tuple[str, ...] = ("gsm8k:40", "humaneval:20", "math500:20", "mtbench:20")
+    benchmark_list: tuple[str, ...] = ("gsm8k:40", "humaneval:24", "math500:24", "mtbench:24")
     data_dir: Path | None = Field(None, description="local files of benchmarks the package does not ship, as alpaca")
     estimated_prompts: int = Field(16, ge=1, description="prompts of each benchmark to estimate acceptance on")
     decoded_prompts: int = Field(12, ge=1, description="prompts of each benchmark to decode")
     max_new_tokens: int = Field(128, ge=2, description="tokens decoded for each prompt")
-    timed_draft: str = Field("eagle3", description="the draft of the stages time and engines, largest size, first seed")
+    timed_draft: str = Field("eagle3 3 epochs", description="that of the stages time and engines: all data, first seed")
     timed_prompts: int = Field(6, ge=1)
     timed_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     timed_batches: tuple[int, ...] = (1, 4)
@@ -145,11 +147,11 @@ class RealConfig(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """The drafts at `variant_size` and one seed first, then eagle3's and eagle1's sizes and seeds."""
+        """First the drafts at `variant_size`, one seed; then sizes and seeds of eagle3 and eagle1; then all data."""
         curve = [name for name in self.drafts if name in ("eagle3", "eagle1")]
         cells = [Cell(name, self.variant_size, self.seeds[0]) for name in self.drafts]
         cells += [Cell(name, size, seed) for size in sorted(self.sizes) for seed in self.seeds for name in curve]
-        return list(dict.fromkeys(cells))
+        return list(dict.fromkeys(cells + [Cell(name, self.largest, self.seeds[0]) for name in self.on_all_data]))
 
     @property
     def largest(self) -> float:
@@ -193,10 +195,14 @@ def check(config: RealConfig) -> None:
         raise ConfigError(
             f"target_model_path {config.target_model_path}: no model there; `make real-target` fetches one"
         )
-    for flag, given, known in (("stages", config.stages, STAGES), ("drafts", config.drafts, DRAFTS)):
+    for flag, given, known in (("stages", config.stages, STAGES), ("drafts", config.drafts, DRAFTS),
+                               ("on_all_data", config.on_all_data, DRAFTS)):  # fmt: skip
         for name in given:
             if name not in known:
                 raise ConfigError(f"{flag}: unknown '{name}'{suggest(name, known)}")
+    trained = [cell.draft for cell in config.cells if cell.size == config.largest]
+    if {"time", "engines"} & set(config.stages) and config.timed_draft not in trained:
+        raise ConfigError(f"timed_draft: '{config.timed_draft}' is not trained on all data; expected one of {trained}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -279,7 +285,7 @@ def capture(config: RealConfig, out: Path) -> None:
 
 
 def capture_answers(config: RealConfig, out: Path) -> None:
-    rules = {DRAFTS[name].get("aux", "default") for name in config.drafts}
+    rules = {DRAFTS[name].get("aux", "default") for name in (*config.drafts, *config.on_all_data)}
     union = sorted({layer for rule in rules for layer in aux_layers(config, rule)})
     call(
         "scripts/capture_hidden_states.py", "--target-model-path", str(config.target_model_path), "--train-data-path",
@@ -391,7 +397,7 @@ def train_config(config: RealConfig, out: Path, cell: Cell, run: Path) -> TrainC
         sections["target"]["aux_layer_ids"] = aux_layers(config, changes.get("aux", "default"))
         sections["draft"]["draft_vocab_size"] = config.draft_vocab_size
         if "shape" in changes:
-            derived = DraftConfig.from_target(load_config(config.target_model_path), config.draft_vocab_size)
+            derived = DraftConfig.from_target(load_config(config.target_model_path))
             shape = sections["draft"]["draft_model_config"] = run.with_name(f"{run.name}.json")
             write_json(shape, exported_config(derived.replace(**changes["shape"]), "float32"))
         sections["training"]["ttt_length"] = CHAIN

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import real_target
 from benchmarks.real_prompts import benchmark_texts, functions_to_write
-from benchmarks.real_target import DRAFTS, Cell, RealConfig, choose_prompts, train_config
+from benchmarks.real_report import engines_part
+from benchmarks.real_target import DRAFTS, Cell, RealConfig, check, choose_prompts, train_config
 from benchmarks.smollm2 import WHEEL, download, get_smollm2
 from specforge_lite.core.errors import ConfigError
 
@@ -62,14 +63,28 @@ def test_functions_are_asked_for_without_their_bodies() -> None:
     assert "sub(" not in text  # the body
 
 
-def test_variants_then_sizes_then_seeds() -> None:
+def test_variants_then_sizes_and_seeds_then_all_data(tiny_target: Path) -> None:
     drafts = ("eagle3", "eagle3 K3", "eagle1")
-    config = RealConfig(drafts=drafts, sizes=(1.0, 0.5, 0.25), variant_size=0.5, seeds=(0, 1))
+    config = RealConfig(drafts=drafts, sizes=(1.0, 0.5), variant_size=0.5, seeds=(0, 1))
     names = [cell.name for cell in config.cells]
     assert names[:3] == ["eagle3-0.5-0", "eagle3_K3-0.5-0", "eagle1-0.5-0"]
-    assert names[3:7] == ["eagle3-0.25-0", "eagle1-0.25-0", "eagle3-1-0", "eagle1-1-0"]
-    assert names[7:] == ["eagle3-0.5-1", "eagle1-0.5-1"]
-    assert config.timed_cell.name == "eagle3-1-0"
+    assert names[3:5] == ["eagle3-0.5-1", "eagle1-0.5-1"]
+    assert names[5:9] == ["eagle3-1-0", "eagle1-1-0", "eagle3-1-1", "eagle1-1-1"]
+    assert names[9:] == [config.timed_cell.name] == ["eagle3_3_epochs-1-0"]
+    wrong = config.model_copy(update={"timed_draft": "eagle3 K3", "target_model_path": tiny_target})
+    with pytest.raises(ConfigError, match=r"^timed_draft: 'eagle3 K3' is not trained on all data; expected one of"):
+        check(wrong)
+
+
+def test_rounds_of_the_engines_become_medians(tmp_path: Path) -> None:
+    for turn, (plain, drafted) in enumerate([(10.0, 14.0), (20.0, 24.0), (10.0, 13.0)]):
+        rows = [{"steps": 0, "throughput": plain, "acc_length": 1.0, "speedup": 1.0, "identical_share": None},
+                {"steps": 3, "throughput": drafted, "acc_length": 1.9, "speedup": drafted / plain,
+                 "identical_share": 1.0}]  # fmt: skip
+        (tmp_path / f"engines_vllm_{turn}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = engines_part(tmp_path)
+    assert "| vllm | no draft | 10.0 (10.0 to 20.0) | 1.00 | 1.00 (1.00 to 1.00) |  | 3 |" in text
+    assert "| vllm | 3 steps | 14.0 (13.0 to 24.0) | 1.90 | 1.30 (1.20 to 1.40) | 100% | 3 |" in text
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -87,7 +102,8 @@ def test_a_small_measurement_from_prompts_to_tables(
     flags = [
         "--target-model-path", str(tiny_target), "--output-dir", str(out), "--num-prompts", "8", "--max-tokens", "12",
         "--code-prompts", "0",
-        "--drafts", "eagle3", "--sizes", "0.5", "1", "--seeds", "0", "--num-epochs", "1",
+        "--drafts", "eagle3", "--sizes", "0.5", "1", "--variant-size", "1", "--seeds", "0", "--precision", "fp32",
+        "--on-all-data", "eagle3 wide", "--timed-draft", "eagle3 wide",
         "--draft-vocab-size", "256", "--benchmark-list", "gsm8k:3", "--decoded-prompts", "2", "--max-new-tokens", "6",
         "--timed-prompts", "1", "--timed-dtypes", "float32", "--timed-batches", "1",
         "--stages", "answers", "states", "train", "decode", "time", "report",
@@ -95,11 +111,12 @@ def test_a_small_measurement_from_prompts_to_tables(
     monkeypatch.setattr("sys.argv", ["real_target.py", *flags])
     real_target.main()
     facts = {path.stem: json.loads(path.read_text()) for path in (out / "drafts").glob("*.json")}
-    assert set(facts) == {"eagle3-1-0", "eagle3-0.5-0"}
+    assert set(facts) == {"eagle3-1-0", "eagle3-0.5-0", "eagle3_wide-1-0"}
+    assert facts["eagle3_wide-1-0"]["parameters"] - facts["eagle3-1-0"]["parameters"] == 3 * 128 * (3072 - 352)
     assert facts["eagle3-1-0"]["aux_layers"] == [0, 3, 6]
     assert [facts[name]["samples"] for name in ("eagle3-0.5-0", "eagle3-1-0")] == [4, 8]
     text = (out / "real_target.md").read_text()
-    assert "| eagle3 | 0, 3, 6 | 0.001 |" in text
+    assert "| eagle3 | 0, 3, 6 | 0.002 |" in text
     assert "## More data" in text
     assert "## Wall clock" in text
     assert "| 4 of 4 | 1 |" in text  # two prompts, chain and tree

@@ -69,7 +69,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("answers", "states", "train", "decode", "time", "engines", "report")
 ESTIMATES = ("num_tokens", "num_passes", "tau_walk", "tau_sampling", "accuracy")
 # What differs from the plain EAGLE-3 draft: settings of the trainer, by section. `aux`: a rule of `aux_layers`; `rate`:
-# the kind's learning rate times this; `shape`: keys of the draft's config, derived from the target but for these.
+# the kind's learning rate times this; `shape`: keys of the draft's config, derived from the target but for these;
+# `answers`: trained only on those with this one of `--temperatures`.
 DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3": {},
     "eagle1": {"kind": "eagle1"},
@@ -92,6 +93,8 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3 4 epochs": {"training": {"num_epochs": 4}},
     "eagle1 4 epochs": {"kind": "eagle1", "training": {"num_epochs": 4}},
     "eagle3 batch 1": {"training": {"batch_size": 1}},
+    "eagle3 greedy answers": {"answers": 0},
+    "eagle3 sampled answers": {"answers": -1},
     "eagle3 wide": {"shape": {"intermediate_size": 3072}},
     "eagle3 18 heads": {"shape": {"num_attention_heads": 18, "num_key_value_heads": 6}},
     "eagle3.1": {"draft": {"norm_output": True, "fc_norm": True}},
@@ -280,8 +283,8 @@ def capture(config: RealConfig, out: Path) -> None:
     """OUTPUT_DIR/states: bf16, every layer that an EAGLE-3 draft of `--drafts` reads; and the parts of the data."""
     if not (out / "states" / "eval" / "manifest.json").exists():
         capture_answers(config, out)
-    for size in {cell.size for cell in config.cells}:
-        first_samples(out, size)
+    for cell in config.cells:
+        first_samples(config, out, cell)
 
 
 def capture_answers(config: RealConfig, out: Path) -> None:
@@ -295,19 +298,24 @@ def capture_answers(config: RealConfig, out: Path) -> None:
     )  # fmt: skip
 
 
-def first_samples(out: Path, size: float) -> TokenizedDataset:
-    """The first `size` of the captured samples, as a dataset of its own."""
+def first_samples(config: RealConfig, out: Path, cell: Cell) -> TokenizedDataset:
+    """The first of the captured samples, those that the cell is trained on, as a dataset of its own."""
     whole = OfflinePart(out / "states" / "train").dataset
-    count = max(1, round(size * len(whole)))
-    directory = out / "cache" / f"first_{count}_{whole.fingerprint[:12]}"
+    count, indices, kind = max(1, round(cell.size * len(whole))), list(range(len(whole))), ""
+    if (place := DRAFTS[cell.draft].get("answers")) is not None:
+        temperature = config.temperatures[place]
+        with (out / "train.jsonl").open(encoding="utf-8") as file:
+            chosen = {row["id"] for row in map(json.loads, file) if row["temperature"] == temperature}
+        indices, kind = [index for index in indices if whole.sample_id(index) in chosen], f"_t{temperature:g}"
+    directory = out / "cache" / f"first_{count}{kind}_{whole.fingerprint[:12]}"
     if not directory.exists():
         with atomic_directory(directory) as temporary:
             writer = StoreWriter(temporary)
-            for index in range(count):
+            for index in indices[:count]:
                 sample = whole[index]
                 ids, mask = sample.input_ids_L.numpy(), sample.loss_mask_L.numpy()
                 writer.add(sample.sample_id, whole.line(index), ids, mask)
-            writer.finish({**whole.key, "first_samples": count})
+            writer.finish({**whole.key, "first_samples": f"{count}{kind}"})
     return TokenizedDataset.open(directory)
 
 
@@ -326,7 +334,7 @@ def train(config: RealConfig, out: Path) -> None:
 
 def train_cell(config: RealConfig, out: Path, cell: Cell) -> None:
     info(f"\n-- {cell.name}")
-    samples = first_samples(out, cell.size)
+    samples = first_samples(config, out, cell)
     run = out / "runs" / cell.name
     settings = train_config(config, out, cell, run)
     started = time.process_time()

